@@ -1,0 +1,30 @@
+# The CPU kernels: one file for each instruction set, with that set's flags; the choice is made at run
+# time. Everything else is compiled for the plain architecture.
+add_library(tdpo_cpu OBJECT csrc/cpu/token_stats.cpp csrc/cpu/instruction_sets.cpp
+                            csrc/cpu/kernels_baseline.cpp)
+set_target_properties(tdpo_cpu PROPERTIES POSITION_INDEPENDENT_CODE ON)
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64" AND NOT CMAKE_OSX_ARCHITECTURES MATCHES "arm64")
+  target_compile_definitions(tdpo_cpu PUBLIC TDPO_X86)
+  target_sources(tdpo_cpu PRIVATE csrc/cpu/kernels_avx2.cpp csrc/cpu/kernels_avx512.cpp)
+  set_source_files_properties(csrc/cpu/kernels_avx2.cpp PROPERTIES COMPILE_OPTIONS
+                                                                   "-mavx2;-mfma;-mf16c")
+  set_source_files_properties(
+    csrc/cpu/kernels_avx512.cpp
+    PROPERTIES COMPILE_OPTIONS "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mfma;-mf16c")
+endif()
+
+# No -ffast-math: NaN, infinities and the order of sums mean something here. What is allowed: a * b + c
+# in one rounding, and comparisons that raise no floating-point flag.
+target_compile_options(
+  tdpo_cpu
+  PRIVATE -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra
+          $<$<CXX_COMPILER_ID:GNU>:-Wno-psabi -Wno-ignored-attributes>)
+
+# Without OpenMP the kernels are serial; backends() says so.
+find_package(OpenMP COMPONENTS CXX)
+if(OpenMP_CXX_FOUND)
+  target_link_libraries(tdpo_cpu PUBLIC OpenMP::OpenMP_CXX)
+else()
+  message(STATUS "tdpo_ext: OpenMP not found, the CPU kernels will use one thread")
+endif()

@@ -1,0 +1,8 @@
+// AVX-512 F, BW, DQ, VL: compiled with those flags, run only where the processor has them.
+#define TDPO_INSTRUCTION_SET avx512
+#define TDPO_VECTOR_BYTES 64
+#include "row_kernels.inl"
+
+namespace tdpo::cpu {
+const RowKernels kAvx512Kernels = TDPO_ROW_KERNELS("avx512");
+}

@@ -1,0 +1,8 @@
+// What every processor of this architecture runs (SSE2 on x86-64, NEON on aarch64).
+#define TDPO_INSTRUCTION_SET baseline
+#define TDPO_VECTOR_BYTES 16
+#include "row_kernels.inl"
+
+namespace tdpo::cpu {
+const RowKernels kBaselineKernels = TDPO_ROW_KERNELS("baseline");
+}

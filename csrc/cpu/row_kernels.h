@@ -1,0 +1,53 @@
+// What one instruction set offers: a kernel per dtype for one row forward and one row backward.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../token_stats.h"
+
+namespace tdpo::cpu {
+
+struct RowForward {
+  const void* policy;
+  const void* reference;
+  int64_t vocabulary;
+  int64_t label;
+  void* policy_logp;
+  void* reference_logp;
+  void* forward_kl;
+  void* normalizers;
+};
+
+struct RowBackward {
+  const void* policy;
+  const void* reference;
+  int64_t vocabulary;
+  int64_t label;
+  const void* normalizers;
+  const void* grad_policy_logp;
+  const void* grad_forward_kl;
+  void* gradient;
+};
+
+constexpr int kDTypes = 4;
+
+struct RowKernels {
+  const char* instruction_set;
+  void (*forward[kDTypes])(const RowForward&);  // indexed by DType
+  void (*backward[kDTypes])(const RowBackward&);
+};
+
+// Those this processor can run, the best last.
+std::vector<const RowKernels*> available_kernels();
+
+// Throws std::invalid_argument if this processor has none of that name.
+const RowKernels& kernels_of(const std::string& instruction_set);
+
+extern const RowKernels kBaselineKernels;
+#if defined(TDPO_X86)
+extern const RowKernels kAvx2Kernels;
+extern const RowKernels kAvx512Kernels;
+#endif
+
+}  // namespace tdpo::cpu

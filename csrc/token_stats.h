@@ -1,0 +1,90 @@
+// The whole interface of the compiled core: plain parameter structs and two entry points. Pointers,
+// sizes, strides and a dtype code; no torch, no Python. Strides and offsets are 64-bit and count
+// elements, not bytes.
+#pragma once
+
+#include <cstdint>
+
+namespace tdpo {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+// Where the rows of a [..., V] tensor start. Leading dimensions that one stride serves are merged by
+// the caller; the last dimension is contiguous.
+struct RowLayout {
+  static constexpr int kMaxDims = 4;
+  int dims = 0;
+  int64_t sizes[kMaxDims] = {};
+  int64_t strides[kMaxDims] = {};
+};
+
+inline int64_t row_offset(const RowLayout& layout, int64_t row) {
+  int64_t offset = 0;
+  for (int dim = layout.dims - 1; dim > 0; --dim) {
+    offset += (row % layout.sizes[dim]) * layout.strides[dim];
+    row /= layout.sizes[dim];
+  }
+  return layout.dims > 0 ? offset + row * layout.strides[0] : offset;
+}
+
+// What forward saves for backward: five numbers per row in the accumulation type (float32; float64
+// for float64 logits). p = e^(z - policy_max) policy_scale, q likewise, and
+// log p - log q = z - r - log_sum_gap, which keeps its digits when p and q are close.
+template <class Real>
+struct Normalizers {
+  Real policy_max;
+  Real policy_scale;  // 1 / sum e^(z - policy_max)
+  Real reference_max;
+  Real reference_scale;
+  Real log_sum_gap;  // lse(z) - lse(r)
+};
+
+struct Logits {
+  const void* data;
+  RowLayout rows;
+};
+
+struct TokenStatsProblem {
+  DType dtype;
+  int64_t rows;
+  int64_t vocabulary;
+  int64_t ignore_index;
+  Logits policy;
+  Logits reference;
+  const int64_t* labels;  // [rows]
+};
+
+// Outputs are contiguous, in the accumulation type; 0 where the label is ignored.
+struct TokenStatsForward {
+  TokenStatsProblem problem;
+  void* policy_logps;     // [rows]
+  void* reference_logps;  // [rows]
+  void* forward_kl;       // [rows]
+  void* normalizers;      // [rows] of Normalizers
+};
+
+// dz = grad_policy_logps (onehot(label) - p) + grad_forward_kl (p - q). The gradient may be stored over
+// the policy's logits.
+struct TokenStatsBackward {
+  TokenStatsProblem problem;
+  const void* normalizers;        // [rows] of Normalizers
+  const void* grad_policy_logps;  // [rows]
+  const void* grad_forward_kl;    // [rows]
+  void* gradient;                 // dtype of the logits
+  RowLayout gradient_rows;
+};
+
+constexpr int64_t kAllLabelsValid = -1;
+
+namespace cpu {
+
+struct RowKernels;  // of one instruction set: csrc/cpu/row_kernels.h
+
+// Returns kAllLabelsValid, or the first row whose label is neither in [0, vocabulary) nor
+// ignore_index; nothing has been written then.
+int64_t token_stats_forward(const TokenStatsForward& work, const RowKernels& kernels, int threads);
+
+void token_stats_backward(const TokenStatsBackward& work, const RowKernels& kernels, int threads);
+
+}  // namespace cpu
+}  // namespace tdpo

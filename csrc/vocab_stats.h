@@ -1,0 +1,194 @@
+// The algebra of the library: a mergeable record of vocabulary statistics, for host and device.
+//
+// A row has policy logits z, reference logits r and distributions p = softmax(z), q = softmax(r).
+// Wanted: the log-sum-exps of z and r, and KL(q || p) = sum_v q (log q - log p).
+//
+// With the gap d = z - r - c measured from any centre c, and E the expectation under q,
+//
+//   lse(z) - lse(r) = c + log E[e^d]          KL(q || p) = log E[e^d] - E[d].
+//
+// When policy and reference are close both terms of the KL are almost equal, and in float32 their
+// difference keeps no digit. So the record holds E[d] and the excess E[e^d - 1 - d], every term of
+// which is at least 0 and small when d is small:
+//
+//   x = E[d] + E[e^d - 1 - d]                 KL = E[e^d - 1 - d] - (x - log(1 + x)).
+//
+// Sums are kept relative to a base (the largest z, the largest r, the centre), so nothing overflows.
+// `rebase` moves a record to another base; records over disjoint parts of the vocabulary, moved to a
+// common base, add up field by field. SIMD lanes, threads, blocks, tiles of the vocabulary and
+// tensor-parallel ranks all merge with these functions.
+#pragma once
+
+#include <math.h>
+
+#if defined(__CUDACC__)
+#define TDPO_HOST_DEVICE __host__ __device__
+#else
+#define TDPO_HOST_DEVICE
+#endif
+
+// Internal linkage: each instruction set's file compiles its own copy with its own flags, and the
+// linker must not keep one of them for all.
+#define TDPO_ALGEBRA TDPO_HOST_DEVICE static inline
+
+namespace tdpo {
+
+// What the sums of a record are relative to.
+//
+// Invariant: reference_max + centre <= policy_max up to rounding. It holds because the centre is
+// z - r where r is largest, so that reference_max + centre is one of the z. It keeps every
+// exponential below at most 1.
+template <class Real>
+struct Base {
+  Real policy_max;     // max z
+  Real reference_max;  // max r
+  Real centre;         // c: z - r where r is largest; 0 where that is not finite
+};
+
+template <class Real>
+struct VocabStats {
+  Base<Real> base;
+  Real policy_sum;     // sum e^(z - policy_max)
+  Real reference_sum;  // sum w,       w = e^(r - reference_max)
+  Real gap_sum;        // sum w d,     d = z - r - centre
+  Real excess_sum;     // sum e^(z - policy_max) - k w (1 + d),  k = e^(reference_max + c - policy_max)
+                       //   = sum k w (e^d - 1 - d), and it counts policy mass where q = 0 as well
+};
+
+// What the row's outputs and its backward need.
+template <class Real>
+struct RowSummary {
+  Real policy_log_sum;     // lse(z) - policy_max
+  Real reference_log_sum;  // lse(r) - reference_max
+  Real log_sum_gap;        // lse(z) - lse(r)
+  Real forward_kl;         // KL(q || p) >= 0, nats
+};
+
+// Below this |d| the excess e^d - 1 - d is a series, from it on a difference that keeps its digits.
+template <class Real>
+struct CloseGap {
+  static constexpr Real value = Real(0.5);
+};
+
+template <class Real>
+TDPO_ALGEBRA Real finite_or_zero(Real x) {
+  return x - x == Real(0) ? x : Real(0);
+}
+
+template <class Real>
+TDPO_ALGEBRA VocabStats<Real> empty_stats() {
+  const Real nothing = -Real(INFINITY);
+  return {{nothing, nothing, Real(0)}, Real(0), Real(0), Real(0), Real(0)};
+}
+
+// The record of one vocabulary entry.
+template <class Real>
+TDPO_ALGEBRA VocabStats<Real> stats_of_one(Real z, Real r) {
+  const Real nothing = -Real(INFINITY);
+  const bool policy_has_mass = z != nothing, reference_has_mass = r != nothing;
+  VocabStats<Real> stats = empty_stats<Real>();
+  stats.base = {z, r, reference_has_mass ? finite_or_zero(z - r) : Real(0)};
+  stats.policy_sum = policy_has_mass ? Real(1) : Real(0);
+  stats.reference_sum = reference_has_mass ? Real(1) : Real(0);
+  if (reference_has_mass && !policy_has_mass) stats.gap_sum = nothing;  // p = 0 < q: KL is infinite
+  if (!reference_has_mass) stats.excess_sum = stats.policy_sum;         // q = 0: all of p is excess
+  return stats;
+}
+
+// e^x - 1 - x.
+template <class Real>
+TDPO_ALGEBRA Real excess_of(Real x) {
+  if (fabs(x) >= CloseGap<Real>::value) return expm1(x) - x;
+  // Horner form of x^2 (1/2! + x/3! + x^2/4! + ...); the terms left out are below 1e-17 of the sum.
+  Real sum = Real(0);
+  for (int n = 16; n >= 2; --n) sum = (sum * x + Real(1)) / Real(n);
+  return sum * x;
+}
+
+// e^(a - b), and 0 for a = -inf also where b = -inf.
+template <class Real>
+TDPO_ALGEBRA Real relative_scale(Real a, Real b) {
+  return a == -Real(INFINITY) ? Real(0) : a == b ? Real(1) : exp(a - b);
+}
+
+// The same record relative to another base, whose maxima are not smaller.
+//
+// With s = centre - new centre the gaps grow by s: sum w d becomes sum w d + s sum w. The linear mass
+// k w (1 + d) changes as well; what it loses moves into the excess:
+//   e^(reference_max + c' - policy_max') [ (e^s - 1 - s) sum w + (e^s - 1) sum w d ].
+template <class Real>
+TDPO_ALGEBRA VocabStats<Real> rebase(const VocabStats<Real>& stats, const Base<Real>& base) {
+  const Base<Real>& old = stats.base;
+  const Real policy_scale = relative_scale(old.policy_max, base.policy_max);
+  const Real reference_scale = relative_scale(old.reference_max, base.reference_max);
+  const Real s = old.centre - base.centre;
+  VocabStats<Real> moved = stats;
+  moved.base = base;
+  moved.policy_sum *= policy_scale;
+  moved.reference_sum *= reference_scale;
+  if (stats.gap_sum != -Real(INFINITY)) {  // an infinite KL stays so, also at scale 0
+    moved.gap_sum = reference_scale * (stats.gap_sum + s * stats.reference_sum);
+  }
+  moved.excess_sum *= policy_scale;
+  if (s == Real(0) || stats.reference_sum == Real(0)) return moved;
+  const Real linear = stats.reference_sum + stats.gap_sum;
+  const Real to_new = exp(old.reference_max + base.centre - base.policy_max);
+  if (fabs(s) < CloseGap<Real>::value) {
+    moved.excess_sum += to_new * (excess_of(s) * stats.reference_sum + expm1(s) * stats.gap_sum);
+  } else {  // the same, without e^s, which might overflow
+    const Real to_old = exp(old.reference_max + old.centre - base.policy_max);
+    moved.excess_sum += to_old * linear - to_new * (linear + s * stats.reference_sum);
+  }
+  return moved;
+}
+
+// The base that two parts share: the larger maxima, and the centre that belongs to the larger r.
+template <class Real>
+TDPO_ALGEBRA Base<Real> common_base(const Base<Real>& a, const Base<Real>& b) {
+  return {a.policy_max > b.policy_max ? a.policy_max : b.policy_max,
+          a.reference_max > b.reference_max ? a.reference_max : b.reference_max,
+          a.reference_max >= b.reference_max ? a.centre : b.centre};
+}
+
+// The record of two disjoint parts of the vocabulary together.
+template <class Real>
+TDPO_ALGEBRA VocabStats<Real> merge(const VocabStats<Real>& a, const VocabStats<Real>& b) {
+  const Base<Real> base = common_base(a.base, b.base);
+  VocabStats<Real> sum = rebase(a, base);
+  const VocabStats<Real> other = rebase(b, base);
+  sum.policy_sum += other.policy_sum;
+  sum.reference_sum += other.reference_sum;
+  sum.gap_sum += other.gap_sum;
+  sum.excess_sum += other.excess_sum;
+  return sum;
+}
+
+// The record of the whole row -> its results. Once per row, so it is done in double.
+template <class Real>
+TDPO_ALGEBRA RowSummary<Real> finalise(const VocabStats<Real>& stats) {
+  const Base<Real>& base = stats.base;
+  const double centre = base.centre;
+  const double offset = double(base.policy_max) - double(base.reference_max) - centre;
+  const double policy_log_sum = log(double(stats.policy_sum));
+  const double reference_log_sum = log(double(stats.reference_sum));
+  const double mean_gap = double(stats.gap_sum) / double(stats.reference_sum);
+  const double excess = double(stats.excess_sum) * exp(offset) / double(stats.reference_sum);
+  const double x = mean_gap + excess;
+  double log_mean;  // log E[e^d]
+  double kl;
+  if (fabs(x) < 0.5) {
+    log_mean = log1p(x);
+    kl = excess - (x - log_mean);
+  } else {  // far apart, or the excess overflowed: now the plain difference has all its digits
+    log_mean = policy_log_sum - reference_log_sum + offset;
+    kl = log_mean - mean_gap;
+  }
+  RowSummary<Real> summary;
+  summary.policy_log_sum = Real(policy_log_sum);
+  summary.reference_log_sum = Real(reference_log_sum);
+  summary.log_sum_gap = Real(centre + log_mean);
+  summary.forward_kl = kl < 0 ? Real(0) : Real(kl);
+  return summary;
+}
+
+}  // namespace tdpo

@@ -1,0 +1,20 @@
+"""Token-level Direct Preference Optimization: the loss, its per-token statistics, and their kernels."""
+
+from tdpo_ext import reference
+from tdpo_ext.functional import pair_loss, tdpo_loss, token_stats
+from tdpo_ext.modules import TDPOLoss
+from tdpo_ext.native import backends
+from tdpo_ext.outputs import TDPOOutput, TokenStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "TDPOLoss",
+    "TDPOOutput",
+    "TokenStats",
+    "backends",
+    "pair_loss",
+    "reference",
+    "tdpo_loss",
+    "token_stats",
+]

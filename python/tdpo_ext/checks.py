@@ -1,0 +1,202 @@
+"""Argument checks: each error names the argument, what came, what is allowed and what to do."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LABEL_DTYPES = (torch.int64, torch.int32)
+VARIANTS = ("tdpo1", "tdpo2")
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def _names(values: tuple[object, ...]) -> str:
+    return ", ".join(str(value).removeprefix("torch.") for value in values)
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_logits(policy_logits: Tensor, reference_logits: Tensor) -> None:
+    """Both ``[..., V]``, one shape, dtype and device, last dimension contiguous, V >= 1."""
+    for name, logits in (("policy_logits", policy_logits), ("reference_logits", reference_logits)):
+        check_tensor(name, logits)
+        if logits.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {logits.layout}")
+        if logits.dtype not in LOGIT_DTYPES:
+            raise TypeError(
+                f"{name} must have dtype {_names(LOGIT_DTYPES)}, got {_names((logits.dtype,))}"
+            )
+        if logits.dim() < 1 or logits.shape[-1] < 1:
+            raise ValueError(
+                f"{name} must have shape [..., V] with V >= 1, got {list(logits.shape)}"
+            )
+        if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+            raise ValueError(
+                f"{name} must be contiguous in its last dimension (stride 1), got stride "
+                f"{logits.stride(-1)}; call .contiguous() on it"
+            )
+    if policy_logits.shape != reference_logits.shape:
+        raise ValueError(
+            "reference_logits must have the shape of policy_logits "
+            f"{list(policy_logits.shape)}, got {list(reference_logits.shape)}"
+        )
+    if policy_logits.dtype != reference_logits.dtype:
+        raise TypeError(
+            f"reference_logits must have the dtype of policy_logits "
+            f"({_names((policy_logits.dtype,))}), got {_names((reference_logits.dtype,))}"
+        )
+    if policy_logits.device != reference_logits.device:
+        raise ValueError(
+            f"reference_logits must be on the device of policy_logits ({policy_logits.device}), "
+            f"got {reference_logits.device}"
+        )
+    if reference_logits.requires_grad:
+        raise ValueError(
+            "reference_logits must not require grad: the reference is a constant of the loss; "
+            "compute it under torch.no_grad() or pass reference_logits.detach()"
+        )
+
+
+def check_labels(name: str, labels: Tensor, logits: Tensor) -> None:
+    """Integers shaped like the logits without their last dimension."""
+    check_tensor(name, labels)
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(
+            f"{name} must have dtype {_names(LABEL_DTYPES)}, got {_names((labels.dtype,))}"
+        )
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the shape of the logits without their last dimension, "
+            f"{list(logits.shape[:-1])}, got {list(labels.shape)}"
+        )
+    if labels.device != logits.device:
+        raise ValueError(f"{name} must be on the logits' device {logits.device}, got {labels.device}")
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+
+
+def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raise IndexError for the first label outside [0, V) that is not ``ignore_index``.
+
+    It looks at the values, so on an accelerator it would wait for them: for host tensors only.
+    """
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    if bool(wrong.any()):
+        raise label_range_error(int(labels[wrong][0]), vocabulary, ignore_index)
+
+
+def label_range_error(label: int, vocabulary: int, ignore_index: int) -> IndexError:
+    return IndexError(
+        f"labels must lie in [0, {vocabulary}) or equal ignore_index ({ignore_index}), got {label}"
+    )
+
+
+def check_inplace_backward(policy_logits: Tensor) -> None:
+    """The gradient may overwrite the logits only if each element has an address of its own."""
+    span = 1
+    sizes_and_strides = zip(policy_logits.shape, policy_logits.stride(), strict=True)
+    for stride, size in sorted((stride, size) for size, stride in sizes_and_strides if size > 1):
+        if stride < span:
+            raise ValueError(
+                "inplace_backward needs policy_logits whose elements do not overlap in memory, got "
+                f"shape {list(policy_logits.shape)} with strides {list(policy_logits.stride())}; "
+                "pass inplace_backward=False or a .contiguous() copy"
+            )
+        span = stride * size
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_pair_options(beta: float, alpha: float, variant: str, label_smoothing: float) -> None:
+    for name, value in (("beta", beta), ("alpha", alpha), ("label_smoothing", label_smoothing)):
+        _check_number(name, value)
+    if not (beta > 0 and math.isfinite(beta)):
+        raise ValueError(f"beta must be positive and finite, got {beta}")
+    if not (alpha >= 0 and math.isfinite(alpha)):
+        raise ValueError(f"alpha must be at least 0 and finite, got {alpha}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
+
+
+def check_loss_options(
+    beta: float, alpha: float, variant: str, label_smoothing: float, reduction: str
+) -> None:
+    check_pair_options(beta, alpha, variant, label_smoothing)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+
+
+def check_pair_sums(logps_margin: Tensor, seq_kl: Tensor) -> None:
+    """Both ``[2B]`` floating tensors: chosen first, then rejected."""
+    for name, value in (("logps_margin", logps_margin), ("seq_kl", seq_kl)):
+        check_tensor(name, value)
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name} must be a floating tensor, got {_names((value.dtype,))}")
+        if value.dim() != 1 or value.shape[0] % 2:
+            raise ValueError(
+                f"{name} must have shape [2B], chosen then rejected, got {list(value.shape)}"
+            )
+    if logps_margin.shape != seq_kl.shape:
+        raise ValueError(
+            f"seq_kl must have the shape of logps_margin {list(logps_margin.shape)}, "
+            f"got {list(seq_kl.shape)}"
+        )
+
+
+def check_batch(policy_logits: Tensor) -> None:
+    """``[2B, T, V]``: chosen stacked on rejected."""
+    if policy_logits.dim() != 3:
+        raise ValueError(
+            "policy_logits must have shape [2B, T, V] (or [total, V] together with cu_seqlens), "
+            f"got {list(policy_logits.shape)}"
+        )
+    if policy_logits.shape[0] % 2:
+        raise ValueError(
+            "policy_logits must stack chosen on rejected along dimension 0, an even number of "
+            f"sequences, got {policy_logits.shape[0]}"
+        )
+
+
+def check_packed_batch(policy_logits: Tensor, cu_seqlens: Tensor) -> None:
+    """Logits ``[total, V]`` and boundaries ``[2B + 1]``; the boundaries' values are checked later."""
+    check_tensor("cu_seqlens", cu_seqlens)
+    if policy_logits.dim() != 2:
+        raise ValueError(
+            "policy_logits must have shape [total, V] when cu_seqlens is given, "
+            f"got {list(policy_logits.shape)}"
+        )
+    if cu_seqlens.dtype not in LABEL_DTYPES:
+        raise TypeError(
+            f"cu_seqlens must have dtype {_names(LABEL_DTYPES)}, got {_names((cu_seqlens.dtype,))}"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] % 2 != 1:
+        raise ValueError(
+            "cu_seqlens must have shape [2B + 1], chosen sequences before rejected ones, "
+            f"got {list(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != policy_logits.device:
+        raise ValueError(
+            f"cu_seqlens must be on the logits' device {policy_logits.device}, "
+            f"got {cu_seqlens.device}"
+        )
+
+
+def labels_error(came: str) -> ValueError:
+    return ValueError(
+        "give exactly one of labels (as the model saw them, shifted inside) and shift_labels "
+        f"(already aligned with the logits), got {came}"
+    )

@@ -1,0 +1,260 @@
+r"""TDPO in plain PyTorch: the definition of the method, and the truth the kernels are held to.
+
+Any device, any floating dtype, differentiable twice. It materialises several [..., V] tensors; the
+functions of the same names in ``tdpo_ext`` do not.
+
+Zeng et al., "Token-level Direct Preference Optimization", ICML 2024, arXiv 2404.11999. With state
+s_t = [x, y_<t], policy pi and reference pi_ref:
+
+    margin(x, y)  = sum_t log pi(y_t | s_t) - log pi_ref(y_t | s_t)
+    SeqKL(x, y)   = sum_t KL(pi_ref(. | s_t) || pi(. | s_t))          forward KL, whole vocabulary
+    TDPO1:  loss  = -log sigmoid(beta (dm - (SeqKL(y_l) - SeqKL(y_w))))
+    TDPO2:  loss  = -log sigmoid(beta (dm - alpha (SeqKL(y_l) - stop_grad(SeqKL(y_w)))))
+
+where dm = margin(x, y_w) - margin(x, y_l), y_w is the chosen and y_l the rejected response. TDPO2
+with alpha = 0 is DPO.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tdpo_ext import checks
+from tdpo_ext.outputs import TDPOOutput, TokenStats
+from tdpo_ext.sequences import align_labels, kept_counts, sequence_sums
+
+__all__ = ["pair_loss", "tdpo_loss", "token_stats"]
+
+
+def token_stats(
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+) -> TokenStats:
+    """As ``tdpo_ext.token_stats``, from softmaxes. ``inplace_backward=True`` raises ValueError."""
+    check_token_stats(policy_logits, reference_logits, labels, ignore_index)
+    if inplace_backward:
+        raise ValueError(
+            "inplace_backward=True is for tdpo_ext.token_stats: plain PyTorch keeps the logits for "
+            "its backward; pass inplace_backward=False"
+        )
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        checks.check_label_range(labels, policy_logits.shape[-1], ignore_index)
+    return stats_of_rows(policy_logits, reference_logits, labels, ignore_index)
+
+
+def check_token_stats(
+    policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, ignore_index: int
+) -> None:
+    """Everything that can be known without looking at values."""
+    checks.check_logits(policy_logits, reference_logits)
+    checks.check_labels("labels", labels, policy_logits)
+    checks.check_ignore_index(ignore_index)
+
+
+def stats_of_rows(
+    policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, ignore_index: int
+) -> TokenStats:
+    """The statistics of checked arguments; a label outside the vocabulary gives NaN."""
+    ignored = labels == ignore_index
+    outside = ~ignored & ((labels < 0) | (labels >= policy_logits.shape[-1]))
+    # Replaced before anything is computed: NaN or inf in an ignored row changes nothing, not even
+    # through a product of 0 with the row's gradient.
+    blank = ignored.unsqueeze(-1)
+    policy_log_probs = _log_softmax(policy_logits.masked_fill(blank, 0))
+    reference_log_probs = _log_softmax(reference_logits.masked_fill(blank, 0))
+    label = labels.masked_fill(ignored | outside, 0).to(torch.int64).unsqueeze(-1)
+
+    def per_token(values: Tensor) -> Tensor:
+        return values.masked_fill(outside, torch.nan).masked_fill(ignored, 0)
+
+    return TokenStats(
+        policy_logps=per_token(policy_log_probs.gather(-1, label).squeeze(-1)),
+        reference_logps=per_token(reference_log_probs.gather(-1, label).squeeze(-1)),
+        forward_kl=per_token(_forward_kl(policy_log_probs, reference_log_probs)),
+    )
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return F.log_softmax(logits, dim=-1, dtype=dtype)
+
+
+def _forward_kl(policy_log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
+    """KL(pi_ref || pi) = sum_v q (log q - log p), q = pi_ref(v), p = pi(v).
+
+    Since p and q both sum to 1 it equals sum_v (p - q + q u) with u = log q - log p. Every term of
+    that sum is at least 0 and none is large, so it neither turns negative nor loses its digits when
+    the two distributions are close. For close values p - q = q expm1(-u), exact to the last digits.
+    """
+    u = reference_log_probs - policy_log_probs
+    p, q = policy_log_probs.exp(), reference_log_probs.exp()
+    # The argument of every branch is made harmless where the branch is not taken: a masked_fill
+    # alone would still send 0 * inf = NaN into the gradient.
+    impossible = reference_log_probs == -torch.inf  # 0 log 0 = 0
+    close = u.abs() < 0.5
+    small_u = u.masked_fill(~close, 0)
+    large_u = u.masked_fill(close | impossible, 0)
+    terms = torch.where(close, q * (torch.expm1(-small_u) + small_u), p - q + q * large_u)
+    return terms.sum(dim=-1)
+
+
+def pair_loss(
+    logps_margin: Tensor,
+    seq_kl: Tensor,
+    *,
+    beta: float = 0.1,
+    alpha: float = 0.5,
+    variant: str = "tdpo2",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The loss of each pair from its sequence sums (the equations are at the top of this module).
+
+    Args:
+        logps_margin: ``[2B]`` floating, nats: sum_t log pi - log pi_ref of each response, the B
+            chosen ones first, then the B rejected ones in the same order.
+        seq_kl: ``[2B]``, nats: the sequential KL(pi_ref || pi) of the same responses.
+        beta: strength of the KL constraint, positive.
+        alpha: weight of the sequential KL in TDPO2, at least 0; 0 is DPO. TDPO1 ignores it.
+        variant: "tdpo2" or "tdpo1".
+        label_smoothing: probability, in [0, 0.5), that a preference is recorded the wrong way
+            round: -(1 - e) log sigmoid(h) - e log sigmoid(-h).
+
+    Returns:
+        ``[B]``, differentiable in both tensors.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or an option is not a number.
+        ValueError: a shape is not ``[2B]``, or an option is outside its range.
+    """
+    checks.check_pair_sums(logps_margin, seq_kl)
+    checks.check_pair_options(beta, alpha, variant, label_smoothing)
+    chosen_margin, rejected_margin = logps_margin.chunk(2)
+    chosen_kl, rejected_kl = seq_kl.chunk(2)
+    difference = chosen_margin - rejected_margin
+    if variant == "tdpo1":
+        logit = difference - (rejected_kl - chosen_kl)
+    elif alpha == 0:
+        # DPO, also where a KL is infinite and 0 * inf would be NaN.
+        logit = difference
+    else:
+        logit = difference - alpha * (rejected_kl - chosen_kl.detach())
+    losses = -F.logsigmoid(beta * logit)
+    if label_smoothing > 0:
+        losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-beta * logit)
+    return losses
+
+
+def tdpo_loss(
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    shift_labels: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta: float = 0.1,
+    alpha: float = 0.5,
+    variant: str = "tdpo2",
+    label_smoothing: float = 0.0,
+    average_log_prob: bool = False,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+) -> TDPOOutput:
+    """As ``tdpo_ext.tdpo_loss``, on top of this module's ``token_stats``."""
+    aligned = aligned_labels(
+        policy_logits, reference_logits, labels, shift_labels, cu_seqlens, ignore_index
+    )
+    checks.check_loss_options(beta, alpha, variant, label_smoothing, reduction)
+    stats = token_stats(
+        policy_logits,
+        reference_logits,
+        aligned,
+        ignore_index=ignore_index,
+        inplace_backward=inplace_backward,
+    )
+    return loss_from_stats(
+        stats,
+        aligned,
+        cu_seqlens=cu_seqlens,
+        beta=beta,
+        alpha=alpha,
+        variant=variant,
+        label_smoothing=label_smoothing,
+        average_log_prob=average_log_prob,
+        reduction=reduction,
+        ignore_index=ignore_index,
+    )
+
+
+def aligned_labels(
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """Check the batch's tensors against each other; labels aligned with the logits."""
+    checks.check_logits(policy_logits, reference_logits)
+    checks.check_ignore_index(ignore_index)
+    if cu_seqlens is None:
+        checks.check_batch(policy_logits)
+    else:
+        checks.check_packed_batch(policy_logits, cu_seqlens)
+    if labels is not None and shift_labels is None:
+        checks.check_labels("labels", labels, policy_logits)
+        return align_labels(labels, cu_seqlens, ignore_index)
+    if shift_labels is not None and labels is None:
+        checks.check_labels("shift_labels", shift_labels, policy_logits)
+        return shift_labels
+    raise checks.labels_error("neither" if labels is None else "both")
+
+
+def loss_from_stats(
+    stats: TokenStats,
+    aligned: Tensor,
+    *,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    alpha: float,
+    variant: str,
+    label_smoothing: float,
+    average_log_prob: bool,
+    reduction: str,
+    ignore_index: int,
+) -> TDPOOutput:
+    """Token statistics -> sequence sums -> pairs -> loss. KL and margin share one mask: the labels'."""
+    logps = sequence_sums(stats.policy_logps, cu_seqlens)
+    margin = sequence_sums(stats.policy_logps - stats.reference_logps, cu_seqlens)
+    seq_kl = sequence_sums(stats.forward_kl, cu_seqlens)
+    if average_log_prob:
+        kept = kept_counts(aligned, cu_seqlens, ignore_index)
+        logps, margin, seq_kl = logps / kept, margin / kept, seq_kl / kept
+    losses = pair_loss(
+        margin,
+        seq_kl,
+        beta=beta,
+        alpha=alpha,
+        variant=variant,
+        label_smoothing=label_smoothing,
+    )
+    reductions = {"none": lambda x: x, "mean": torch.mean, "sum": torch.sum}
+    chosen_rewards, rejected_rewards = (beta * (margin + seq_kl)).detach().chunk(2)
+    chosen_logps, rejected_logps = logps.detach().chunk(2)
+    chosen_kl, rejected_kl = seq_kl.detach().chunk(2)
+    return TDPOOutput(
+        loss=reductions[reduction](losses),
+        losses=losses.detach(),
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        chosen_kl=chosen_kl,
+        rejected_kl=rejected_kl,
+    )

@@ -1,0 +1,77 @@
+"""From tokens to sequences: which label each position is scored against, and sums along a response."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def align_labels(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """Labels as the model saw them -> labels aligned with the logits.
+
+    Position t of the logits predicts label t + 1, so the labels move one step and the last position
+    of every sequence is ignored. The logits are never sliced.
+    """
+    end = labels.new_full((*labels.shape[:-1], 1), ignore_index)
+    aligned = torch.cat((labels[..., 1:], end), dim=-1)
+    if cu_seqlens is None:
+        return aligned
+    position = torch.arange(labels.shape[0], device=labels.device)
+    return aligned.masked_fill(torch.isin(position + 1, cu_seqlens), ignore_index)
+
+
+@torch.library.custom_op("tdpo_ext::sequence_bounds", mutates_args=())
+def sequence_bounds(cu_seqlens: Tensor, total: int) -> Tensor:
+    """``cu_seqlens`` as int64 bounds that stay inside [0, total] and never descend.
+
+    A violation raises ValueError on the host. On an accelerator nobody waits for the values: the
+    bounds come back mended, so that no memory outside is read, and ``sequence_sums`` gives NaN.
+    """
+    if cu_seqlens.device.type == "cpu":
+        descends = bool((cu_seqlens[1:] < cu_seqlens[:-1]).any())
+        if descends or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total:
+            raise ValueError(
+                "cu_seqlens must ascend from 0 to the total number of tokens "
+                f"({total}), got {cu_seqlens.tolist()}"
+            )
+        return cu_seqlens.to(torch.int64, copy=True)
+    return cu_seqlens.to(torch.int64).clamp(0, total).cummax(0).values
+
+
+@sequence_bounds.register_fake
+def _(cu_seqlens: Tensor, total: int) -> Tensor:
+    return torch.empty_like(cu_seqlens, dtype=torch.int64)
+
+
+class _SegmentSum(torch.autograd.Function):
+    """Sums between bounds. Its gradient is a gather, so it can be differentiated any number of times
+    (``torch.segment_reduce`` itself only once), and no atomics are involved."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, bounds: Tensor) -> Tensor:
+        position = torch.arange(values.shape[0], device=values.device)
+        ctx.save_for_backward(torch.searchsorted(bounds[1:-1], position, right=True))
+        return torch.segment_reduce(values, "sum", offsets=bounds, axis=0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (sequence_of_token,) = ctx.saved_tensors
+        return gradients[0][sequence_of_token], None
+
+
+def sequence_sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Per-token values ``[2B, T]`` (or ``[total]`` with ``cu_seqlens``) -> their sums ``[2B]``."""
+    if cu_seqlens is None:
+        return values.sum(dim=-1)
+    bounds = torch.ops.tdpo_ext.sequence_bounds(cu_seqlens, values.shape[0])
+    sums: Tensor = _SegmentSum.apply(values, bounds)
+    usable = (bounds == cu_seqlens).all() & (cu_seqlens[-1] == values.shape[0])
+    return torch.where(usable & (cu_seqlens[0] == 0), sums, torch.nan)
+
+
+def kept_counts(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """How many labels of each sequence are not ignored, at least 1, as float32 ``[2B]``."""
+    kept = (labels != ignore_index).to(torch.float32)
+    return sequence_sums(kept, cu_seqlens).clamp(min=1)

@@ -1,5 +1,6 @@
 // The pybind11 module tdpo_ext._core: integers in, status out. Addresses, sizes and strides come as
-// integers; Python has checked them and keeps the tensors alive. The GIL is released while rows run.
+// integers; Python has checked them and keeps the tensors alive. The GIL is released while rows
+// run.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

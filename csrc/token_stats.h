@@ -9,8 +9,8 @@ namespace tdpo {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
-// Where the rows of a [..., V] tensor start. Leading dimensions that one stride serves are merged by
-// the caller; the last dimension is contiguous.
+// Where the rows of a [..., V] tensor start. Leading dimensions that one stride serves are merged
+// by the caller; the last dimension is contiguous.
 struct RowLayout {
   static constexpr int kMaxDims = 4;
   int dims = 0;
@@ -63,8 +63,8 @@ struct TokenStatsForward {
   void* normalizers;      // [rows] of Normalizers
 };
 
-// dz = grad_policy_logps (onehot(label) - p) + grad_forward_kl (p - q). The gradient may be stored over
-// the policy's logits.
+// dz = grad_policy_logps (onehot(label) - p) + grad_forward_kl (p - q). The gradient may be stored
+// over the policy's logits.
 struct TokenStatsBackward {
   TokenStatsProblem problem;
   const void* normalizers;        // [rows] of Normalizers

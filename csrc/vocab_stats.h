@@ -13,10 +13,10 @@
 //
 //   x = E[d] + E[e^d - 1 - d]                 KL = E[e^d - 1 - d] - (x - log(1 + x)).
 //
-// Sums are kept relative to a base (the largest z, the largest r, the centre), so nothing overflows.
-// `rebase` moves a record to another base; records over disjoint parts of the vocabulary, moved to a
-// common base, add up field by field. SIMD lanes, threads, blocks, tiles of the vocabulary and
-// tensor-parallel ranks all merge with these functions.
+// Sums are kept relative to a base (the largest z, the largest r, the centre), so nothing
+// overflows. `rebase` moves a record to another base; records over disjoint parts of the
+// vocabulary, moved to a common base, add up field by field. SIMD lanes, threads, blocks, tiles of
+// the vocabulary and tensor-parallel ranks all merge with these functions.
 #pragma once
 
 #include <math.h>
@@ -51,8 +51,8 @@ struct VocabStats {
   Real policy_sum;     // sum e^(z - policy_max)
   Real reference_sum;  // sum w,       w = e^(r - reference_max)
   Real gap_sum;        // sum w d,     d = z - r - centre
-  Real excess_sum;     // sum e^(z - policy_max) - k w (1 + d),  k = e^(reference_max + c - policy_max)
-                       //   = sum k w (e^d - 1 - d), and it counts policy mass where q = 0 as well
+  Real excess_sum;  // sum e^(z - policy_max) - k w (1 + d),  k = e^(reference_max + c - policy_max)
+                    //   = sum k w (e^d - 1 - d), and it counts policy mass where q = 0 as well
 };
 
 // What the row's outputs and its backward need.
@@ -68,6 +68,7 @@ struct RowSummary {
 template <class Real>
 struct CloseGap {
   static constexpr Real value = Real(0.5);
+  static constexpr Real squared = value * value;
 };
 
 template <class Real>
@@ -101,8 +102,9 @@ TDPO_ALGEBRA Real excess_of(Real x) {
   if (fabs(x) >= CloseGap<Real>::value) return expm1(x) - x;
   // Horner form of x^2 (1/2! + x/3! + x^2/4! + ...); the terms left out are below 1e-17 of the sum.
   Real sum = Real(0);
-  for (int n = 16; n >= 2; --n) sum = (sum * x + Real(1)) / Real(n);
-  return sum * x;
+  for (int n = 16; n >= 2; --n)
+    sum = (sum * x + Real(1)) / Real(n);  // -> 1/2! + x/3! + x^2/4! + ...
+  return sum * x * x;
 }
 
 // e^(a - b), and 0 for a = -inf also where b = -inf.
@@ -113,8 +115,8 @@ TDPO_ALGEBRA Real relative_scale(Real a, Real b) {
 
 // The same record relative to another base, whose maxima are not smaller.
 //
-// With s = centre - new centre the gaps grow by s: sum w d becomes sum w d + s sum w. The linear mass
-// k w (1 + d) changes as well; what it loses moves into the excess:
+// With s = centre - new centre the gaps grow by s: sum w d becomes sum w d + s sum w. The linear
+// mass k w (1 + d) changes as well; what it loses moves into the excess:
 //   e^(reference_max + c' - policy_max') [ (e^s - 1 - s) sum w + (e^s - 1) sum w d ].
 template <class Real>
 TDPO_ALGEBRA VocabStats<Real> rebase(const VocabStats<Real>& stats, const Base<Real>& base) {
@@ -176,7 +178,7 @@ TDPO_ALGEBRA RowSummary<Real> finalise(const VocabStats<Real>& stats) {
   const double x = mean_gap + excess;
   double log_mean;  // log E[e^d]
   double kl;
-  if (fabs(x) < 0.5) {
+  if (fabs(mean_gap) < 0.5 && excess < 0.5) {
     log_mean = log1p(x);
     kl = excess - (x - log_mean);
   } else {  // far apart, or the excess overflowed: now the plain difference has all its digits

@@ -1,13 +1,15 @@
-// One row forward, one row backward, in the vectors of the instruction set whose file includes this.
+// One row forward, one row backward, in the vectors of the instruction set whose file includes
+// this.
 //
-// Roofline, per pair (z, r) of logits of S bytes: forward reads 2 S bytes and takes two exponentials
-// and a polynomial; backward reads S or 2 S bytes, writes S, and takes one or two exponentials. One
-// core streams 8 bytes in about 0.7 ns, in which it issues some 35 to 60 vector instructions for 16
-// pairs; forward needs about 50, so at float32 it is close to the memory's speed and at bfloat16
-// bound by arithmetic.
+// Roofline, per pair (z, r) of logits of S bytes: forward reads 2 S bytes and takes two
+// exponentials and a polynomial; backward reads S or 2 S bytes, writes S, and takes one or two
+// exponentials. One core streams 8 bytes in about 0.7 ns, in which it issues some 35 to 60 vector
+// instructions for 16 pairs; forward needs about 50, so at float32 it is close to the memory's
+// speed and at bfloat16 bound by arithmetic.
 //
-// Decomposition: one row, one thread. The row goes by in blocks small enough for the L1 cache: first
-// the block's maxima (this reads memory, while the next block is prefetched), then its sums from L1.
+// Decomposition: one row, one thread. The row goes by in blocks small enough for the L1 cache:
+// first the block's maxima (this reads memory, while the next block is prefetched), then its sums
+// from L1.
 #include <cmath>
 
 #include "../vocab_stats.h"
@@ -17,7 +19,10 @@
 namespace tdpo::cpu::TDPO_INSTRUCTION_SET {
 namespace {
 
-constexpr int64_t kBlock = 2048;
+// Logits to a block: few enough that both sides stay in the L1 cache, and that a lane's float32 sum
+// takes in no more than 128 terms before it joins the record.
+template <class Real>
+constexpr int64_t kBlock = 128 * Lanes<Real>::kCount;
 
 // Calls body(z, r) with one vector of each at a time; the last may be padded with -inf.
 template <class T, class Body>
@@ -98,7 +103,7 @@ TDPO_INLINE void add_block(VocabStats<Real>& stats, const T* policy, const T* re
     policy_sum += policy_mass;
     reference_sum += w;
     gap_sum += weighted_gap;
-    excess_sum += d_squared < CloseGap<Real>::value * CloseGap<Real>::value ? close : far;
+    excess_sum += d_squared < CloseGap<Real>::squared ? close : far;
   });
   stats.policy_sum += sum_of_lanes<Real>(policy_sum);
   stats.reference_sum += sum_of_lanes<Real>(reference_sum);
@@ -121,8 +126,8 @@ TDPO_INLINE void prefetch_block(const T* block, int64_t count) {
 template <class T, class Real>
 VocabStats<Real> stats_of_row(const T* policy, const T* reference, int64_t vocabulary) {
   VocabStats<Real> stats = empty_stats<Real>();
-  for (int64_t start = 0; start < vocabulary; start += kBlock) {
-    const int64_t left = vocabulary - start, count = left < kBlock ? left : kBlock;
+  for (int64_t start = 0; start < vocabulary; start += kBlock<Real>) {
+    const int64_t left = vocabulary - start, count = left < kBlock<Real> ? left : kBlock<Real>;
     const T* z = policy + start;
     const T* r = reference + start;
     const Extremes<Real> extremes = extremes_of_block(z, r, count);
@@ -132,10 +137,10 @@ VocabStats<Real> stats_of_row(const T* policy, const T* reference, int64_t vocab
       base.reference_max = extremes.reference_max;
       base.centre = centre_of_block(z, r, count, extremes.reference_max);
     }
-    const bool moved = base.policy_max != stats.base.policy_max ||
-                       base.reference_max != stats.base.reference_max;
+    const bool moved =
+        base.policy_max != stats.base.policy_max || base.reference_max != stats.base.reference_max;
     if (moved) stats = rebase(stats, base);
-    const int64_t next = left - count < kBlock ? left - count : kBlock;
+    const int64_t next = left - count < kBlock<Real> ? left - count : kBlock<Real>;
     prefetch_block(z + count, next);
     prefetch_block(r + count, next);
     add_block(stats, z, r, count, extremes.policy_min == -Real(INFINITY));
@@ -167,9 +172,10 @@ void forward(const RowForward& row) {
       Real(1) / stats.reference_sum, summary.log_sum_gap};
 }
 
-// ---- backward ------------------------------------------------------------------------------------
+// ---- backward
+// ------------------------------------------------------------------------------------
 
-// dz without the label's one: each kind reads what its algebra needs and nothing else.
+// dz of every entry but the label's. Each kind reads what its algebra needs and nothing else.
 
 template <class Real>
 struct PolicyOnly {  // g_k = 0: -g_m p
@@ -187,61 +193,96 @@ struct ReferenceOnly {  // g_k = g_m: -g_m p + g_m (p - q) = -g_m q
   }
 };
 
-// -g_m p + g_k (p - q) = (g_k - g_m) (p - q) - g_m q, where p - q = q (e^u - 1), u = log p - log q,
-// keeps its digits when p and q are close.
+// g_k (p - q) - g_m p. Where p and q are close, p - q = q (e^u - 1) with u = log p - log q keeps
+// its digits, provided that u has them: with logits shifted far against each other it has not.
 template <class Real>
 struct Both {
   Normalizers<Real> of;
-  Real difference_weight, reference_weight;
+  Real g_m, g_k, close_squared;
+  Both(const Normalizers<Real>& of, Real g_m, Real g_k)
+      : of(of),
+        g_m(g_m),
+        g_k(g_k),
+        close_squared(std::fabs(of.log_sum_gap) < Real(2) ? CloseGap<Real>::squared : Real(0)) {}
   TDPO_INLINE Vector<Real> gradient(const Both& c, Vector<Real> z, Vector<Real> r) {
     const Vector<Real> p = exp_of_nonpositive<Real>(z - c.of.policy_max) * c.of.policy_scale;
     const Vector<Real> q = exp_of_nonpositive<Real>(r - c.of.reference_max) * c.of.reference_scale;
     const Vector<Real> u = (z - r) - c.of.log_sum_gap;
     const Vector<Real> u_squared = u * u;
     const Vector<Real> close = q * (u + excess_of_close<Real>(u, u_squared));
-    const Vector<Real> difference =
-        u_squared < CloseGap<Real>::value * CloseGap<Real>::value ? close : p - q;
-    return difference * c.difference_weight + q * c.reference_weight;
+    const Vector<Real> difference = u_squared < c.close_squared ? close : p - q;
+    return difference * c.g_k - p * c.g_m;
   }
 };
 
-template <class T, bool kReadsPolicy, bool kReadsReference, class Kind, class Real>
-TDPO_INLINE void write_gradient(const RowBackward& row, const Kind& kind, Real label_gradient) {
-  constexpr int64_t kLanes = Lanes<Real>::kCount;
-  const T* policy = static_cast<const T*>(row.policy);
-  const T* reference = static_cast<const T*>(row.reference);
-  T* gradient = static_cast<T*>(row.gradient);
-  const auto load = [&](int64_t at, int64_t count, Vector<Real>& z, Vector<Real>& r) {
-    if (kReadsPolicy) z = count == kLanes ? Storage<T>::load(policy + at) : load_some(policy + at, count);
-    if (kReadsReference) {
-      r = count == kLanes ? Storage<T>::load(reference + at) : load_some(reference + at, count);
-    }
-  };
-  const auto store = [&](int64_t at, int64_t count, Vector<Real> value) {
-    if (count == kLanes) Storage<T>::store(gradient + at, value);
-    else store_some(gradient + at, value, count);
-  };
-  // The vector around the label is made now, before an in-place gradient overwrites its logits, and
-  // stored last: its one joins before rounding, not after.
-  const int64_t label_start = row.label / kLanes * kLanes;
-  const int64_t label_count =
-      row.vocabulary - label_start < kLanes ? row.vocabulary - label_start : kLanes;
-  Vector<Real> z{}, r{};
-  load(label_start, label_count, z, r);
-  Vector<Real> around_label = Kind::gradient(kind, z, r);
-  around_label[row.label - label_start] += label_gradient;
+// The gradient of one row. Since a row of it sums to 0, the label's entry is minus the sum of the
+// others: where p is almost 1 at the label, g_m (1 - p) would have lost its digits.
+template <class T, bool kReadsPolicy, bool kReadsReference, class Kind>
+class GradientWriter {
+ public:
+  TDPO_INLINE void run(const RowBackward& row, const Kind& kind) {
+    const GradientWriter writer = {static_cast<const T*>(row.policy),
+                                   static_cast<const T*>(row.reference),
+                                   static_cast<T*>(row.gradient), kind};
+    // The vector around the label comes last.
+    const int64_t start = row.label / kLanes * kLanes;
+    const int64_t left = row.vocabulary - start, count = left < kLanes ? left : kLanes;
+    double others = writer.write_range(0, start);
+    others += writer.write_range(start + count, row.vocabulary);
+    Vector<Real> around_label = writer.some(start, count);
+    around_label[row.label - start] = 0;
+    around_label[row.label - start] = Real(-(others + sum_of_lanes<Real>(around_label)));
+    store_some(writer.gradient + start, around_label, count);
+  }
 
-  int64_t at = 0;
-  for (; at + kLanes <= row.vocabulary; at += kLanes) {
-    load(at, kLanes, z, r);
-    Storage<T>::store(gradient + at, Kind::gradient(kind, z, r));
+ private:
+  using Real = typename Storage<T>::Accumulator;
+  static constexpr int64_t kLanes = Lanes<Real>::kCount;
+
+  const T* policy;
+  const T* reference;
+  T* gradient;
+  const Kind& kind;
+
+  GradientWriter(const T* policy, const T* reference, T* gradient, const Kind& kind)
+      : policy(policy), reference(reference), gradient(gradient), kind(kind) {}
+
+  TDPO_INLINE Vector<Real> whole(const GradientWriter& w, int64_t at) {
+    Vector<Real> z{}, r{};
+    if (kReadsPolicy) z = Storage<T>::load(w.policy + at);
+    if (kReadsReference) r = Storage<T>::load(w.reference + at);
+    return Kind::gradient(w.kind, z, r);
   }
-  if (at < row.vocabulary) {
-    load(at, row.vocabulary - at, z, r);
-    store(at, row.vocabulary - at, Kind::gradient(kind, z, r));
+
+  Vector<Real> some(int64_t at, int64_t count) const {
+    Vector<Real> z{}, r{};
+    if (kReadsPolicy) z = load_some(policy + at, count);
+    if (kReadsReference) r = load_some(reference + at, count);
+    return Kind::gradient(kind, z, r);
   }
-  store(label_start, label_count, around_label);
-}
+
+  // Writes [start, end), start a multiple of kLanes, and returns its sum. Blocks of it are summed
+  // first: a float that takes in a whole vocabulary would lose digits.
+  double write_range(int64_t start, int64_t end) const {
+    double total = 0;
+    while (end - start >= kLanes) {
+      const int64_t stop = end - start < kBlock<Real> ? end : start + kBlock<Real>;
+      Vector<Real> sum{};
+      for (; start + kLanes <= stop; start += kLanes) {
+        const Vector<Real> value = whole(*this, start);
+        Storage<T>::store(gradient + start, value);
+        sum += value;
+      }
+      total += sum_of_lanes<Real>(sum);
+    }
+    if (start < end) {
+      const Vector<Real> value = some(start, end - start);
+      store_some(gradient + start, value, end - start);
+      total += sum_of_lanes<Real>(value);
+    }
+    return total;
+  }
+};
 
 template <class T>
 void backward(const RowBackward& row) {
@@ -252,28 +293,31 @@ void backward(const RowBackward& row) {
   if (g_m == Real(0) && g_k == Real(0)) {
     std::memset(row.gradient, 0, static_cast<size_t>(row.vocabulary) * sizeof(T));
   } else if (g_k == Real(0)) {
-    write_gradient<T, true, false>(row, PolicyOnly<Real>{of.policy_max, -g_m * of.policy_scale}, g_m);
+    const PolicyOnly<Real> kind = {of.policy_max, -g_m * of.policy_scale};
+    GradientWriter<T, true, false, PolicyOnly<Real>>::run(row, kind);
   } else if (g_k == g_m) {
-    write_gradient<T, false, true>(
-        row, ReferenceOnly<Real>{of.reference_max, -g_m * of.reference_scale}, g_m);
+    const ReferenceOnly<Real> kind = {of.reference_max, -g_m * of.reference_scale};
+    GradientWriter<T, false, true, ReferenceOnly<Real>>::run(row, kind);
   } else {
-    write_gradient<T, true, true>(row, Both<Real>{of, g_k - g_m, -g_m}, g_m);
+    const Both<Real> kind(of, g_m, g_k);
+    GradientWriter<T, true, true, Both<Real>>::run(row, kind);
   }
 }
 
 }  // namespace
 }  // namespace tdpo::cpu::TDPO_INSTRUCTION_SET
 
-#define TDPO_ROW_KERNELS(name)                                                             \
-  {                                                                                        \
-    name,                                                                                  \
-        {TDPO_INSTRUCTION_SET::forward<float>, TDPO_INSTRUCTION_SET::forward<TDPO_INSTRUCTION_SET::BFloat16>, \
-         TDPO_INSTRUCTION_SET::forward<TDPO_INSTRUCTION_SET::Float16>,                     \
-         TDPO_INSTRUCTION_SET::forward<double>},                                           \
-    {                                                                                      \
-      TDPO_INSTRUCTION_SET::backward<float>,                                               \
-          TDPO_INSTRUCTION_SET::backward<TDPO_INSTRUCTION_SET::BFloat16>,                  \
-          TDPO_INSTRUCTION_SET::backward<TDPO_INSTRUCTION_SET::Float16>,                   \
-          TDPO_INSTRUCTION_SET::backward<double>                                           \
-    }                                                                                      \
+#define TDPO_ROW_KERNELS(name)                                            \
+  {                                                                       \
+    name,                                                                 \
+        {TDPO_INSTRUCTION_SET::forward<float>,                            \
+         TDPO_INSTRUCTION_SET::forward<TDPO_INSTRUCTION_SET::BFloat16>,   \
+         TDPO_INSTRUCTION_SET::forward<TDPO_INSTRUCTION_SET::Float16>,    \
+         TDPO_INSTRUCTION_SET::forward<double>},                          \
+    {                                                                     \
+      TDPO_INSTRUCTION_SET::backward<float>,                              \
+          TDPO_INSTRUCTION_SET::backward<TDPO_INSTRUCTION_SET::BFloat16>, \
+          TDPO_INSTRUCTION_SET::backward<TDPO_INSTRUCTION_SET::Float16>,  \
+          TDPO_INSTRUCTION_SET::backward<double>                          \
+    }                                                                     \
   }

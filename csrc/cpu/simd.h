@@ -68,7 +68,8 @@ TDPO_INLINE V max_keeping_nan(V floor, V x) {
   return floor > x ? floor : x;
 }
 
-// ---- loads and stores: no alignment is assumed ---------------------------------------------------
+// ---- loads and stores: no alignment is assumed
+// ---------------------------------------------------
 
 template <class T>
 struct Storage;
@@ -141,7 +142,8 @@ struct Storage<Float16> {
   TDPO_INLINE Vector<float> load(const Float16* from) {
     const Bits<float> half = __builtin_convertvector(load_half_bits(from), Bits<float>);
     const Bits<float> magnitude = (half & 0x7fff) << 13;
-    // Reading float16's exponent as float32's is off by 2^112; the product is exact, subnormals too.
+    // Reading float16's exponent as float32's is off by 2^112; the product is exact, subnormals
+    // too.
     const Vector<float> scaled = bit_cast<Vector<float>>(magnitude) * 0x1p112f;
     const Bits<float> special = magnitude | 0x7f800000;
     const Bits<float> bits = magnitude >= 0x0f800000 ? special : bit_cast<Bits<float>>(scaled);
@@ -181,7 +183,8 @@ TDPO_INLINE void store_some(T* to, Vector<typename Storage<T>::Accumulator> valu
   std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(T));
 }
 
-// ---- exponentials --------------------------------------------------------------------------------
+// ---- exponentials
+// --------------------------------------------------------------------------------
 //
 // e^x = 2^n e^f, n = round(x / ln 2), |f| <= ln 2 / 2. Adding kRoundToInteger leaves n plus the
 // exponent bias in the low bits of the sum, where a shift makes them the exponent of 2^n.
@@ -198,10 +201,10 @@ struct ExpConstants<float> {
   static constexpr float kLn2Low = -2.12194440e-4f;
   static constexpr int kMantissaBits = 23;
   // Minimax (Remez) for e^f = 1 + f + f^2 P(f): relative error 3e-9.
-  static constexpr float kExp[] = {1.0f,           1.0f,           0.4999999343f, 0.166665204f,
-                                   0.04166839077f, 0.008368745038f, 0.001381454055f};
+  static constexpr float kExp[] = {
+      1.0f, 1.0f, 0.4999999343f, 0.166665204f, 0.04166839077f, 0.008368745038f, 0.001381454055f};
   // Minimax for (e^d - 1 - d) / d^2 on |d| <= 1/2: relative error 2.4e-8.
-  static constexpr float kExcess[] = {0.500000012f,    0.1666666546f,  0.04166579594f,
+  static constexpr float kExcess[] = {0.500000012f,    0.1666666546f,   0.04166579594f,
                                       0.008333452171f, 0.001398199736f, 0.0001987562958f};
 };
 
@@ -271,7 +274,8 @@ TDPO_INLINE Vector<Real> excess_of_close(Vector<Real> d, Vector<Real> d_squared)
   return d_squared * polynomial<Real>(ExpConstants<Real>::kExcess, d);
 }
 
-// ---- lanes together ------------------------------------------------------------------------------
+// ---- lanes together
+// ------------------------------------------------------------------------------
 
 template <class Real>
 TDPO_INLINE Real sum_of_lanes(Vector<Real> value) {

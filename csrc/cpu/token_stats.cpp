@@ -27,7 +27,8 @@ size_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; 
 
 template <class Pointer>
 Pointer advance(Pointer data, int64_t elements, size_t element_size) {
-  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+  using Byte =
+      std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
   return static_cast<Byte*>(data) + elements * static_cast<int64_t>(element_size);
 }
 

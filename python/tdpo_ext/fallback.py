@@ -104,13 +104,17 @@ def backward(
         z_max, z_scale, r_max, r_scale, gap = normalizers[rows].unsqueeze(-1).unbind(-2)
         p, q = (z - z_max).exp() * z_scale, (r - r_max).exp() * r_scale
         u = z - r - gap  # log p - log q
-        close = u.abs() < 0.5
+        # Shifted far against each other, z - r has lost the digits that u would keep.
+        close = (u.abs() < 0.5) & (gap.abs() < 2)
         difference = torch.where(close, q * torch.expm1(u.masked_fill(~close, 0)), p - q)
         label = labels[rows].to(torch.int64).unsqueeze(-1)
         ignored = label == ignore_index
         outside = ~ignored & ((label < 0) | (label >= vocabulary))
         g_m = grad_logps[rows].unsqueeze(-1).masked_fill(outside, torch.nan)
         g_k = grad_kl[rows].unsqueeze(-1)
-        result = (g_k - g_m) * difference - g_m * q
-        result.scatter_add_(-1, label.masked_fill(ignored | outside, 0), g_m)
+        result = g_k * difference - g_m * p
+        # A row sums to 0: where p is almost 1 at the label, g_m (1 - p) would have lost its digits.
+        label = label.masked_fill(ignored | outside, 0)
+        result.scatter_(-1, label, 0)
+        result.scatter_(-1, label, -result.sum(-1, keepdim=True))
         gradient[rows] = result.masked_fill(ignored, 0).to(gradient.dtype)

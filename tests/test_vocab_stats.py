@@ -1,0 +1,155 @@
+"""The algebra of csrc/vocab_stats.h: split the vocabulary anywhere, in any number of parts, merged in
+any order, and the result is the same to rounding, and the right one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TOLERANCE = {"float32": 4e-6, "float64": 4e-13}
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler on the path")
+    library = tmp_path_factory.mktemp("harness") / "vocab_stats.so"
+    source = ROOT / "tests" / "vocab_stats_harness.cpp"
+    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    include = f"-I{ROOT / 'csrc'}"
+    subprocess.run([compiler, *flags, include, str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+class Algebra:
+    """Records as NumPy arrays."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: str):
+        self.library, self.dtype = library, dtype
+        self.size = self._call("stats_size")
+
+    def _call(self, name: str, *arguments):
+        pointers = [
+            a.ctypes.data_as(ctypes.c_void_p) if isinstance(a, np.ndarray) else a for a in arguments
+        ]
+        return getattr(self.library, f"{name}_{self.dtype}")(*pointers)
+
+    def record(self, z: np.ndarray, r: np.ndarray) -> np.ndarray:
+        stats = np.empty(self.size, self.dtype)
+        z, r = np.ascontiguousarray(z), np.ascontiguousarray(r)
+        self._call("record", z, r, ctypes.c_long(len(z)), stats)
+        return stats
+
+    def merge(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        total = np.empty(self.size, self.dtype)
+        self._call("merge", a, b, total)
+        return total
+
+    def results(self, stats: np.ndarray) -> np.ndarray:
+        """lse(z), lse(r), lse(z) - lse(r), KL(q || p)."""
+        values = np.empty(4, self.dtype)
+        self._call("finalise", stats, values)
+        return values.astype(np.float64)
+
+
+@pytest.fixture(params=["float32", "float64"])
+def algebra(request, harness):
+    return Algebra(harness, request.param)
+
+
+def truth(z: np.ndarray, r: np.ndarray) -> np.ndarray:
+    z, r = z.astype(np.longdouble), r.astype(np.longdouble)
+    lse_z, lse_r = (x.max() + np.log(np.exp(x - x.max()).sum()) for x in (z, r))
+    log_p, log_q = z - lse_z, r - lse_r
+    p, q = np.exp(log_p), np.exp(log_q)
+    with np.errstate(invalid="ignore"):
+        terms = p - q + np.where(q == 0, 0, q * (log_q - log_p))
+    return np.array([lse_z, lse_r, lse_z - lse_r, terms.sum()], np.float64)
+
+
+def merged_at_random(algebra: Algebra, z, r, rng) -> np.ndarray:
+    """Random entries to a random number of parts, then random pairs merged until one is left."""
+    part = rng.integers(0, rng.integers(1, 12), len(z))
+    records = [algebra.record(z[part == k], r[part == k]) for k in range(part.max() + 1)]
+    while len(records) > 1:
+        a, b = rng.choice(len(records), 2, replace=False)
+        merged = algebra.merge(records[a], records[b])
+        records = [x for i, x in enumerate(records) if i not in (a, b)] + [merged]
+    return records[0]
+
+
+CASES = {
+    "close": lambda rng, v: (lambda r: (r + rng.normal(0, 0.02, v), r))(rng.normal(0, 2, v)),
+    "apart": lambda rng, v: (rng.normal(0, 2, v), rng.normal(0, 2, v)),
+    "wide": lambda rng, v: (rng.normal(0, 30, v), rng.normal(0, 30, v)),
+    "shifted": lambda rng, v: (lambda r: (r + 250 + rng.normal(0, 0.5, v), r))(rng.normal(0, 2, v)),
+    "masked reference": lambda rng, v: (
+        rng.normal(0, 1, v),
+        np.where(np.arange(v) % 3 == 0, -np.inf, rng.normal(0, 1, v)),
+    ),
+    "masked both": lambda rng, v: tuple(
+        np.where(np.arange(v) % 3 == 0, -np.inf, rng.normal(0, 1, v)) for _ in range(2)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("vocabulary", [1, 2, 5, 64, 301])
+def test_any_split_in_any_order_gives_the_same_and_the_right_result(algebra, case, vocabulary):
+    rng = np.random.default_rng(7)
+    # A row whose every reference logit is -inf has no distribution; entry 1 is never masked.
+    vocabulary = max(vocabulary, 2) if "masked" in case else vocabulary
+    z, r = (x.astype(algebra.dtype) for x in CASES[case](rng, vocabulary))
+    want = truth(z, r)
+    scale = np.maximum(np.abs(want), 1.0)
+    for _ in range(25):
+        got = algebra.results(merged_at_random(algebra, z, r, rng))
+        assert np.all(np.abs(got - want) <= TOLERANCE[algebra.dtype] * scale), (got, want)
+        assert got[3] >= 0
+
+
+def test_the_kl_keeps_its_digits_in_every_split(algebra):
+    rng = np.random.default_rng(11)
+    r = rng.normal(0, 2, 500).astype(algebra.dtype)
+    z = (r + rng.normal(0, 1e-3, 500)).astype(algebra.dtype)
+    want = truth(z, r)[3]
+    assert 1e-8 < want < 1e-5
+    for _ in range(25):
+        got = algebra.results(merged_at_random(algebra, z, r, rng))[3]
+        assert got == pytest.approx(want, rel=1e-3 if algebra.dtype == "float32" else 1e-9)
+
+
+def test_identical_rows_have_no_divergence_in_any_split(algebra):
+    rng = np.random.default_rng(13)
+    z = rng.normal(0, 3, 200).astype(algebra.dtype)
+    z[::7] = -np.inf
+    for _ in range(25):
+        assert algebra.results(merged_at_random(algebra, z, z, rng))[3] == 0
+
+
+def test_no_policy_mass_where_the_reference_has_some_is_infinite(algebra):
+    rng = np.random.default_rng(17)
+    z, r = rng.normal(0, 1, (2, 60)).astype(algebra.dtype)
+    # The second one weighs e^-300 of the row: nothing in float32, and still not 0.
+    z[5], z[9], r[9] = -np.inf, -np.inf, -300
+    for position in (5, 9):
+        finite = z.copy()
+        finite[14 - position] = 0
+        for _ in range(25):
+            assert algebra.results(merged_at_random(algebra, finite, r, rng))[3] == np.inf
+
+
+def test_an_empty_record_changes_nothing(algebra):
+    rng = np.random.default_rng(19)
+    z, r = rng.normal(0, 1, (2, 40)).astype(algebra.dtype)
+    record, empty = algebra.record(z, r), algebra.record(z[:0], r[:0])
+    for merged in (algebra.merge(record, empty), algebra.merge(empty, record)):
+        np.testing.assert_array_equal(merged, record)

@@ -1,0 +1,35 @@
+// csrc/vocab_stats.h behind a C interface, so that Python can split vocabularies and merge records.
+// It uses the record one entry at a time, as slowly and plainly as can be.
+#include "vocab_stats.h"
+
+namespace {
+
+template <class Real>
+tdpo::VocabStats<Real> record_of(const Real* z, const Real* r, long count) {
+  tdpo::VocabStats<Real> stats = tdpo::empty_stats<Real>();
+  for (long v = 0; v < count; ++v) stats = tdpo::merge(stats, tdpo::stats_of_one(z[v], r[v]));
+  return stats;
+}
+
+}  // namespace
+
+#define TDPO_HARNESS(Real, suffix)                                                              \
+  extern "C" int stats_size_##suffix() { return sizeof(tdpo::VocabStats<Real>) / sizeof(Real); } \
+  extern "C" void record_##suffix(const Real* z, const Real* r, long count,                     \
+                                  tdpo::VocabStats<Real>* stats) {                              \
+    *stats = record_of(z, r, count);                                                            \
+  }                                                                                             \
+  extern "C" void merge_##suffix(const tdpo::VocabStats<Real>* a,                               \
+                                 const tdpo::VocabStats<Real>* b, tdpo::VocabStats<Real>* sum) { \
+    *sum = tdpo::merge(*a, *b);                                                                 \
+  }                                                                                             \
+  extern "C" void finalise_##suffix(const tdpo::VocabStats<Real>* stats, Real* results) {       \
+    const tdpo::RowSummary<Real> summary = tdpo::finalise(*stats);                              \
+    results[0] = stats->base.policy_max + summary.policy_log_sum;                               \
+    results[1] = stats->base.reference_max + summary.reference_log_sum;                         \
+    results[2] = summary.log_sum_gap;                                                           \
+    results[3] = summary.forward_kl;                                                            \
+  }
+
+TDPO_HARNESS(float, float32)
+TDPO_HARNESS(double, float64)

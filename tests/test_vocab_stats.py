@@ -1,5 +1,8 @@
-"""The algebra of csrc/vocab_stats.h: split the vocabulary anywhere, in any number of parts, merged in
-any order, and the result is the same to rounding, and the right one."""
+"""The algebra of csrc/vocab_stats.h.
+
+Split the vocabulary anywhere, in any number of parts, merge in any order: the result is the same to
+rounding, and the right one.
+"""
 
 from __future__ import annotations
 

@@ -13,22 +13,22 @@ tdpo::VocabStats<Real> record_of(const Real* z, const Real* r, long count) {
 
 }  // namespace
 
-#define TDPO_HARNESS(Real, suffix)                                                              \
-  extern "C" int stats_size_##suffix() { return sizeof(tdpo::VocabStats<Real>) / sizeof(Real); } \
-  extern "C" void record_##suffix(const Real* z, const Real* r, long count,                     \
-                                  tdpo::VocabStats<Real>* stats) {                              \
-    *stats = record_of(z, r, count);                                                            \
-  }                                                                                             \
-  extern "C" void merge_##suffix(const tdpo::VocabStats<Real>* a,                               \
-                                 const tdpo::VocabStats<Real>* b, tdpo::VocabStats<Real>* sum) { \
-    *sum = tdpo::merge(*a, *b);                                                                 \
-  }                                                                                             \
-  extern "C" void finalise_##suffix(const tdpo::VocabStats<Real>* stats, Real* results) {       \
-    const tdpo::RowSummary<Real> summary = tdpo::finalise(*stats);                              \
-    results[0] = stats->base.policy_max + summary.policy_log_sum;                               \
-    results[1] = stats->base.reference_max + summary.reference_log_sum;                         \
-    results[2] = summary.log_sum_gap;                                                           \
-    results[3] = summary.forward_kl;                                                            \
+#define TDPO_HARNESS(Real, suffix)                                                                 \
+  extern "C" int stats_size_##suffix() { return sizeof(tdpo::VocabStats<Real>) / sizeof(Real); }   \
+  extern "C" void record_##suffix(const Real* z, const Real* r, long count,                        \
+                                  tdpo::VocabStats<Real>* stats) {                                 \
+    *stats = record_of(z, r, count);                                                               \
+  }                                                                                                \
+  extern "C" void merge_##suffix(const tdpo::VocabStats<Real>* a, const tdpo::VocabStats<Real>* b, \
+                                 tdpo::VocabStats<Real>* sum) {                                    \
+    *sum = tdpo::merge(*a, *b);                                                                    \
+  }                                                                                                \
+  extern "C" void finalise_##suffix(const tdpo::VocabStats<Real>* stats, Real* results) {          \
+    const tdpo::RowSummary<Real> summary = tdpo::finalise(*stats);                                 \
+    results[0] = stats->base.policy_max + summary.policy_log_sum;                                  \
+    results[1] = stats->base.reference_max + summary.reference_log_sum;                            \
+    results[2] = summary.log_sum_gap;                                                              \
+    results[3] = summary.forward_kl;                                                               \
   }
 
 TDPO_HARNESS(float, float32)

@@ -1,4 +1,4 @@
-"""Token-level Direct Preference Optimization: the loss, its per-token statistics, and their kernels."""
+"""Token-level Direct Preference Optimization: the loss, its per-token statistics, their kernels."""
 
 from tdpo_ext import reference
 from tdpo_ext.functional import pair_loss, tdpo_loss, token_stats

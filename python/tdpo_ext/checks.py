@@ -76,7 +76,9 @@ def check_labels(name: str, labels: Tensor, logits: Tensor) -> None:
             f"{list(logits.shape[:-1])}, got {list(labels.shape)}"
         )
     if labels.device != logits.device:
-        raise ValueError(f"{name} must be on the logits' device {logits.device}, got {labels.device}")
+        raise ValueError(
+            f"{name} must be on the logits' device {logits.device}, got {labels.device}"
+        )
 
 
 def check_ignore_index(ignore_index: int) -> None:
@@ -172,7 +174,7 @@ def check_batch(policy_logits: Tensor) -> None:
 
 
 def check_packed_batch(policy_logits: Tensor, cu_seqlens: Tensor) -> None:
-    """Logits ``[total, V]`` and boundaries ``[2B + 1]``; the boundaries' values are checked later."""
+    """Logits ``[total, V]`` and boundaries ``[2B + 1]``; their values are checked later."""
     check_tensor("cu_seqlens", cu_seqlens)
     if policy_logits.dim() != 2:
         raise ValueError(

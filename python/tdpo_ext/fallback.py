@@ -1,7 +1,7 @@
-"""The ops in plain PyTorch, for tensors that no compiled kernel serves: explicit forward and backward.
+"""The ops in plain PyTorch, for tensors that no compiled kernel serves.
 
-Rows are taken a block at a time, so that the temporaries stay small beside the logits. What is saved
-between the two, ``normalizers``, is what the kernels save too (``csrc/token_stats.h``).
+Rows are taken a block at a time, so that the temporaries stay small beside the logits. What forward
+saves for backward, ``normalizers``, is what the kernels save too (``csrc/token_stats.h``).
 """
 
 from __future__ import annotations
@@ -91,11 +91,18 @@ def backward(
     grad_kl: Tensor,
     ignore_index: int,
 ) -> None:
-    """dz = g_m (onehot(y) - p) + g_k (p - q), written to ``gradient`` (may be ``policy_logits``)."""
+    """dz = g_m (onehot(y) - p) + g_k (p - q), to ``gradient``, which may be ``policy_logits``."""
     if labels.dim() == 0:
-        one_row = (gradient, policy_logits, reference_logits, labels, normalizers)
-        gradients = (grad_logps[None], grad_kl[None])
-        backward(*(tensor[None] for tensor in one_row), *gradients, ignore_index)
+        backward(
+            gradient[None],
+            policy_logits[None],
+            reference_logits[None],
+            labels[None],
+            normalizers[None],
+            grad_logps[None],
+            grad_kl[None],
+            ignore_index,
+        )
         return
     vocabulary = policy_logits.shape[-1]
     for rows in _row_blocks(labels.shape, vocabulary):

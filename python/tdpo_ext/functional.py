@@ -1,4 +1,4 @@
-"""The public functions: arguments checked here, arithmetic in ``reference.py``, kernels in ``ops.py``."""
+"""The public functions: checks, the op of ``ops.py``, the arithmetic of ``reference.py``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ def token_stats(
     ignore_index: int = -100,
     inplace_backward: bool = False,
 ) -> TokenStats:
-    r"""log pi(y), log pi_ref(y) and KL(pi_ref || pi) of every token, in one sweep over the vocabulary.
+    r"""log pi(y), log pi_ref(y) and KL(pi_ref || pi) per token, in one sweep over the vocabulary.
 
     For each row, with p = softmax(policy_logits), q = softmax(reference_logits) and label y:
 
-        policy_logps = log p(y)    reference_logps = log q(y)    forward_kl = sum_v q(v) log(q(v) / p(v))
+        policy_logps = log p(y)    reference_logps = log q(y)
+        forward_kl = sum_v q(v) log(q(v) / p(v))
 
     These are the per-token terms of the margin and of the sequential KL of TDPO (Zeng et al., 2024,
     arXiv 2404.11999). All are in nats. Nothing of size [..., V] is allocated in forward, and one

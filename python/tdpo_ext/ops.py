@@ -30,9 +30,7 @@ _backward_arguments = (
 _library.define(
     f"token_stats_backward(Tensor policy_logits, {_backward_arguments}) -> Tensor policy_grad"
 )
-_library.define(
-    f"token_stats_backward_(Tensor(a!) policy_logits, {_backward_arguments}) -> ()"
-)
+_library.define(f"token_stats_backward_(Tensor(a!) policy_logits, {_backward_arguments}) -> ()")
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(checks.LOGIT_DTYPES)}
 
@@ -76,6 +74,25 @@ def _contiguous_int64(labels: Tensor) -> Tensor:
     return labels.to(torch.int64).contiguous()
 
 
+def _problem(
+    policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, ignore_index: int
+) -> tuple[Any, ...]:
+    """What both passes of the core take first (``_core.pyi``)."""
+    return (
+        instruction_set(),
+        torch.get_num_threads(),
+        _DTYPE_CODES[policy_logits.dtype],
+        labels.numel(),
+        policy_logits.shape[-1],
+        ignore_index,
+        policy_logits.data_ptr(),
+        *_row_layout(policy_logits),
+        reference_logits.data_ptr(),
+        *_row_layout(reference_logits),
+        labels.data_ptr(),
+    )
+
+
 def _outputs(policy_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = fallback.accumulation_dtype(policy_logits)
     shape = labels.shape
@@ -108,17 +125,7 @@ def _forward_cpu(
     outputs = _outputs(policy_logits, labels)
     labels = _contiguous_int64(labels)
     wrong_label = core.token_stats_forward(
-        instruction_set(),
-        torch.get_num_threads(),
-        _DTYPE_CODES[policy_logits.dtype],
-        labels.numel(),
-        vocabulary,
-        ignore_index,
-        policy_logits.data_ptr(),
-        *_row_layout(policy_logits),
-        reference_logits.data_ptr(),
-        *_row_layout(reference_logits),
-        labels.data_ptr(),
+        *_problem(policy_logits, reference_logits, labels, ignore_index),
         *(output.data_ptr() for output in outputs),
     )
     if wrong_label >= 0:
@@ -141,48 +148,23 @@ def _write_gradient_anywhere(gradient: Tensor, *arguments: Any) -> None:
     fallback.backward(gradient, *arguments)
 
 
-def _write_gradient_cpu(
-    gradient: Tensor,
-    policy_logits: Tensor,
-    reference_logits: Tensor,
-    labels: Tensor,
-    normalizers: Tensor,
-    grad_policy_logps: Tensor,
-    grad_forward_kl: Tensor,
-    ignore_index: int,
-) -> None:
+def _write_gradient_cpu(gradient: Tensor, *arguments: Any) -> None:
     if core is None:
-        fallback.backward(
-            gradient,
-            policy_logits,
-            reference_logits,
-            labels,
-            normalizers,
-            grad_policy_logps,
-            grad_forward_kl,
-            ignore_index,
-        )
+        fallback.backward(gradient, *arguments)
         return
-    # Incoming gradients are often expanded scalars: their rows have no addresses of their own.
+    policy_logits, reference_logits, labels, normalizers, grad_logps, grad_kl, ignore_index = (
+        arguments
+    )
+    # Incoming gradients are often expanded scalars, whose rows have no addresses of their own.
     labels = _contiguous_int64(labels)
-    normalizers = normalizers.contiguous()
-    grad_policy_logps = grad_policy_logps.contiguous()
-    grad_forward_kl = grad_forward_kl.contiguous()
+    normalizers, grad_logps, grad_kl = (
+        saved.contiguous() for saved in (normalizers, grad_logps, grad_kl)
+    )
     core.token_stats_backward(
-        instruction_set(),
-        torch.get_num_threads(),
-        _DTYPE_CODES[policy_logits.dtype],
-        labels.numel(),
-        policy_logits.shape[-1],
-        ignore_index,
-        policy_logits.data_ptr(),
-        *_row_layout(policy_logits),
-        reference_logits.data_ptr(),
-        *_row_layout(reference_logits),
-        labels.data_ptr(),
+        *_problem(policy_logits, reference_logits, labels, ignore_index),
         normalizers.data_ptr(),
-        grad_policy_logps.data_ptr(),
-        grad_forward_kl.data_ptr(),
+        grad_logps.data_ptr(),
+        grad_kl.data_ptr(),
         gradient.data_ptr(),
         *_row_layout(gradient),
     )
@@ -292,8 +274,7 @@ def token_stats(
     inplace_backward: bool,
 ) -> TokenStats:
     """The op with its gradient; arguments are checked by ``functional.token_stats``."""
-    return TokenStats(
-        *_TokenStatsFunction.apply(
-            policy_logits, reference_logits, labels, ignore_index, inplace_backward
-        )
+    stats = _TokenStatsFunction.apply(  # type: ignore[no-untyped-call]
+        policy_logits, reference_logits, labels, ignore_index, inplace_backward
     )
+    return TokenStats(*stats)

@@ -229,7 +229,7 @@ def loss_from_stats(
     reduction: str,
     ignore_index: int,
 ) -> TDPOOutput:
-    """Token statistics -> sequence sums -> pairs -> loss. KL and margin share one mask: the labels'."""
+    """Token statistics -> sequence sums -> pairs -> loss; the labels mask KL and margin alike."""
     logps = sequence_sums(stats.policy_logps, cu_seqlens)
     margin = sequence_sums(stats.policy_logps - stats.reference_logps, cu_seqlens)
     seq_kl = sequence_sums(stats.forward_kl, cu_seqlens)
@@ -244,12 +244,11 @@ def loss_from_stats(
         variant=variant,
         label_smoothing=label_smoothing,
     )
-    reductions = {"none": lambda x: x, "mean": torch.mean, "sum": torch.sum}
     chosen_rewards, rejected_rewards = (beta * (margin + seq_kl)).detach().chunk(2)
     chosen_logps, rejected_logps = logps.detach().chunk(2)
     chosen_kl, rejected_kl = seq_kl.detach().chunk(2)
     return TDPOOutput(
-        loss=reductions[reduction](losses),
+        loss=_reduced(losses, reduction),
         losses=losses.detach(),
         chosen_rewards=chosen_rewards,
         rejected_rewards=rejected_rewards,
@@ -258,3 +257,9 @@ def loss_from_stats(
         chosen_kl=chosen_kl,
         rejected_kl=rejected_kl,
     )
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
+    if reduction == "mean":
+        return losses.mean()
+    return losses.sum() if reduction == "sum" else losses

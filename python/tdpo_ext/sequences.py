@@ -1,4 +1,4 @@
-"""From tokens to sequences: which label each position is scored against, and sums along a response."""
+"""From tokens to sequences: the label of each position, and sums along a response."""
 
 from __future__ import annotations
 
@@ -46,8 +46,11 @@ def _(cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 class _SegmentSum(torch.autograd.Function):
-    """Sums between bounds. Its gradient is a gather, so it can be differentiated any number of times
-    (``torch.segment_reduce`` itself only once), and no atomics are involved."""
+    """Sums between bounds, without atomics.
+
+    The gradient is a gather, so it can be differentiated any number of times;
+    ``torch.segment_reduce`` itself only once.
+    """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, bounds: Tensor) -> Tensor:
@@ -66,7 +69,7 @@ def sequence_sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         return values.sum(dim=-1)
     bounds = torch.ops.tdpo_ext.sequence_bounds(cu_seqlens, values.shape[0])
-    sums: Tensor = _SegmentSum.apply(values, bounds)
+    sums: Tensor = _SegmentSum.apply(values, bounds)  # type: ignore[no-untyped-call]
     usable = (bounds == cu_seqlens).all() & (cu_seqlens[-1] == values.shape[0])
     return torch.where(usable & (cu_seqlens[0] == 0), sums, torch.nan)
 

@@ -1,0 +1,51 @@
+# make test | make demo | make lint | make bench: each does its own set-up, in .venv beside this file.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+python := .venv/bin/python
+sources := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/*)
+
+.PHONY: test demo lint bench clean
+.DELETE_ON_ERROR:
+
+test: .venv/installed .venv/development
+	$(python) -m pytest
+
+demo: .venv/installed .venv/demo
+	$(python) examples/sentiment
+
+lint: .venv/installed .venv/development
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+	.venv/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.inl')
+
+bench: .venv/installed
+	$(python) benchmarks/against_eager.py
+
+clean:
+	rm -rf .venv build dist
+
+# torch comes first and by itself: anything else would pull the newest one.
+.venv/torch:
+	@echo "== Making .venv and installing $(TORCH) (the largest download)"
+	$(PYTHON) -m venv .venv
+	$(python) -m pip install --quiet --upgrade pip
+	$(python) -m pip install $(TORCH)
+	@touch $@
+
+.venv/installed: .venv/torch $(sources)
+	@echo "== Building tdpo_ext and installing it in .venv (under a minute)"
+	$(python) -m pip install --quiet --editable .
+	@$(python) -c "import tdpo_ext; print('== Built:', tdpo_ext.backends()['cpu'])"
+	@touch $@
+
+.venv/development: .venv/torch requirements-development.txt
+	@echo "== Installing what the tests and linters need"
+	$(python) -m pip install --quiet --requirement requirements-development.txt
+	@touch $@
+
+.venv/demo: .venv/installed pyproject.toml
+	@echo "== Installing what the demo needs"
+	$(python) -m pip install --quiet --editable ".[demo]"
+	@touch $@

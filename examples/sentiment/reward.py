@@ -1,0 +1,45 @@
+"""The sentiment reward: a logistic regression on words and word pairs, learnt from the labels."""
+
+from __future__ import annotations
+
+import numpy as np
+from data import Review, sentences_of
+from sklearn.feature_extraction.text import HashingVectorizer
+from sklearn.linear_model import SGDClassifier
+from sklearn.pipeline import make_pipeline
+
+
+class SentimentReward:
+    """Probability that a sentence comes from a positive review."""
+
+    def __init__(self, reviews: list[Review], seed: int) -> None:
+        self.pipeline = make_pipeline(
+            HashingVectorizer(ngram_range=(1, 2), tokenizer=str.split, token_pattern=None),
+            SGDClassifier(loss="log_loss", alpha=2e-6, max_iter=8, tol=None, random_state=seed),
+        )
+        self.pipeline.fit(*labelled_sentences(reviews))
+
+    def __call__(self, sentences: list[str]) -> np.ndarray:
+        return self.pipeline.predict_proba(sentences)[:, 1]
+
+    def accuracy(self, reviews: list[Review]) -> dict[str, float]:
+        """On single sentences, as it is used here, and on whole reviews, by their mean sentence."""
+        sentences, labels = labelled_sentences(reviews)
+        right = (self(sentences) > 0.5) == labels
+        verdicts = [
+            (self([" ".join(s) for s in sentences]).mean() > 0.5) == review.positive
+            for review in reviews
+            if (sentences := [s for s in sentences_of(review) if s])
+        ]
+        return {"sentence": float(right.mean()), "review": float(np.mean(verdicts))}
+
+
+def labelled_sentences(reviews: list[Review]) -> tuple[list[str], np.ndarray]:
+    """Every sentence of at least four words, under its review's label: many, and noisy."""
+    pairs = [
+        (" ".join(sentence), review.positive)
+        for review in reviews
+        for sentence in sentences_of(review)
+        if len(sentence) > 4
+    ]
+    return [text for text, _ in pairs], np.array([label for _, label in pairs])

@@ -1,0 +1,213 @@
+"""Strange shapes, strange strides, strange numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import DTYPES, labels_for, pair_of_logits
+
+import tdpo_ext
+
+
+def stats_and_gradient(policy, reference, labels, **options):
+    policy = policy.detach().requires_grad_()
+    stats = tdpo_ext.token_stats(policy, reference, labels, **options)
+    weights = torch.linspace(-1, 1, labels.numel(), dtype=stats.policy_logps.dtype)
+    weights = weights.reshape(labels.shape)
+    total = (stats.policy_logps * weights).sum() + (stats.forward_kl * weights.cos()).sum()
+    (gradient,) = torch.autograd.grad(total, policy)
+    return stats, gradient
+
+
+def assert_same_bits(ours, wanted):
+    for a, b in zip(ours, wanted, strict=True):
+        assert a.shape == b.shape
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(37,), (5, 37), (2, 3, 37), (2, 3, 2, 37), (2, 1, 3, 1, 37)])
+def test_any_number_of_leading_dimensions(backend, shape, dtype):
+    policy, reference = pair_of_logits(*shape, dtype=dtype)
+    labels = labels_for(policy)
+    stats, gradient = stats_and_gradient(policy, reference, labels)
+    assert gradient.shape == policy.shape
+    rows = labels.numel()
+    flat = tdpo_ext.token_stats(
+        policy.reshape(rows, 37), reference.reshape(rows, 37), labels.reshape(rows)
+    )
+    assert_same_bits(stats, [value.reshape(labels.shape) for value in flat])
+
+
+STRIDED = {
+    "slice of tokens": lambda x: x[:, :-1],
+    "slice of sequences": lambda x: x[::2],
+    "transposed": lambda x: x.transpose(0, 1),
+    "part of the vocabulary": lambda x: x[..., 3:40],
+    "misaligned": lambda x: x.flatten()[1 : 1 + 6 * 5 * 40].view(6, 5, 40),
+    "sliced and transposed": lambda x: x[1:5, ::2, 1:38].transpose(0, 1),
+    "five dimensions": lambda x: x[:4].view(2, 2, 5, 43)[:, :, :, None].transpose(0, 2),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("view", STRIDED)
+def test_strides_change_nothing(backend, view, dtype):
+    policy, reference = (STRIDED[view](x) for x in pair_of_logits(6, 5, 43, dtype=dtype))
+    labels = labels_for(policy, 0.2)
+    strided = stats_and_gradient(policy, reference, labels)
+    wanted = stats_and_gradient(policy.contiguous(), reference.contiguous(), labels)
+    assert_same_bits(strided[0], wanted[0])
+    assert torch.equal(strided[1], wanted[1])
+
+
+def test_a_reference_that_all_rows_share(backend):
+    policy, reference = pair_of_logits(6, 5, 43)
+    shared = reference[:1, :1].expand(6, 5, 43)
+    labels = labels_for(policy)
+    ours, wanted = (
+        stats_and_gradient(policy, x, labels) for x in (shared, shared.contiguous())
+    )
+    assert_same_bits((*ours[0], ours[1]), (*wanted[0], wanted[1]))
+
+
+def test_more_leading_dimensions_than_strides_can_merge(compiled):
+    logits = torch.randn(3, 3, 3, 3, 3, 7)[:2, :2, :2, :2, :2]
+    with pytest.raises(ValueError, match=r"leading dimensions.*contiguous"):
+        tdpo_ext.token_stats(logits, logits, torch.zeros(2, 2, 2, 2, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (2, 0, 5)])
+def test_no_rows(backend, shape):
+    policy, reference = torch.zeros(2, *shape)
+    labels = torch.zeros(shape[:-1], dtype=torch.int64)
+    stats, gradient = stats_and_gradient(policy, reference, labels)
+    assert all(values.shape == shape[:-1] for values in stats)
+    assert gradient.shape == shape
+
+
+def test_a_vocabulary_of_one(backend):
+    policy, reference = pair_of_logits(5, 1, scale=30)
+    stats, gradient = stats_and_gradient(policy, reference, torch.zeros(5, dtype=torch.int64))
+    assert not any(values.any() for values in (*stats, gradient))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ignored_rows_are_never_read(backend, dtype, poison):
+    policy, reference = pair_of_logits(3, 8, 130, dtype=dtype)
+    labels = labels_for(policy, 0.5)
+    clean = stats_and_gradient(policy, reference, labels)
+    policy[labels == -100] = poison
+    reference[labels == -100] = poison
+    dirty = stats_and_gradient(policy, reference, labels)
+    assert_same_bits((*dirty[0], dirty[1]), (*clean[0], clean[1]))
+    assert not dirty[1][labels == -100].any()
+    assert not any(values[labels == -100].any() for values in dirty[0])
+
+
+def test_all_rows_ignored(backend):
+    policy, reference = torch.full((2, 4, 9, 50), math.nan)
+    labels = torch.full((4, 9), -100)
+    stats, gradient = stats_and_gradient(policy, reference, labels)
+    assert not any(values.any() for values in (*stats, gradient))
+
+
+@pytest.mark.parametrize("which", ["policy", "reference"])
+@pytest.mark.parametrize("position", [0, 70, 129])
+def test_nan_in_a_kept_row_stays_in_its_row(backend, which, position):
+    policy, reference = pair_of_logits(4, 130)
+    labels = labels_for(policy)
+    clean = stats_and_gradient(policy, reference, labels)
+    (policy if which == "policy" else reference)[2, position] = math.nan
+    dirty = stats_and_gradient(policy, reference, labels)
+    assert dirty[0].forward_kl[2].isnan()
+    rest = torch.tensor([0, 1, 3])
+    assert_same_bits([x[rest] for x in (*dirty[0], dirty[1])], [x[rest] for x in (*clean[0], clean[1])])
+
+
+@pytest.mark.parametrize("gap", [50.0, 103.0, 104.0, 110.0, 200.0, 5000.0])
+@pytest.mark.parametrize("vocabulary", [3, 40, 4099])
+def test_wide_gaps_stay_finite(backend, vocabulary, gap):
+    """The paper's script gives NaN from 104 on."""
+    policy, reference = pair_of_logits(4, vocabulary, scale=1.0)
+    labels = torch.tensor([0, 1, 2, 0])
+    reference[0, 1:] -= gap
+    policy[1, :-1] -= gap
+    reference[2, 0] += gap
+    policy[2, 1] += gap
+    policy[3] += gap
+    stats, gradient = stats_and_gradient(policy, reference, labels)
+    assert all(values.isfinite().all() for values in (*stats, gradient))
+    truth = tdpo_ext.reference.token_stats(policy.double(), reference.double(), labels)
+    for ours, wanted in zip(stats, truth, strict=True):
+        torch.testing.assert_close(ours, wanted.float(), rtol=2e-6, atol=2e-5 if gap == 5000 else 2e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 3000])
+def test_masked_vocabulary(backend, vocabulary):
+    """-inf logits are legal: 0 log 0 is 0, and no policy mass where the reference has some is +inf."""
+    policy, reference = pair_of_logits(3, vocabulary)
+    labels = torch.tensor([0, 0, 0])
+    policy[0, 3:] = reference[0, 3:] = -math.inf
+    reference[1, 2:] = -math.inf
+    policy[2, 1:3] = -math.inf
+    stats, gradient = stats_and_gradient(policy, reference, labels)
+    small = tdpo_ext.token_stats(policy[:1, :3], reference[:1, :3], labels[:1])
+    torch.testing.assert_close(stats.forward_kl[0], small.forward_kl[0])
+    log_p, log_q = policy[1].double().log_softmax(-1), reference[1].double().log_softmax(-1)
+    kl = (log_q.exp() * (log_q - log_p))[:2].sum()
+    assert stats.forward_kl[1].item() == pytest.approx(kl.item(), rel=1e-6)
+    assert stats.forward_kl[2] == math.inf
+    assert not stats.policy_logps.isnan().any()
+    assert gradient.isfinite().all()
+
+
+def test_policy_mass_where_the_reference_has_none_counts_when_small(backend):
+    """The policy puts a little mass on words the reference excludes: KL = -log(1 - that mass)."""
+    _, reference = pair_of_logits(2, 500)
+    policy = reference.clone()
+    reference[:, 100:103] = -math.inf
+    policy[:, 100:103] = -8.0
+    stats = tdpo_ext.token_stats(policy, reference, torch.tensor([0, 1]))
+    mass = policy.double().softmax(-1)[:, 100:103].sum(-1)
+    torch.testing.assert_close(stats.forward_kl, -torch.log1p(-mass).float(), rtol=2e-3, atol=0)
+
+
+def test_logps_are_never_above_0_and_kl_never_below(backend):
+    for gap in (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-2):
+        policy, reference = pair_of_logits(300, 67, gap=gap, scale=8.0)
+        stats = tdpo_ext.token_stats(policy, reference, policy.argmax(-1))
+        assert stats.policy_logps.max() <= 0
+        assert stats.reference_logps.max() <= 0
+        assert stats.forward_kl.min() >= 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_inputs_same_bits(backend, dtype, two_threads):
+    policy, reference = pair_of_logits(16, 5000, dtype=dtype)
+    labels = labels_for(policy, 0.3)
+    first = stats_and_gradient(policy, reference, labels)
+    second = stats_and_gradient(policy, reference, labels)
+    assert_same_bits((*first[0], first[1]), (*second[0], second[1]))
+
+
+def test_int32_labels(backend):
+    policy, reference = pair_of_logits(6, 40)
+    labels = labels_for(policy, 0.3)
+    assert_same_bits(
+        tdpo_ext.token_stats(policy, reference, labels.int()),
+        tdpo_ext.token_stats(policy, reference, labels),
+    )
+
+
+def test_float16_and_bfloat16_gradients_round_to_nearest_even(compiled):
+    """Against torch's own conversion of the float32 gradient, subnormals and ties included."""
+    for dtype in (torch.float16, torch.bfloat16):
+        policy, reference = pair_of_logits(40, 501, scale=6.0, dtype=dtype)
+        labels = labels_for(policy)
+        _, gradient = stats_and_gradient(policy, reference, labels)
+        _, exact = stats_and_gradient(policy.float(), reference.float(), labels)
+        assert torch.equal(gradient, exact.to(dtype))

@@ -1,0 +1,82 @@
+"""The oracle against hand-computed values and finite differences."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+
+RNG = np.random.default_rng(3)
+
+
+def central_difference(function, z, step=1e-6):
+    gradient = np.empty_like(z)
+    for index in np.ndindex(z.shape):
+        up, down = z.copy(), z.copy()
+        up[index] += step
+        down[index] -= step
+        gradient[index] = (function(up) - function(down)) / (2 * step)
+    return gradient
+
+
+def test_two_words_by_hand():
+    # p = (3/4, 1/4), q = (1/2, 1/2): KL(q || p) = 1/2 log(2/3) + 1/2 log 2 = 1/2 log(4/3)
+    z, r = np.log([[3.0, 1.0]]), np.zeros((1, 2))
+    got = oracle.token_stats(z, r, np.array([1]))[:, 0]
+    np.testing.assert_allclose(got, [np.log(1 / 4), np.log(1 / 2), np.log(4 / 3) / 2], rtol=1e-15)
+
+
+def test_the_close_form_of_the_kl_is_the_plain_one():
+    r = RNG.normal(0, 2, 50)
+    for gap in (1e-3, 0.1, 1.0):
+        z = r + RNG.normal(0, gap, 50)
+        log_p, log_q = (oracle.log_softmax(x.astype(np.longdouble)) for x in (z, r))
+        plain = float((np.exp(log_q) * (log_q - log_p)).sum())
+        assert oracle.forward_kl(z, r) == pytest.approx(plain, rel=1e-10)
+
+
+def test_gradient_of_the_statistics():
+    z, r = RNG.normal(0, 1, (2, 4, 7))
+    labels = np.array([3, -100, 0, 6])
+    grad_logps, grad_kl = RNG.normal(0, 1, (2, 4))
+
+    def value(z):
+        logps, _, kl = oracle.token_stats(z, r, labels)
+        return (grad_logps * logps + grad_kl * kl).sum()
+
+    got = oracle.token_stats_gradient(z, r, labels, grad_logps, grad_kl)
+    np.testing.assert_allclose(got, central_difference(value, z), atol=1e-8)
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize(("variant", "alpha"), [("tdpo1", 0.5), ("tdpo2", 0.0), ("tdpo2", 0.7)])
+def test_gradient_of_the_loss(variant, alpha, smoothing, average):
+    z, r = RNG.normal(0, 1, (2, 4, 3, 5))
+    labels = RNG.integers(0, 5, (4, 3))
+    labels[0, 0] = labels[3, 1:] = -100
+    weights = RNG.normal(0, 1, 2)
+    options = {"beta": 0.3, "label_smoothing": smoothing, "average_log_prob": average}
+    loss = oracle.tdpo_loss(
+        z, r, labels, weights=weights, variant=variant, alpha=alpha, **options
+    )
+
+    def value(moved):
+        if variant == "tdpo2" and alpha:
+            # The stopped gradient: the chosen KL stays what it is while z moves. Its part of h is
+            # added as a shift of the chosen margin's, written out here.
+            stats = oracle.tdpo_loss(
+                moved, r, labels, weights=weights, variant="tdpo2", alpha=0.0, **options
+            )
+            h = stats.margin[:2] - stats.margin[2:]
+            h = 0.3 * (h - alpha * (stats.seq_kl[2:] - loss.seq_kl[:2]))
+            e = smoothing
+            losses = -(1 - e) * oracle.log_sigmoid(h) - e * oracle.log_sigmoid(-h)
+            return (weights * losses).sum()
+        moved_loss = oracle.tdpo_loss(
+            moved, r, labels, weights=weights, variant=variant, alpha=alpha, **options
+        )
+        return (weights * moved_loss.losses).sum()
+
+    assert value(z) == pytest.approx((weights * loss.losses).sum(), rel=1e-14)
+    np.testing.assert_allclose(loss.gradient, central_difference(value, z), atol=1e-8)

@@ -1,7 +1,7 @@
 """TDPO in float64 NumPy, written from the equations; it shares nothing with the package.
 
-Zeng et al., ICML 2024, arXiv 2404.11999. Row by row and slowly; ``test_oracle.py`` checks it by finite
-differences. z are the policy's logits, r the reference's, p and q their softmaxes.
+Zeng et al., ICML 2024, arXiv 2404.11999. Row by row and slowly; ``test_oracle.py`` checks it by
+finite differences. z are the policy's logits, r the reference's, p and q their softmaxes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def log_softmax(x: Array) -> Array:
 def forward_kl(z: Array, r: Array) -> float:
     """KL(q || p) = sum_v q log(q / p), as the sum of q (e^-u - 1 + u), u = log q - log p.
 
-    Equal because p and q both sum to 1, and no term of it is negative. Where |u| is small e^-u - 1 + u
-    is a series; 24 terms of it leave less than 1e-20.
+    Equal because p and q both sum to 1, and no term of it is negative. Where |u| is small,
+    e^-u - 1 + u is a series; 24 terms of it leave less than 1e-20.
     """
     log_p, log_q = log_softmax(z), log_softmax(r)
     possible = log_q > -np.inf

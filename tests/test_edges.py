@@ -67,9 +67,7 @@ def test_a_reference_that_all_rows_share(backend):
     policy, reference = pair_of_logits(6, 5, 43)
     shared = reference[:1, :1].expand(6, 5, 43)
     labels = labels_for(policy)
-    ours, wanted = (
-        stats_and_gradient(policy, x, labels) for x in (shared, shared.contiguous())
-    )
+    ours, wanted = (stats_and_gradient(policy, x, labels) for x in (shared, shared.contiguous()))
     assert_same_bits((*ours[0], ours[1]), (*wanted[0], wanted[1]))
 
 
@@ -125,7 +123,9 @@ def test_nan_in_a_kept_row_stays_in_its_row(backend, which, position):
     dirty = stats_and_gradient(policy, reference, labels)
     assert dirty[0].forward_kl[2].isnan()
     rest = torch.tensor([0, 1, 3])
-    assert_same_bits([x[rest] for x in (*dirty[0], dirty[1])], [x[rest] for x in (*clean[0], clean[1])])
+    assert_same_bits(
+        [x[rest] for x in (*dirty[0], dirty[1])], [x[rest] for x in (*clean[0], clean[1])]
+    )
 
 
 @pytest.mark.parametrize("gap", [50.0, 103.0, 104.0, 110.0, 200.0, 5000.0])
@@ -143,12 +143,14 @@ def test_wide_gaps_stay_finite(backend, vocabulary, gap):
     assert all(values.isfinite().all() for values in (*stats, gradient))
     truth = tdpo_ext.reference.token_stats(policy.double(), reference.double(), labels)
     for ours, wanted in zip(stats, truth, strict=True):
-        torch.testing.assert_close(ours, wanted.float(), rtol=2e-6, atol=2e-5 if gap == 5000 else 2e-6)
+        torch.testing.assert_close(
+            ours, wanted.float(), rtol=2e-6, atol=2e-5 if gap == 5000 else 2e-6
+        )
 
 
 @pytest.mark.parametrize("vocabulary", [5, 3000])
 def test_masked_vocabulary(backend, vocabulary):
-    """-inf logits are legal: 0 log 0 is 0, and no policy mass where the reference has some is +inf."""
+    """-inf logits are legal: 0 log 0 is 0, and p = 0 < q makes the KL infinite."""
     policy, reference = pair_of_logits(3, vocabulary)
     labels = torch.tensor([0, 0, 0])
     policy[0, 3:] = reference[0, 3:] = -math.inf

@@ -72,7 +72,7 @@ def test_swapping_chosen_and_rejected_flips_the_reward_margin(backend, variant):
 
 
 def test_the_kl_is_of_the_reference_against_the_policy(backend):
-    """Two words: KL(q || p) = 1/2 log(4/3) for q = (1/2, 1/2), p = (3/4, 1/4); KL(p || q) is not."""
+    """KL(q || p) = 1/2 log(4/3) for q = (1/2, 1/2), p = (3/4, 1/4); KL(p || q) is not."""
     policy, reference = torch.tensor([[3.0, 1.0]]).log(), torch.zeros(1, 2)
     stats = tdpo_ext.token_stats(policy, reference, torch.tensor([0]))
     assert stats.forward_kl.item() == pytest.approx(math.log(4 / 3) / 2, rel=1e-6)

@@ -57,9 +57,7 @@ def test_gradient_of_the_loss(variant, alpha, smoothing, average):
     labels[0, 0] = labels[3, 1:] = -100
     weights = RNG.normal(0, 1, 2)
     options = {"beta": 0.3, "label_smoothing": smoothing, "average_log_prob": average}
-    loss = oracle.tdpo_loss(
-        z, r, labels, weights=weights, variant=variant, alpha=alpha, **options
-    )
+    loss = oracle.tdpo_loss(z, r, labels, weights=weights, variant=variant, alpha=alpha, **options)
 
     def value(moved):
         if variant == "tdpo2" and alpha:

@@ -78,7 +78,7 @@ def test_a_vocabulary_of_many_blocks(backend, dtype):
 @pytest.mark.parametrize("gap", [7e-4, 7e-3, 6e-2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_small_divergences_keep_their_digits(backend, dtype, gap):
-    """KL around 3e-7, 2.5e-5 and 2e-3 at V = 128256: where the usual formula is off by up to 16x."""
+    """KL around 3e-7, 2.5e-5 and 2e-3 at V = 128256: the usual formula is off by up to 16x."""
     policy, reference = pair_of_logits(3, 128256, gap=gap, dtype=dtype)
     labels = labels_for(policy)
     stats = tdpo_ext.token_stats(policy, reference, labels)

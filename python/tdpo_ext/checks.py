@@ -124,9 +124,9 @@ def _check_number(name: str, value: float) -> None:
 def check_pair_options(beta: float, alpha: float, variant: str, label_smoothing: float) -> None:
     for name, value in (("beta", beta), ("alpha", alpha), ("label_smoothing", label_smoothing)):
         _check_number(name, value)
-    if not (beta > 0 and math.isfinite(beta)):
+    if not 0 < beta < math.inf:
         raise ValueError(f"beta must be positive and finite, got {beta}")
-    if not (alpha >= 0 and math.isfinite(alpha)):
+    if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha must be at least 0 and finite, got {alpha}")
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")

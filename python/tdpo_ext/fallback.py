@@ -66,7 +66,7 @@ def forward(
         stats = stats_of_rows(z, r, labels[rows], ignore_index)
         for output, values in zip(outputs, stats, strict=True):
             output[rows] = values
-        normalizers[rows] = _normalizers(z, r, stats.forward_kl)
+        normalizers[rows] = _normalizers(z, r, stats.forward_kl).masked_fill(ignored, 0)
     return outputs[0], outputs[1], outputs[2], normalizers
 
 

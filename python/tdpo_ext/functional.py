@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tdpo_ext import checks, ops
@@ -52,7 +53,7 @@ def token_stats(
             accelerator, where looking would mean waiting, that token's outputs are NaN.
     """
     check_token_stats(policy_logits, reference_logits, labels, ignore_index)
-    if inplace_backward:
+    if inplace_backward and not torch.compiler.is_compiling():  # then the op itself checks
         checks.check_inplace_backward(policy_logits)
     return ops.token_stats(policy_logits, reference_logits, labels, ignore_index, inplace_backward)
 

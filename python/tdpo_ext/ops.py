@@ -183,11 +183,15 @@ def _backward_cpu(policy_logits: Tensor, *arguments: Any) -> Tensor:
 
 
 def _backward_inplace_anywhere(policy_logits: Tensor, *arguments: Any) -> None:
+    checks.check_inplace_backward(policy_logits)
     _write_gradient_anywhere(policy_logits, policy_logits, *arguments)
 
 
 def _backward_inplace_cpu(policy_logits: Tensor, *arguments: Any) -> None:
+    checks.check_inplace_backward(policy_logits)
     _write_gradient_cpu(policy_logits, policy_logits, *arguments)
+    # Autograd does not see what the kernel writes, and must: a second backward has to raise.
+    torch.autograd.graph.increment_version(policy_logits)
 
 
 def _backward_fake(policy_logits: Tensor, *arguments: Any) -> Tensor:

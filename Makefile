@@ -8,7 +8,7 @@ sources := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/*)
 .PHONY: test demo lint bench clean
 .DELETE_ON_ERROR:
 
-test: .venv/installed .venv/development
+test: .venv/installed .venv/development .venv/demo
 	$(python) -m pytest
 
 demo: .venv/installed .venv/demo

@@ -167,6 +167,18 @@ def test_masked_vocabulary(backend, vocabulary):
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("position", [0, 5, 2999])
+def test_no_policy_mass_is_infinite_however_little_the_reference_has(backend, position):
+    """q = e^-90 is no normal float32, and still not 0; where q = 0 the KL stays finite."""
+    policy, reference = pair_of_logits(2, 3000)
+    policy[:, position] = -math.inf
+    reference[0, position] = reference[0].max() - 90
+    reference[1, position] = -math.inf
+    stats = tdpo_ext.token_stats(policy, reference, torch.tensor([1, 1]))
+    assert stats.forward_kl[0] == math.inf
+    assert stats.forward_kl[1].isfinite()
+
+
 def test_policy_mass_where_the_reference_has_none_counts_when_small(backend):
     """The policy puts a little mass on words the reference excludes: KL = -log(1 - that mass)."""
     _, reference = pair_of_logits(2, 500)

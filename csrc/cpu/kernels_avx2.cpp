@@ -4,5 +4,5 @@
 #include "row_kernels.inl"
 
 namespace tdpo::cpu {
-const RowKernels kAvx2Kernels = TDPO_ROW_KERNELS("avx2");
-}
+constexpr RowKernels kAvx2Kernels = avx2::row_kernels("avx2");
+}  // namespace tdpo::cpu

@@ -4,5 +4,5 @@
 #include "row_kernels.inl"
 
 namespace tdpo::cpu {
-const RowKernels kAvx512Kernels = TDPO_ROW_KERNELS("avx512");
-}
+constexpr RowKernels kAvx512Kernels = avx512::row_kernels("avx512");
+}  // namespace tdpo::cpu

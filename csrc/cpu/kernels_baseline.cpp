@@ -4,5 +4,5 @@
 #include "row_kernels.inl"
 
 namespace tdpo::cpu {
-const RowKernels kBaselineKernels = TDPO_ROW_KERNELS("baseline");
-}
+constexpr RowKernels kBaselineKernels = baseline::row_kernels("baseline");
+}  // namespace tdpo::cpu

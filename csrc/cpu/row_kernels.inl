@@ -179,17 +179,19 @@ void forward(const RowForward& row) {
 
 template <class Real>
 struct PolicyOnly {  // g_k = 0: -g_m p
+  static constexpr bool kReadsPolicy = true, kReadsReference = false;
   Real policy_max, scale;
-  TDPO_INLINE Vector<Real> gradient(const PolicyOnly& c, Vector<Real> z, Vector<Real>) {
-    return exp_of_nonpositive<Real>(z - c.policy_max) * c.scale;
+  TDPO_INLINE Vector<Real> gradient(Vector<Real> z, Vector<Real>) const {
+    return exp_of_nonpositive<Real>(z - policy_max) * scale;
   }
 };
 
 template <class Real>
 struct ReferenceOnly {  // g_k = g_m: -g_m p + g_m (p - q) = -g_m q
+  static constexpr bool kReadsPolicy = false, kReadsReference = true;
   Real reference_max, scale;
-  TDPO_INLINE Vector<Real> gradient(const ReferenceOnly& c, Vector<Real>, Vector<Real> r) {
-    return exp_of_nonpositive<Real>(r - c.reference_max) * c.scale;
+  TDPO_INLINE Vector<Real> gradient(Vector<Real>, Vector<Real> r) const {
+    return exp_of_nonpositive<Real>(r - reference_max) * scale;
   }
 };
 
@@ -197,6 +199,7 @@ struct ReferenceOnly {  // g_k = g_m: -g_m p + g_m (p - q) = -g_m q
 // its digits, provided that u has them: with logits shifted far against each other it has not.
 template <class Real>
 struct Both {
+  static constexpr bool kReadsPolicy = true, kReadsReference = true;
   Normalizers<Real> of;
   Real g_m, g_k, close_squared;
   Both(const Normalizers<Real>& of, Real g_m, Real g_k)
@@ -204,35 +207,38 @@ struct Both {
         g_m(g_m),
         g_k(g_k),
         close_squared(std::fabs(of.log_sum_gap) < Real(2) ? CloseGap<Real>::squared : Real(0)) {}
-  TDPO_INLINE Vector<Real> gradient(const Both& c, Vector<Real> z, Vector<Real> r) {
-    const Vector<Real> p = exp_of_nonpositive<Real>(z - c.of.policy_max) * c.of.policy_scale;
-    const Vector<Real> q = exp_of_nonpositive<Real>(r - c.of.reference_max) * c.of.reference_scale;
-    const Vector<Real> u = (z - r) - c.of.log_sum_gap;
+  TDPO_INLINE Vector<Real> gradient(Vector<Real> z, Vector<Real> r) const {
+    const Vector<Real> p = exp_of_nonpositive<Real>(z - of.policy_max) * of.policy_scale;
+    const Vector<Real> q = exp_of_nonpositive<Real>(r - of.reference_max) * of.reference_scale;
+    const Vector<Real> u = (z - r) - of.log_sum_gap;
     const Vector<Real> u_squared = u * u;
     const Vector<Real> close = q * (u + excess_of_close<Real>(u, u_squared));
-    const Vector<Real> difference = u_squared < c.close_squared ? close : p - q;
-    return difference * c.g_k - p * c.g_m;
+    const Vector<Real> difference = u_squared < close_squared ? close : p - q;
+    return difference * g_k - p * g_m;
   }
 };
 
 // The gradient of one row. Since a row of it sums to 0, the label's entry is minus the sum of the
 // others: where p is almost 1 at the label, g_m (1 - p) would have lost its digits.
-template <class T, bool kReadsPolicy, bool kReadsReference, class Kind>
+template <class T, class Kind>
 class GradientWriter {
  public:
-  TDPO_INLINE void run(const RowBackward& row, const Kind& kind) {
-    const GradientWriter writer = {static_cast<const T*>(row.policy),
-                                   static_cast<const T*>(row.reference),
-                                   static_cast<T*>(row.gradient), kind};
+  GradientWriter(const RowBackward& row, const Kind& kind)
+      : policy(static_cast<const T*>(row.policy)),
+        reference(static_cast<const T*>(row.reference)),
+        gradient(static_cast<T*>(row.gradient)),
+        kind(kind) {}
+
+  void write_row(int64_t vocabulary, int64_t label) const {
     // The vector around the label comes last.
-    const int64_t start = row.label / kLanes * kLanes;
-    const int64_t left = row.vocabulary - start, count = left < kLanes ? left : kLanes;
-    double others = writer.write_range(0, start);
-    others += writer.write_range(start + count, row.vocabulary);
-    Vector<Real> around_label = writer.some(start, count);
-    around_label[row.label - start] = 0;
-    around_label[row.label - start] = Real(-(others + sum_of_lanes<Real>(around_label)));
-    store_some(writer.gradient + start, around_label, count);
+    const int64_t start = label / kLanes * kLanes;
+    const int64_t left = vocabulary - start, count = left < kLanes ? left : kLanes;
+    double others = write_range(0, start);
+    others += write_range(start + count, vocabulary);
+    Vector<Real> around_label = some(start, count);
+    around_label[label - start] = 0;
+    around_label[label - start] = Real(-(others + sum_of_lanes<Real>(around_label)));
+    store_some(gradient + start, around_label, count);
   }
 
  private:
@@ -244,21 +250,18 @@ class GradientWriter {
   T* gradient;
   const Kind& kind;
 
-  GradientWriter(const T* policy, const T* reference, T* gradient, const Kind& kind)
-      : policy(policy), reference(reference), gradient(gradient), kind(kind) {}
-
-  TDPO_INLINE Vector<Real> whole(const GradientWriter& w, int64_t at) {
+  TDPO_INLINE Vector<Real> whole(int64_t at) const {
     Vector<Real> z{}, r{};
-    if (kReadsPolicy) z = Storage<T>::load(w.policy + at);
-    if (kReadsReference) r = Storage<T>::load(w.reference + at);
-    return Kind::gradient(w.kind, z, r);
+    if (Kind::kReadsPolicy) z = Storage<T>::load(policy + at);
+    if (Kind::kReadsReference) r = Storage<T>::load(reference + at);
+    return kind.gradient(z, r);
   }
 
   Vector<Real> some(int64_t at, int64_t count) const {
     Vector<Real> z{}, r{};
-    if (kReadsPolicy) z = load_some(policy + at, count);
-    if (kReadsReference) r = load_some(reference + at, count);
-    return Kind::gradient(kind, z, r);
+    if (Kind::kReadsPolicy) z = load_some(policy + at, count);
+    if (Kind::kReadsReference) r = load_some(reference + at, count);
+    return kind.gradient(z, r);
   }
 
   // Writes [start, end), start a multiple of kLanes, and returns its sum. Blocks of it are summed
@@ -269,7 +272,7 @@ class GradientWriter {
       const int64_t stop = end - start < kBlock<Real> ? end : start + kBlock<Real>;
       Vector<Real> sum{};
       for (; start + kLanes <= stop; start += kLanes) {
-        const Vector<Real> value = whole(*this, start);
+        const Vector<Real> value = whole(start);
         Storage<T>::store(gradient + start, value);
         sum += value;
       }
@@ -284,6 +287,11 @@ class GradientWriter {
   }
 };
 
+template <class T, class Kind>
+void write_row(const RowBackward& row, const Kind& kind) {
+  GradientWriter<T, Kind>(row, kind).write_row(row.vocabulary, row.label);
+}
+
 template <class T>
 void backward(const RowBackward& row) {
   using Real = typename Storage<T>::Accumulator;
@@ -293,31 +301,19 @@ void backward(const RowBackward& row) {
   if (g_m == Real(0) && g_k == Real(0)) {
     std::memset(row.gradient, 0, static_cast<size_t>(row.vocabulary) * sizeof(T));
   } else if (g_k == Real(0)) {
-    const PolicyOnly<Real> kind = {of.policy_max, -g_m * of.policy_scale};
-    GradientWriter<T, true, false, PolicyOnly<Real>>::run(row, kind);
+    write_row<T>(row, PolicyOnly<Real>{of.policy_max, -g_m * of.policy_scale});
   } else if (g_k == g_m) {
-    const ReferenceOnly<Real> kind = {of.reference_max, -g_m * of.reference_scale};
-    GradientWriter<T, false, true, ReferenceOnly<Real>>::run(row, kind);
+    write_row<T>(row, ReferenceOnly<Real>{of.reference_max, -g_m * of.reference_scale});
   } else {
-    const Both<Real> kind(of, g_m, g_k);
-    GradientWriter<T, true, true, Both<Real>>::run(row, kind);
+    write_row<T>(row, Both<Real>(of, g_m, g_k));
   }
+}
+
+constexpr RowKernels row_kernels(const char* instruction_set) {
+  return {instruction_set,
+          {forward<float>, forward<BFloat16>, forward<Float16>, forward<double>},
+          {backward<float>, backward<BFloat16>, backward<Float16>, backward<double>}};
 }
 
 }  // namespace
 }  // namespace tdpo::cpu::TDPO_INSTRUCTION_SET
-
-#define TDPO_ROW_KERNELS(name)                                            \
-  {                                                                       \
-    name,                                                                 \
-        {TDPO_INSTRUCTION_SET::forward<float>,                            \
-         TDPO_INSTRUCTION_SET::forward<TDPO_INSTRUCTION_SET::BFloat16>,   \
-         TDPO_INSTRUCTION_SET::forward<TDPO_INSTRUCTION_SET::Float16>,    \
-         TDPO_INSTRUCTION_SET::forward<double>},                          \
-    {                                                                     \
-      TDPO_INSTRUCTION_SET::backward<float>,                              \
-          TDPO_INSTRUCTION_SET::backward<TDPO_INSTRUCTION_SET::BFloat16>, \
-          TDPO_INSTRUCTION_SET::backward<TDPO_INSTRUCTION_SET::Float16>,  \
-          TDPO_INSTRUCTION_SET::backward<double>                          \
-    }                                                                     \
-  }

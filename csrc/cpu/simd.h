@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#define TDPO_INLINE static inline __attribute__((always_inline))
+#define TDPO_INLINE inline __attribute__((always_inline))
 
 namespace tdpo::cpu::TDPO_INSTRUCTION_SET {
 
@@ -78,12 +78,14 @@ template <class Real>
 struct PlainStorage {
   using Accumulator = Real;
   static constexpr Real kNegativeInfinity = -__builtin_inf();
-  TDPO_INLINE Vector<Real> load(const Real* from) {
+  static TDPO_INLINE Vector<Real> load(const Real* from) {
     Vector<Real> value;
     std::memcpy(&value, from, sizeof(value));
     return value;
   }
-  TDPO_INLINE void store(Real* to, Vector<Real> value) { std::memcpy(to, &value, sizeof(value)); }
+  static TDPO_INLINE void store(Real* to, Vector<Real> value) {
+    std::memcpy(to, &value, sizeof(value));
+  }
 };
 template <>
 struct Storage<float> : PlainStorage<float> {};
@@ -105,12 +107,12 @@ template <>
 struct Storage<BFloat16> {
   using Accumulator = float;
   static constexpr BFloat16 kNegativeInfinity = {0xff80};
-  TDPO_INLINE Vector<float> load(const BFloat16* from) {
+  static TDPO_INLINE Vector<float> load(const BFloat16* from) {
     const Bits<float> bits = __builtin_convertvector(load_half_bits(from), Bits<float>);
     return bit_cast<Vector<float>>(bits << 16);
   }
   // Round to nearest, ties to even; NaN stays NaN.
-  TDPO_INLINE void store(BFloat16* to, Vector<float> value) {
+  static TDPO_INLINE void store(BFloat16* to, Vector<float> value) {
     const Bits<float> bits = bit_cast<Bits<float>>(value);
     const Bits<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const Bits<float> quiet_nan = (bits >> 16) | 0x40;
@@ -123,23 +125,23 @@ struct Storage<Float16> {
   using Accumulator = float;
   static constexpr Float16 kNegativeInfinity = {0xfc00};
 #if defined(__AVX512F__)
-  TDPO_INLINE Vector<float> load(const Float16* from) {
+  static TDPO_INLINE Vector<float> load(const Float16* from) {
     return (Vector<float>)_mm512_cvtph_ps((__m256i)load_half_bits(from));
   }
-  TDPO_INLINE void store(Float16* to, Vector<float> value) {
+  static TDPO_INLINE void store(Float16* to, Vector<float> value) {
     const __m256i bits = _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
     std::memcpy(to, &bits, sizeof(bits));
   }
 #elif defined(__F16C__)
-  TDPO_INLINE Vector<float> load(const Float16* from) {
+  static TDPO_INLINE Vector<float> load(const Float16* from) {
     return (Vector<float>)_mm256_cvtph_ps((__m128i)load_half_bits(from));
   }
-  TDPO_INLINE void store(Float16* to, Vector<float> value) {
+  static TDPO_INLINE void store(Float16* to, Vector<float> value) {
     const __m128i bits = _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
     std::memcpy(to, &bits, sizeof(bits));
   }
 #else
-  TDPO_INLINE Vector<float> load(const Float16* from) {
+  static TDPO_INLINE Vector<float> load(const Float16* from) {
     const Bits<float> half = __builtin_convertvector(load_half_bits(from), Bits<float>);
     const Bits<float> magnitude = (half & 0x7fff) << 13;
     // Reading float16's exponent as float32's is off by 2^112; the product is exact, subnormals
@@ -150,7 +152,7 @@ struct Storage<Float16> {
     return bit_cast<Vector<float>>(bits | ((half & 0x8000) << 16));
   }
   // Round to nearest, ties to even.
-  TDPO_INLINE void store(Float16* to, Vector<float> value) {
+  static TDPO_INLINE void store(Float16* to, Vector<float> value) {
     const Bits<float> bits = bit_cast<Bits<float>>(value);
     const Bits<float> magnitude = bits & 0x7fffffff;
     // Below 2^-14 the sum with 0.5 rounds to a multiple of 2^-24, float16's subnormal step.

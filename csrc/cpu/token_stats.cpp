@@ -3,6 +3,7 @@
 #include "../token_stats.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "row_kernels.h"
 

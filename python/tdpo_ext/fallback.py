@@ -119,7 +119,7 @@ def backward(
         outside = ~ignored & ((label < 0) | (label >= vocabulary))
         g_m = grad_logps[rows].unsqueeze(-1).masked_fill(outside, torch.nan)
         g_k = grad_kl[rows].unsqueeze(-1)
-        result = g_k * difference - g_m * p
+        result = torch.where(g_k == 0, 0, g_k * difference) - g_m * p
         # A row sums to 0: where p is almost 1 at the label, g_m (1 - p) would have lost its digits.
         label = label.masked_fill(ignored | outside, 0)
         result.scatter_(-1, label, 0)

@@ -96,12 +96,13 @@ def _forward_kl(policy_log_probs: Tensor, reference_log_probs: Tensor) -> Tensor
     p, q = policy_log_probs.exp(), reference_log_probs.exp()
     # The argument of every branch is made harmless where the branch is not taken: a masked_fill
     # alone would still send 0 * inf = NaN into the gradient.
-    impossible = reference_log_probs == -torch.inf  # 0 log 0 = 0
     close = u.abs() < 0.5
     small_u = u.masked_fill(~close, 0)
-    large_u = u.masked_fill(close | impossible, 0)
+    impossible = reference_log_probs == -torch.inf  # q = 0, and 0 log 0 = 0
+    excluded = (policy_log_probs == -torch.inf) & ~impossible  # p = 0 < q: the KL is infinite
+    large_u = u.masked_fill(close | impossible | excluded, 0)
     terms = torch.where(close, q * (torch.expm1(-small_u) + small_u), p - q + q * large_u)
-    return terms.sum(dim=-1)
+    return terms.masked_fill(excluded, torch.inf).sum(dim=-1)
 
 
 def pair_loss(

@@ -1,0 +1,193 @@
+"""Time of token_stats on the CPU against PyTorch, eager and compiled.
+
+One process, one run: providers take turns round by round, so that a machine whose speed drifts does
+so for all. The limit is a read of the same bytes, timed in the same rounds. Writes
+benchmarks/results/cpu-against-eager.json and the tables of docs/benchmarks.md.
+
+    python benchmarks/against_eager.py [--rounds 5] [--rows 64]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import tdpo_ext
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "cpu-against-eager.json"
+TABLE = ROOT / "docs" / "benchmarks.md"
+VOCABULARIES = (32000, 151936)
+DTYPES = (torch.float32, torch.bfloat16)
+
+Statistics = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def formula(policy: Tensor, reference: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What one writes in PyTorch: float32 log-softmaxes, gather, sum of q (log q - log p)."""
+    log_p = policy.float().log_softmax(-1)
+    log_q = reference.float().log_softmax(-1)
+    logps = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return logps, (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def ours(policy: Tensor, reference: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    stats = tdpo_ext.token_stats(policy, reference, labels)
+    return stats.policy_logps, stats.forward_kl
+
+
+def ours_in_place(policy: Tensor, reference: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    stats = tdpo_ext.token_stats(policy, reference, labels, inplace_backward=True)
+    return stats.policy_logps, stats.forward_kl
+
+
+def read_both(policy: Tensor, reference: Tensor) -> None:
+    """A pass over the bytes of both that does next to nothing with them."""
+    width = torch.int32 if policy.element_size() == 4 else torch.int16
+    policy.detach().view(width).amax()
+    reference.view(width).amax()
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measure(vocabulary: int, dtype: torch.dtype, rows: int, rounds: int) -> dict[str, float]:
+    """Median nanoseconds for each pair of logits."""
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(rows, vocabulary, generator=generator)
+    gap = 0.3 * torch.randn(rows, vocabulary, generator=generator)
+    policy = (reference + gap).to(dtype).requires_grad_()
+    reference = reference.to(dtype)
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
+    weights = torch.randn(2, rows, generator=generator)
+    providers: dict[str, Statistics] = {
+        "tdpo_ext": ours,
+        "tdpo_ext in place": ours_in_place,
+        "eager": formula,
+        "torch.compile": torch.compile(formula),
+    }
+
+    def forward(statistics_of: Statistics) -> None:
+        with torch.no_grad():
+            statistics_of(policy, reference, labels)
+
+    def full(statistics_of: Statistics) -> None:
+        # In place the logits turn into a gradient: other numbers next round, and the same time.
+        logps, kl = statistics_of(policy, reference, labels)
+        torch.autograd.grad((weights[0] * logps + weights[1] * kl).sum(), policy)
+
+    runs: dict[str, Callable[[], object]] = {"read": lambda: read_both(policy, reference)}
+    for name, provider in providers.items():
+        if name != "tdpo_ext in place":
+            runs[f"{name}: forward"] = lambda provider=provider: forward(provider)
+        runs[f"{name}: forward + backward"] = lambda provider=provider: full(provider)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            elapsed = seconds(run)
+            if number:  # the first round warms up
+                times[name].append(elapsed)
+    pairs = rows * vocabulary
+    return {name: statistics.median(values) / pairs * 1e9 for name, values in times.items()}
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":")[1].strip() for line in names if line.startswith("model name")]
+    return f"{models[0]} ({len(models)} cores)" if models else platform.processor()
+
+
+def render(report: dict) -> str:
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made by `make bench` from `benchmarks/results/cpu-against-eager.json`: "
+        f"{report['processor']}, torch {report['torch']}, instruction set "
+        f"{report['instruction_set']}, {report['rows']} rows, medians of {report['rounds']} "
+        "interleaved rounds, nanoseconds for each pair (policy logit, reference logit). "
+        "`read` is a pass over the same bytes with `amax`. `eager` is the formula in PyTorch: "
+        "two float32 log-softmaxes, gather, sum of q (log q - log p); `torch.compile` is that, "
+        "compiled.",
+    ]
+    for threads in sorted({row["threads"] for row in report["measurements"]}):
+        lines += [
+            "",
+            f"## {threads} thread{'s' if threads > 1 else ''}",
+            "",
+            "| V | dtype | read | forward | eager | compile | forward + backward | in place "
+            "| eager | compile | in place against eager | against compile |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in report["measurements"]:
+            if row["threads"] != threads:
+                continue
+            t = row["nanoseconds"]
+            both = [t[f"{name}: forward + backward"] for name in ("eager", "torch.compile")]
+            in_place = t["tdpo_ext in place: forward + backward"]
+            cells = [
+                t["read"],
+                t["tdpo_ext: forward"],
+                t["eager: forward"],
+                t["torch.compile: forward"],
+                t["tdpo_ext: forward + backward"],
+                in_place,
+                *both,
+            ]
+            ratios = [f"{value / in_place:.1f}x" for value in both]
+            numbers = " | ".join(f"{value:.2f}" for value in cells)
+            lines.append(
+                f"| {row['vocabulary']} | {row['dtype']} | {numbers} | {' | '.join(ratios)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=64)
+    options = parser.parse_args()
+    all_threads = torch.get_num_threads()
+    measurements = []
+    for threads in sorted({1, all_threads}):
+        torch.set_num_threads(threads)
+        for vocabulary in VOCABULARIES:
+            for dtype in DTYPES:
+                name = str(dtype).removeprefix("torch.")
+                print(f"V = {vocabulary}, {name}, {threads} thread(s) ...", flush=True)
+                measurements.append(
+                    {
+                        "vocabulary": vocabulary,
+                        "dtype": name,
+                        "threads": threads,
+                        "nanoseconds": measure(vocabulary, dtype, options.rows, options.rounds),
+                    }
+                )
+    report = {
+        "processor": processor(),
+        "torch": torch.__version__,
+        "tdpo_ext": tdpo_ext.__version__,
+        "instruction_set": tdpo_ext.backends()["cpu"]["instruction_set"],
+        "rows": options.rows,
+        "rounds": options.rounds,
+        "measurements": measurements,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    TABLE.write_text(render(report))
+    print(render(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Infinities and NaN come out where the mathematics has them, and nowhere else."""
+
+from __future__ import annotations
+
+import math
+
+import oracle
+import pytest
+import torch
+from conftest import DTYPES, labels_for, numpy64, pair_of_logits
+
+import tdpo_ext
+
+# In float32 e^-104 is 0; in float64 e^-746 is.
+UNDERFLOWS = {torch.float64: 800.0}
+
+
+def excluded_word(
+    vocabulary: int, dtype: torch.dtype, below: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Row 0: the policy excludes a word that the reference has so far below its maximum."""
+    policy, reference = pair_of_logits(2, vocabulary, scale=1.0, dtype=dtype)
+    policy[0, 3] = -math.inf
+    reference[0, 3] = reference[0].max() - below
+    labels = torch.zeros(2, dtype=torch.int64)
+    truth = oracle.token_stats(numpy64(policy), numpy64(reference), labels.numpy())
+    assert truth[2, 0] == math.inf
+    assert math.isfinite(truth[2, 1])
+    return policy, reference, labels
+
+
+def check_kl_is_infinite(module, policy, reference, labels):
+    policy = policy.requires_grad_()
+    stats = module.token_stats(policy, reference, labels)
+    assert stats.forward_kl[0] == math.inf
+    assert stats.forward_kl[1].isfinite()
+    assert stats.policy_logps.isfinite().all()
+    total = stats.policy_logps.sum() + 0.3 * stats.forward_kl.sum()
+    assert torch.autograd.grad(total, policy)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("vocabulary", [5, 3000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_excluded_word_that_the_reference_has_makes_the_kl_infinite(backend, dtype, vocabulary):
+    check_kl_is_infinite(tdpo_ext, *excluded_word(vocabulary, dtype, below=10.0))
+
+
+@pytest.mark.parametrize("vocabulary", [5, 3000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_also_where_the_mass_of_the_reference_underflows(request, backend, dtype, vocabulary):
+    """q = e^-300 is 0 in float32, and yet not 0: its logit is finite."""
+    if backend == "fallback":
+        reason = "q underflows to 0 and 0 * inf is NaN in reference._forward_kl"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    below = UNDERFLOWS.get(dtype, 300.0)
+    check_kl_is_infinite(tdpo_ext, *excluded_word(vocabulary, dtype, below))
+
+
+@pytest.mark.xfail(reason="q underflows to 0 and 0 * inf is NaN in _forward_kl", strict=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_also_in_the_reference(dtype):
+    arguments = excluded_word(5, dtype, UNDERFLOWS.get(dtype, 300.0))
+    check_kl_is_infinite(tdpo_ext.reference, *arguments)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 130, 5000])
+@pytest.mark.parametrize("position", ["first", "last", "label"])
+@pytest.mark.parametrize("which", ["policy", "reference"])
+def test_nan_in_a_kept_row_shows_in_it_and_nowhere_else(backend, which, position, vocabulary):
+    policy, reference = pair_of_logits(3, vocabulary)
+    labels = labels_for(policy)
+    at = {"first": 0, "last": vocabulary - 1, "label": int(labels[1])}[position]
+    (policy if which == "policy" else reference)[1, at] = math.nan
+    policy.requires_grad_()
+    stats = tdpo_ext.token_stats(policy, reference, labels)
+    by_logps, by_kl = (
+        torch.autograd.grad(values.sum(), policy, retain_graph=True)[0]
+        for values in (stats.policy_logps, stats.forward_kl)
+    )
+    poisoned = [False, True, False]
+    clean = [False, False, False]
+    from_policy = poisoned if which == "policy" else clean
+    assert stats.forward_kl.isnan().tolist() == poisoned
+    assert stats.policy_logps.isnan().tolist() == from_policy
+    assert stats.reference_logps.isnan().tolist() == (clean if which == "policy" else poisoned)
+    assert by_kl.isnan().any(-1).tolist() == poisoned
+    # log p(y) does not depend on the reference; whether the poisoned row shows it all the same, by
+    # 0 * NaN, is left to the backend.
+    assert by_logps.isnan().any(-1).tolist() in (poisoned, from_policy)

@@ -1,0 +1,139 @@
+"""The digits that are promised, where they are hardest to keep; the truth is the float64 oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import labels_for, numpy64, pair_of_logits, relative_error
+from torch import Tensor
+
+import tdpo_ext
+
+BOUND = {torch.float32: 1e-6, torch.float64: 1e-13}
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SUBNORMAL_STEP = {torch.bfloat16: 0.0, torch.float16: 2.0**-25}
+
+
+def truth_and_gradient(
+    policy: Tensor, reference: Tensor, labels: Tensor, grad_logps: Tensor, grad_kl: Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    inputs = (numpy64(policy), numpy64(reference), labels.numpy())
+    upstream = (numpy64(grad_logps), numpy64(grad_kl))
+    return oracle.token_stats(*inputs), oracle.token_stats_gradient(*inputs, *upstream)
+
+
+def stats_and_gradient(
+    policy: Tensor, reference: Tensor, labels: Tensor, grad_logps: Tensor, grad_kl: Tensor
+) -> tuple[tdpo_ext.TokenStats, Tensor]:
+    policy = policy.detach().requires_grad_()
+    stats = tdpo_ext.token_stats(policy, reference, labels)
+    total = (stats.policy_logps * grad_logps + stats.forward_kl * grad_kl).sum()
+    return stats, torch.autograd.grad(total, policy)[0]
+
+
+# One below, at and above a vector and a block of every instruction set.
+@pytest.mark.parametrize("vocabulary", [2, 3, 15, 16, 17, 31, 33, 64, 100, 2047, 2049, 32003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_policies_close_to_their_reference(backend, dtype, vocabulary):
+    for gap in (1e-4, 1e-3, 1e-2):
+        policy, reference = pair_of_logits(6, vocabulary, gap=gap, dtype=dtype)
+        labels, upstream = labels_for(policy), torch.randn(2, 6, dtype=dtype)
+        stats, gradient = stats_and_gradient(policy, reference, labels, *upstream)
+        truth, wanted = truth_and_gradient(policy, reference, labels, *upstream)
+        assert relative_error(gradient, wanted) <= BOUND[dtype]
+        assert relative_error(stats.policy_logps, truth[0]) <= BOUND[dtype]
+        assert stats.forward_kl.min() >= 0
+        # Row by row: a norm over rows would let the large divergences hide the small ones.
+        promised = truth[2] >= 1e-6
+        error = np.abs(numpy64(stats.forward_kl) - truth[2])[promised]
+        # float64: log p - log q is only known to 1e-16 of the logits, whatever the formula.
+        bound = 1e-3 if dtype == torch.float32 else 1e-11
+        assert np.all(error <= bound * truth[2][promised])
+
+
+@pytest.mark.parametrize(("scale", "gap"), [(1.0, 1.0), (5.0, 5.0), (20.0, 20.0)])
+def test_divergences_over_a_large_vocabulary(request, backend, scale, gap):
+    if backend == "fallback" and scale == 5:
+        reason = "plain PyTorch's float32 log-softmaxes leave 2e-6, promised are 1e-6"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    policy, reference = pair_of_logits(8, 32003, scale=scale, gap=gap)
+    labels = labels_for(policy)
+    stats = tdpo_ext.token_stats(policy, reference, labels)
+    truth = oracle.token_stats(numpy64(policy), numpy64(reference), labels.numpy())
+    for ours, wanted in zip(stats, truth, strict=True):
+        assert relative_error(ours, wanted) <= 1e-6
+
+
+def kl_beside(
+    grad_logps: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, np.ndarray, Tensor]:
+    """The gradient of KL + grad_logps log p(y), as a KL penalty has it; its truth; the labels."""
+    policy, reference = pair_of_logits(4, 128256, scale=1.0, dtype=dtype)
+    labels, upstream = labels_for(policy), (torch.full((4,), grad_logps), torch.ones(4))
+    _, gradient = stats_and_gradient(policy, reference, labels, *upstream)
+    return gradient, truth_and_gradient(policy, reference, labels, *upstream)[1], labels
+
+
+# The label is like any other word here, but its entry is made as minus the sum of the others and
+# so collects the rounding of the whole row.
+label_collects_rounding = pytest.mark.xfail(
+    reason="small g_m: the label's entry, minus the sum of the others, has lost its digits",
+    strict=True,
+)
+
+
+@label_collects_rounding
+@pytest.mark.parametrize("grad_logps", [0.0, 1e-4])
+def test_the_gradient_of_the_kl_with_little_or_no_margin(backend, grad_logps):
+    gradient, wanted, _ = kl_beside(grad_logps)
+    assert relative_error(gradient, wanted) <= 1e-6
+
+
+@label_collects_rounding
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_stored_gradient_of_the_kl_alone_is_only_rounded(backend, dtype):
+    gradient, wanted, _ = kl_beside(0.0, dtype)
+    allowed = np.abs(wanted) * ROUNDING[dtype] * 1.001 + SUBNORMAL_STEP[dtype]
+    # 1e-9: what float32 leaves at the largest entries of a row, before they are stored.
+    assert np.all(np.abs(numpy64(gradient) - wanted) <= allowed + 1e-9)
+
+
+def test_the_gradient_of_the_kl_alone_away_from_the_label(backend):
+    gradient, wanted, labels = kl_beside(0.0)
+    rows = torch.arange(4)
+    gradient[rows, labels] = 0
+    wanted[rows.numpy(), labels.numpy()] = 0
+    assert relative_error(gradient, wanted) <= 1e-6
+
+
+@pytest.mark.parametrize("gap", [103.0, 104.0, 200.0, 300.0])
+@pytest.mark.parametrize("vocabulary", [3, 40, 4099])
+def test_reference_logits_far_below_the_maximum(backend, vocabulary, gap):
+    """The usual softmax().log() is -inf from 104 on, and 0 * -inf is NaN."""
+    policy, reference = pair_of_logits(4, vocabulary, scale=1.0)
+    reference[0, 1:] -= gap
+    reference[1, 0] -= gap
+    policy[2, 1:] -= gap
+    policy[3, 0] -= gap
+    labels, upstream = torch.tensor([0, 0, 1, 2]), torch.randn(2, 4)
+    stats, gradient = stats_and_gradient(policy, reference, labels, *upstream)
+    truth, wanted = truth_and_gradient(policy, reference, labels, *upstream)
+    assert all(values.isfinite().all() for values in (*stats, gradient))
+    for ours, theirs in zip(stats, truth, strict=True):
+        assert relative_error(ours, theirs) <= 1e-6
+    assert relative_error(gradient, wanted) <= 1e-6
+
+
+@pytest.mark.parametrize("shape", [(37,), (2, 3, 2, 37), (2, 1, 3, 1, 37)])
+def test_gradients_of_any_number_of_leading_dimensions(backend, shape):
+    policy, reference = pair_of_logits(*shape)
+    labels = labels_for(policy)
+    upstream = torch.randn(2, *labels.shape)
+    _, gradient = stats_and_gradient(policy, reference, labels, *upstream)
+    flat = (x.reshape(-1, 37) for x in (policy, reference))
+    rows = (x.reshape(-1) for x in (labels, *upstream))
+    _, wanted = truth_and_gradient(*flat, *rows)
+    assert gradient.shape == policy.shape
+    assert relative_error(gradient.reshape(-1, 37), wanted) <= 1e-6

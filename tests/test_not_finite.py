@@ -47,16 +47,12 @@ def test_an_excluded_word_that_the_reference_has_makes_the_kl_infinite(backend, 
 
 @pytest.mark.parametrize("vocabulary", [5, 3000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_also_where_the_mass_of_the_reference_underflows(request, backend, dtype, vocabulary):
+def test_also_where_the_mass_of_the_reference_underflows(backend, dtype, vocabulary):
     """q = e^-300 is 0 in float32, and yet not 0: its logit is finite."""
-    if backend == "fallback":
-        reason = "q underflows to 0 and 0 * inf is NaN in reference._forward_kl"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     below = UNDERFLOWS.get(dtype, 300.0)
     check_kl_is_infinite(tdpo_ext, *excluded_word(vocabulary, dtype, below))
 
 
-@pytest.mark.xfail(reason="q underflows to 0 and 0 * inf is NaN in _forward_kl", strict=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_also_in_the_reference(dtype):
     arguments = excluded_word(5, dtype, UNDERFLOWS.get(dtype, 300.0))
@@ -84,6 +80,5 @@ def test_nan_in_a_kept_row_shows_in_it_and_nowhere_else(backend, which, position
     assert stats.policy_logps.isnan().tolist() == from_policy
     assert stats.reference_logps.isnan().tolist() == (clean if which == "policy" else poisoned)
     assert by_kl.isnan().any(-1).tolist() == poisoned
-    # log p(y) does not depend on the reference; whether the poisoned row shows it all the same, by
-    # 0 * NaN, is left to the backend.
-    assert by_logps.isnan().any(-1).tolist() in (poisoned, from_policy)
+    # log p(y) does not depend on the reference, which is not even read then.
+    assert by_logps.isnan().any(-1).tolist() == from_policy

@@ -54,10 +54,7 @@ def test_policies_close_to_their_reference(backend, dtype, vocabulary):
 
 
 @pytest.mark.parametrize(("scale", "gap"), [(1.0, 1.0), (5.0, 5.0), (20.0, 20.0)])
-def test_divergences_over_a_large_vocabulary(request, backend, scale, gap):
-    if backend == "fallback" and scale == 5:
-        reason = "plain PyTorch's float32 log-softmaxes leave 2e-6, promised are 1e-6"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_divergences_over_a_large_vocabulary(backend, scale, gap):
     policy, reference = pair_of_logits(8, 32003, scale=scale, gap=gap)
     labels = labels_for(policy)
     stats = tdpo_ext.token_stats(policy, reference, labels)
@@ -76,36 +73,18 @@ def kl_beside(
     return gradient, truth_and_gradient(policy, reference, labels, *upstream)[1], labels
 
 
-# The label is like any other word here, but its entry is made as minus the sum of the others and
-# so collects the rounding of the whole row.
-label_collects_rounding = pytest.mark.xfail(
-    reason="small g_m: the label's entry, minus the sum of the others, has lost its digits",
-    strict=True,
-)
-
-
-@label_collects_rounding
 @pytest.mark.parametrize("grad_logps", [0.0, 1e-4])
 def test_the_gradient_of_the_kl_with_little_or_no_margin(backend, grad_logps):
     gradient, wanted, _ = kl_beside(grad_logps)
     assert relative_error(gradient, wanted) <= 1e-6
 
 
-@label_collects_rounding
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_stored_gradient_of_the_kl_alone_is_only_rounded(backend, dtype):
     gradient, wanted, _ = kl_beside(0.0, dtype)
     allowed = np.abs(wanted) * ROUNDING[dtype] * 1.001 + SUBNORMAL_STEP[dtype]
     # 1e-9: what float32 leaves at the largest entries of a row, before they are stored.
     assert np.all(np.abs(numpy64(gradient) - wanted) <= allowed + 1e-9)
-
-
-def test_the_gradient_of_the_kl_alone_away_from_the_label(backend):
-    gradient, wanted, labels = kl_beside(0.0)
-    rows = torch.arange(4)
-    gradient[rows, labels] = 0
-    wanted[rows.numpy(), labels.numpy()] = 0
-    assert relative_error(gradient, wanted) <= 1e-6
 
 
 @pytest.mark.parametrize("gap", [103.0, 104.0, 200.0, 300.0])

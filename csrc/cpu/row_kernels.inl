@@ -11,6 +11,7 @@
 // first the block's maxima (this reads memory, while the next block is prefetched), then its sums
 // from L1.
 #include <cmath>
+#include <type_traits>
 
 #include "../vocab_stats.h"
 #include "row_kernels.h"
@@ -175,24 +176,33 @@ void forward(const RowForward& row) {
 // ---- backward
 // ------------------------------------------------------------------------------------
 
-// dz of every entry but the label's. Each kind reads what its algebra needs and nothing else.
+// dz = of_kl - g_m mass, and g_m more at the label. Each kind reads what its algebra needs and
+// nothing else.
 
 template <class Real>
 struct PolicyOnly {  // g_k = 0: -g_m p
   static constexpr bool kReadsPolicy = true, kReadsReference = false;
-  Real policy_max, scale;
-  TDPO_INLINE Vector<Real> gradient(Vector<Real> z, Vector<Real>) const {
-    return exp_of_nonpositive<Real>(z - policy_max) * scale;
+  Normalizers<Real> of;
+  TDPO_INLINE Vector<Real> mass(Vector<Real> z, Vector<Real>) const {
+    return exp_of_nonpositive<Real>(z - of.policy_max) * of.policy_scale;
   }
+  TDPO_INLINE Vector<Real> of_kl(Vector<Real>, Vector<Real>, Vector<Real>) const {
+    return Vector<Real>{};
+  }
+  Real kl_weight() const { return 0; }
 };
 
 template <class Real>
 struct ReferenceOnly {  // g_k = g_m: -g_m p + g_m (p - q) = -g_m q
   static constexpr bool kReadsPolicy = false, kReadsReference = true;
-  Real reference_max, scale;
-  TDPO_INLINE Vector<Real> gradient(Vector<Real>, Vector<Real> r) const {
-    return exp_of_nonpositive<Real>(r - reference_max) * scale;
+  Normalizers<Real> of;
+  TDPO_INLINE Vector<Real> mass(Vector<Real>, Vector<Real> r) const {
+    return exp_of_nonpositive<Real>(r - of.reference_max) * of.reference_scale;
   }
+  TDPO_INLINE Vector<Real> of_kl(Vector<Real>, Vector<Real>, Vector<Real>) const {
+    return Vector<Real>{};
+  }
+  Real kl_weight() const { return 0; }
 };
 
 // g_k (p - q) - g_m p. Where p and q are close, p - q = q (e^u - 1) with u = log p - log q keeps
@@ -201,96 +211,111 @@ template <class Real>
 struct Both {
   static constexpr bool kReadsPolicy = true, kReadsReference = true;
   Normalizers<Real> of;
-  Real g_m, g_k, close_squared;
-  Both(const Normalizers<Real>& of, Real g_m, Real g_k)
+  Real g_k, close_squared;
+  Both(const Normalizers<Real>& of, Real g_k)
       : of(of),
-        g_m(g_m),
         g_k(g_k),
         close_squared(std::fabs(of.log_sum_gap) < Real(2) ? CloseGap<Real>::squared : Real(0)) {}
-  TDPO_INLINE Vector<Real> gradient(Vector<Real> z, Vector<Real> r) const {
-    const Vector<Real> p = exp_of_nonpositive<Real>(z - of.policy_max) * of.policy_scale;
+  TDPO_INLINE Vector<Real> mass(Vector<Real> z, Vector<Real>) const {
+    return exp_of_nonpositive<Real>(z - of.policy_max) * of.policy_scale;
+  }
+  TDPO_INLINE Vector<Real> of_kl(Vector<Real> p, Vector<Real> z, Vector<Real> r) const {
     const Vector<Real> q = exp_of_nonpositive<Real>(r - of.reference_max) * of.reference_scale;
     const Vector<Real> u = (z - r) - of.log_sum_gap;
     const Vector<Real> u_squared = u * u;
     const Vector<Real> close = q * (u + excess_of_close<Real>(u, u_squared));
-    const Vector<Real> difference = u_squared < close_squared ? close : p - q;
-    return difference * g_k - p * g_m;
+    return (u_squared < close_squared ? close : p - q) * g_k;
   }
+  Real kl_weight() const { return std::fabs(g_k); }
 };
 
-// The gradient of one row. Since a row of it sums to 0, the label's entry is minus the sum of the
-// others: where p is almost 1 at the label, g_m (1 - p) would have lost its digits.
 template <class T, class Kind>
 class GradientWriter {
- public:
-  GradientWriter(const RowBackward& row, const Kind& kind)
-      : policy(static_cast<const T*>(row.policy)),
-        reference(static_cast<const T*>(row.reference)),
-        gradient(static_cast<T*>(row.gradient)),
-        kind(kind) {}
-
-  void write_row(int64_t vocabulary, int64_t label) const {
-    // The vector around the label comes last.
-    const int64_t start = label / kLanes * kLanes;
-    const int64_t left = vocabulary - start, count = left < kLanes ? left : kLanes;
-    double others = write_range(0, start);
-    others += write_range(start + count, vocabulary);
-    Vector<Real> around_label = some(start, count);
-    around_label[label - start] = 0;
-    around_label[label - start] = Real(-(others + sum_of_lanes<Real>(around_label)));
-    store_some(gradient + start, around_label, count);
-  }
-
- private:
   using Real = typename Storage<T>::Accumulator;
   static constexpr int64_t kLanes = Lanes<Real>::kCount;
 
+ public:
+  GradientWriter(const RowBackward& row, const Kind& kind, Real g_m)
+      : policy(static_cast<const T*>(row.policy)),
+        reference(static_cast<const T*>(row.reference)),
+        gradient(static_cast<T*>(row.gradient)),
+        kind(kind),
+        g_m(g_m) {}
+
+  // The vector around the label comes last, when what the others add up to is known. Over a row
+  // p - q sums to 0 and the masses to 1, so where the label has most of the mass its p - q and its
+  // 1 - p are minus and plus the sums of the others, with the digits that the differences lost.
+  void write_row(int64_t vocabulary, int64_t label) const {
+    const int64_t start = label / kLanes * kLanes, lane = label - start;
+    const int64_t left = vocabulary - start, count = left < kLanes ? left : kLanes;
+    Sums others;
+    write_range(0, start, others);
+    write_range(start + count, vocabulary, others);
+    Vector<Real> z{}, r{};
+    load(start, count, z, r);
+    Vector<Real> mass = kind.mass(z, r), of_kl = kind.of_kl(mass, z, r);
+    Vector<Real> result = of_kl - mass * g_m;
+    Real mass_of_label = mass[lane], of_kl_of_label = of_kl[lane];
+    mass[lane] = of_kl[lane] = 0;
+    others.add(mass, of_kl);
+    if (mass_of_label > Real(0.5)) {
+      const bool lost = std::fabs(of_kl_of_label) < kind.kl_weight() * Real(0.5) * mass_of_label;
+      if (lost) of_kl_of_label = Real(-others.of_kl);
+      result[lane] = of_kl_of_label + g_m * Real(others.mass);
+    } else {
+      result[lane] = of_kl_of_label + g_m * (Real(1) - mass_of_label);
+    }
+    store_some(gradient + start, result, count);
+  }
+
+ private:
   const T* policy;
   const T* reference;
   T* gradient;
   const Kind& kind;
+  Real g_m;
 
-  TDPO_INLINE Vector<Real> whole(int64_t at) const {
-    Vector<Real> z{}, r{};
-    if (Kind::kReadsPolicy) z = Storage<T>::load(policy + at);
-    if (Kind::kReadsReference) r = Storage<T>::load(reference + at);
-    return kind.gradient(z, r);
+  TDPO_INLINE void load(int64_t at, int64_t count, Vector<Real>& z, Vector<Real>& r) const {
+    const bool whole = count == kLanes;
+    if (Kind::kReadsPolicy)
+      z = whole ? Storage<T>::load(policy + at) : load_some(policy + at, count);
+    if (Kind::kReadsReference) {
+      r = whole ? Storage<T>::load(reference + at) : load_some(reference + at, count);
+    }
   }
 
-  Vector<Real> some(int64_t at, int64_t count) const {
-    Vector<Real> z{}, r{};
-    if (Kind::kReadsPolicy) z = load_some(policy + at, count);
-    if (Kind::kReadsReference) r = load_some(reference + at, count);
-    return kind.gradient(z, r);
-  }
+  struct Sums {
+    double mass = 0, of_kl = 0;
+    void add(Vector<Real> more_mass, Vector<Real> more_of_kl) {
+      mass += sum_of_lanes<Real>(more_mass);
+      of_kl += sum_of_lanes<Real>(more_of_kl);
+    }
+  };
 
-  // Writes [start, end), start a multiple of kLanes, and returns its sum. Blocks of it are summed
+  // Writes [start, end), start a multiple of kLanes, and adds to the sums. Blocks of it are summed
   // first: a float that takes in a whole vocabulary would lose digits.
-  double write_range(int64_t start, int64_t end) const {
-    double total = 0;
+  void write_range(int64_t start, int64_t end, Sums& sums) const {
+    Vector<Real> z{}, r{};
     while (end - start >= kLanes) {
       const int64_t stop = end - start < kBlock<Real> ? end : start + kBlock<Real>;
-      Vector<Real> sum{};
+      Vector<Real> block_mass{}, block_of_kl{};
       for (; start + kLanes <= stop; start += kLanes) {
-        const Vector<Real> value = whole(start);
-        Storage<T>::store(gradient + start, value);
-        sum += value;
+        load(start, kLanes, z, r);
+        const Vector<Real> mass = kind.mass(z, r), of_kl = kind.of_kl(mass, z, r);
+        Storage<T>::store(gradient + start, of_kl - mass * g_m);
+        block_mass += mass;
+        block_of_kl += of_kl;
       }
-      total += sum_of_lanes<Real>(sum);
+      sums.add(block_mass, block_of_kl);
     }
     if (start < end) {
-      const Vector<Real> value = some(start, end - start);
-      store_some(gradient + start, value, end - start);
-      total += sum_of_lanes<Real>(value);
+      load(start, end - start, z, r);
+      const Vector<Real> mass = kind.mass(z, r), of_kl = kind.of_kl(mass, z, r);
+      store_some(gradient + start, of_kl - mass * g_m, end - start);
+      sums.add(mass, of_kl);
     }
-    return total;
   }
 };
-
-template <class T, class Kind>
-void write_row(const RowBackward& row, const Kind& kind) {
-  GradientWriter<T, Kind>(row, kind).write_row(row.vocabulary, row.label);
-}
 
 template <class T>
 void backward(const RowBackward& row) {
@@ -298,14 +323,18 @@ void backward(const RowBackward& row) {
   const Normalizers<Real>& of = *static_cast<const Normalizers<Real>*>(row.normalizers);
   const Real g_m = *static_cast<const Real*>(row.grad_policy_logp);
   const Real g_k = *static_cast<const Real*>(row.grad_forward_kl);
+  const auto write = [&](const auto& kind) {
+    using Kind = std::decay_t<decltype(kind)>;
+    GradientWriter<T, Kind>(row, kind, g_m).write_row(row.vocabulary, row.label);
+  };
   if (g_m == Real(0) && g_k == Real(0)) {
     std::memset(row.gradient, 0, static_cast<size_t>(row.vocabulary) * sizeof(T));
   } else if (g_k == Real(0)) {
-    write_row<T>(row, PolicyOnly<Real>{of.policy_max, -g_m * of.policy_scale});
+    write(PolicyOnly<Real>{of});
   } else if (g_k == g_m) {
-    write_row<T>(row, ReferenceOnly<Real>{of.reference_max, -g_m * of.reference_scale});
+    write(ReferenceOnly<Real>{of});
   } else {
-    write_row<T>(row, Both<Real>(of, g_m, g_k));
+    write(Both<Real>(of, g_k));
   }
 }
 

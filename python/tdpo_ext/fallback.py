@@ -119,9 +119,24 @@ def backward(
         outside = ~ignored & ((label < 0) | (label >= vocabulary))
         g_m = grad_logps[rows].unsqueeze(-1).masked_fill(outside, torch.nan)
         g_k = grad_kl[rows].unsqueeze(-1)
-        result = torch.where(g_k == 0, 0, g_k * difference) - g_m * p
-        # A row sums to 0: where p is almost 1 at the label, g_m (1 - p) would have lost its digits.
+        of_kl = torch.where(g_k == 0, 0, g_k * difference)
         label = label.masked_fill(ignored | outside, 0)
-        result.scatter_(-1, label, 0)
-        result.scatter_(-1, label, -result.sum(-1, keepdim=True))
+        at_label = _at_label(p, of_kl, label, g_m, g_k)
+        result = (of_kl - g_m * p).scatter_(-1, label, at_label)
         gradient[rows] = result.masked_fill(ignored, 0).to(gradient.dtype)
+
+
+def _at_label(p: Tensor, of_kl: Tensor, label: Tensor, g_m: Tensor, g_k: Tensor) -> Tensor:
+    """g_k (p - q) + g_m (1 - p) at the label.
+
+    Over a row p - q sums to 0 and p to 1. Where the label has most of the mass, the sums of the
+    others have the digits that the differences lost.
+    """
+    p_label, of_kl_label = p.gather(-1, label), of_kl.gather(-1, label)
+    other_mass = p.scatter(-1, label, 0).sum(-1, keepdim=True)
+    other_of_kl = of_kl.scatter(-1, label, 0).sum(-1, keepdim=True)
+    most = p_label > 0.5
+    lost = most & (of_kl_label.abs() < 0.5 * g_k.abs() * p_label)
+    return torch.where(lost, -other_of_kl, of_kl_label) + g_m * torch.where(
+        most, other_mass, 1 - p_label
+    )

@@ -81,8 +81,14 @@ def stats_of_rows(
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return F.log_softmax(logits, dim=-1, dtype=dtype)
+    """In float32 at least. torch's own adds maximum and log-sum before subtracting: less accurate.
+
+    The maximum is a constant here: what it adds and what it subtracts have the same derivative.
+    """
+    if logits.dtype != torch.float64:
+        logits = logits.to(torch.float32)
+    shifted = logits - logits.detach().amax(dim=-1, keepdim=True)
+    return shifted - shifted.exp().sum(dim=-1, keepdim=True).log()
 
 
 def _forward_kl(policy_log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:

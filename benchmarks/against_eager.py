@@ -71,6 +71,7 @@ def measure(vocabulary: int, dtype: torch.dtype, rows: int, rounds: int) -> dict
     reference = reference.to(dtype)
     labels = torch.randint(0, vocabulary, (rows,), generator=generator)
     weights = torch.randn(2, rows, generator=generator)
+    torch.compiler.reset()  # past a limit of recompilations it would run eager
     providers: dict[str, Statistics] = {
         "tdpo_ext": ours,
         "tdpo_ext in place": ours_in_place,

@@ -36,16 +36,16 @@ clean:
 
 .venv/installed: .venv/torch $(sources)
 	@echo "== Building tdpo_ext and installing it in .venv (under a minute)"
-	$(python) -m pip install --quiet --editable .
+	$(python) -m pip install --editable .
 	@$(python) -c "import tdpo_ext; print('== Built:', tdpo_ext.backends()['cpu'])"
 	@touch $@
 
 .venv/development: .venv/torch requirements-development.txt
 	@echo "== Installing what the tests and linters need"
-	$(python) -m pip install --quiet --requirement requirements-development.txt
+	$(python) -m pip install --requirement requirements-development.txt
 	@touch $@
 
 .venv/demo: .venv/installed pyproject.toml
 	@echo "== Installing what the demo needs"
-	$(python) -m pip install --quiet --editable ".[demo]"
+	$(python) -m pip install --editable ".[demo]"
 	@touch $@

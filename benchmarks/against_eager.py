@@ -127,8 +127,8 @@ def render(report: dict) -> str:
             "",
             f"## {threads} thread{'s' if threads > 1 else ''}",
             "",
-            "| V | dtype | read | forward | eager | compile | forward + backward | in place "
-            "| eager | compile | in place against eager | against compile |",
+            "| V | dtype | read | forward: ours | eager | compile | forward + backward: ours "
+            "| ours in place | eager | compile | in place against eager | against compile |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in report["measurements"]:

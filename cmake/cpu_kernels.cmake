@@ -26,6 +26,11 @@ target_compile_options(
 find_package(OpenMP COMPONENTS CXX)
 if(OpenMP_CXX_FOUND)
   target_link_libraries(tdpo_cpu PUBLIC OpenMP::OpenMP_CXX)
+  if(CMAKE_SYSTEM_NAME STREQUAL "Linux" AND CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+    message(WARNING "tdpo_ext: Clang brings its own OpenMP runtime, and torch's Linux wheels bring "
+                    "GCC's; with two in one process threads wait for each other. Use GCC (CXX=g++) "
+                    "unless your torch was built with Clang.")
+  endif()
 else()
   message(STATUS "tdpo_ext: OpenMP not found, the CPU kernels will use one thread")
 endif()

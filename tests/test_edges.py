@@ -77,6 +77,18 @@ def test_more_leading_dimensions_than_strides_can_merge(compiled):
         tdpo_ext.token_stats(logits, logits, torch.zeros(2, 2, 2, 2, 2, dtype=torch.int64))
 
 
+def test_rows_more_than_two_to_the_31_elements_apart(compiled):
+    """The memory between the rows is asked for and never touched."""
+    apart = 2**31 + 7
+    far = torch.empty(apart + 40, dtype=torch.bfloat16).as_strided((2, 40), (apart, 1))
+    policy, reference = pair_of_logits(2, 40, dtype=torch.bfloat16)
+    far.copy_(policy)
+    labels = labels_for(policy)
+    wanted, gradient = stats_and_gradient(policy, reference, labels)
+    stats, in_place = stats_and_gradient(far, reference, labels, inplace_backward=True)
+    assert_same_bits((*stats, in_place, far), (*wanted, gradient, gradient))
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (2, 0, 5)])
 def test_no_rows(backend, shape):
     policy, reference = torch.zeros(2, *shape)

@@ -79,6 +79,18 @@ Real centre_of_block(const T* policy, const T* reference, int64_t count, Real re
   return Real(0);
 }
 
+// Whether some z is -inf where r is not. The padding of the last vector is -inf on both sides.
+template <class T, class Real>
+bool policy_excludes_an_entry(const T* policy, const T* reference, int64_t count) {
+  typename Lanes<Real>::Mask found{};
+  for_each_vector(policy, reference, count, [&](Vector<Real> z, Vector<Real> r) {
+    found |= (z == -Real(INFINITY)) & (r > -Real(INFINITY));
+  });
+  bool any = false;
+  for (int lane = 0; lane < Lanes<Real>::kCount; ++lane) any |= found[lane] != 0;
+  return any;
+}
+
 // Adds a block to a record whose base already covers it (its maxima are at least the block's).
 template <class T, class Real>
 TDPO_INLINE void add_block(VocabStats<Real>& stats, const T* policy, const T* reference,
@@ -110,11 +122,9 @@ TDPO_INLINE void add_block(VocabStats<Real>& stats, const T* policy, const T* re
   stats.reference_sum += sum_of_lanes<Real>(reference_sum);
   stats.gap_sum += sum_of_lanes<Real>(gap_sum);
   stats.excess_sum += sum_of_lanes<Real>(excess_sum);
-  if (!policy_has_minus_infinity) return;
   // p = 0 < q makes the KL infinite, also where q is too small for w to show it.
-  for (int64_t at = 0; at < count; ++at) {
-    const bool impossible = element(policy + at) == -Real(INFINITY);
-    if (impossible && element(reference + at) > -Real(INFINITY)) stats.gap_sum = -Real(INFINITY);
+  if (policy_has_minus_infinity && policy_excludes_an_entry<T, Real>(policy, reference, count)) {
+    stats.gap_sum = -Real(INFINITY);
   }
 }
 

@@ -229,11 +229,68 @@ def test_int32_labels(backend):
     )
 
 
-def test_float16_and_bfloat16_gradients_round_to_nearest_even(compiled):
-    """Against torch's own conversion of the float32 gradient, subnormals and ties included."""
-    for dtype in (torch.float16, torch.bfloat16):
-        policy, reference = pair_of_logits(40, 501, scale=6.0, dtype=dtype)
-        labels = labels_for(policy)
-        _, gradient = stats_and_gradient(policy, reference, labels)
-        _, exact = stats_and_gradient(policy.float(), reference.float(), labels)
-        assert torch.equal(gradient, exact.to(dtype))
+@pytest.mark.parametrize("vocabulary", [2, 37, 5000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_reads_only_what_its_algebra_needs(compiled, dtype, vocabulary):
+    """TDPO1 needs no policy, DPO no reference, a row without upstream gradient neither."""
+    policy, reference = pair_of_logits(4, vocabulary, dtype=dtype)
+    labels = labels_for(policy)
+    logps, _, _, normalizers = torch.ops.tdpo_ext.token_stats(policy, reference, labels, -100)
+    g_m = torch.randn_like(logps)
+    g_k = g_m.clone()
+    g_m[2:] = g_k[1:] = 0
+    backward = torch.ops.tdpo_ext.token_stats_backward
+    wanted = backward(policy, reference, labels, normalizers, g_m, g_k, -100)
+    policy[[0, 2, 3]] = math.nan
+    reference[1:] = math.nan
+    got = backward(policy, reference, labels, normalizers, g_m, g_k, -100)
+    assert wanted[:2].any(-1).all()
+    assert not wanted[2:].any()
+    assert torch.equal(got, wanted)
+
+
+def test_opposite_upstream_gradients_are_no_special_case(backend):
+    """-g_m p + g_k (p - q) with g_k = -g_m reads both."""
+    policy, reference = pair_of_logits(3, 40, dtype=torch.float64)
+    labels = labels_for(policy)
+    policy.requires_grad_()
+    stats = tdpo_ext.token_stats(policy, reference, labels)
+    (gradient,) = torch.autograd.grad((stats.policy_logps - stats.forward_kl).sum(), policy)
+    p, q = policy.softmax(-1), reference.softmax(-1)
+    onehot = torch.nn.functional.one_hot(labels, 40)
+    torch.testing.assert_close(gradient, (onehot - p - (p - q)).detach())
+
+
+def every_rounding(dtype):
+    """float32 values at, just above and just below every tie between two neighbours of a dtype."""
+    bits = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    bits = bits[bits.isfinite() & (bits.abs() < 1e38)]
+    ties = (bits[1:].double() + bits[:-1].double()).div(2).float()
+    ties = ties[ties > 1e-37]
+    up, down = (torch.nextafter(ties, torch.tensor(x)) for x in (math.inf, 0.0))
+    values = torch.cat((ties, up, down, torch.tensor([65519.0, 65520.0, 1e30, 3e38 / 4])))
+    return torch.cat((values, -values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_round_to_nearest_even_everywhere(compiled, dtype):
+    """Two equal logits: p = 1/2 exactly, so the gradient beside the label is -g_m / 2 exactly."""
+    values = every_rounding(dtype)
+    logits = torch.zeros(len(values), 2, dtype=dtype, requires_grad=True)
+    labels = torch.zeros(len(values), dtype=torch.int64)
+    stats = tdpo_ext.token_stats(logits, logits.detach().clone(), labels)
+    (gradient,) = torch.autograd.grad(stats.policy_logps, logits, -2 * values)
+    assert torch.equal(gradient[:, 1], values.to(dtype))
+    assert torch.equal(gradient[:, 0], (-values).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_width_logit_is_read_exactly(compiled, dtype):
+    """log p = z - log(1 + e^z) of (z, 0), for every z that the dtype has."""
+    z = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    z = z[z.isfinite() & (z.abs() < 80)]
+    policy = torch.stack((z, torch.zeros_like(z)), dim=1)
+    labels = torch.zeros(len(z), dtype=torch.int64)
+    stats = tdpo_ext.token_stats(policy, torch.zeros_like(policy), labels)
+    wanted = -torch.nn.functional.softplus(-z.double())
+    torch.testing.assert_close(stats.policy_logps.double(), wanted, rtol=1e-6, atol=1e-7)

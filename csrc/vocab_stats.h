@@ -35,14 +35,15 @@ namespace tdpo {
 
 // What the sums of a record are relative to.
 //
-// Invariant: reference_max + centre <= policy_max up to rounding. It holds because the centre is
-// z - r where r is largest, so that reference_max + centre is one of the z. It keeps every
-// exponential below at most 1.
+// The centre is lse(z) - lse(r) of the part of the vocabulary (an entry, a block) where r is
+// largest: there E[e^d] = 1, however a single entry may lie. And since that lse(r) is at least
+// reference_max, reference_max + centre is at most policy_max plus the logarithm of the part's
+// size: no exponential below overflows.
 template <class Real>
 struct Base {
   Real policy_max;     // max z
   Real reference_max;  // max r
-  Real centre;         // c: z - r where r is largest; 0 where that is not finite
+  Real centre;         // c; 0 where it would not be finite
 };
 
 template <class Real>
@@ -113,6 +114,13 @@ TDPO_ALGEBRA Real relative_scale(Real a, Real b) {
   return a == -Real(INFINITY) ? Real(0) : a == b ? Real(1) : exp(a - b);
 }
 
+// e^(reference_max + centre - policy_max). In double: where a mask has put the maxima 1e38 apart
+// the sum in float has no digits left.
+template <class Real>
+TDPO_ALGEBRA Real linear_scale(Real reference_max, Real centre, Real policy_max) {
+  return Real(exp((double(reference_max) - double(policy_max)) + double(centre)));
+}
+
 // The same record relative to another base, whose maxima are not smaller.
 //
 // With s = centre - new centre the gaps grow by s: sum w d becomes sum w d + s sum w. The linear
@@ -134,11 +142,11 @@ TDPO_ALGEBRA VocabStats<Real> rebase(const VocabStats<Real>& stats, const Base<R
   moved.excess_sum *= policy_scale;
   if (s == Real(0) || stats.reference_sum == Real(0)) return moved;
   const Real linear = stats.reference_sum + stats.gap_sum;
-  const Real to_new = exp(old.reference_max + base.centre - base.policy_max);
+  const Real to_new = linear_scale(old.reference_max, base.centre, base.policy_max);
   if (fabs(s) < CloseGap<Real>::value) {
     moved.excess_sum += to_new * (excess_of(s) * stats.reference_sum + expm1(s) * stats.gap_sum);
   } else {  // the same, without e^s, which might overflow
-    const Real to_old = exp(old.reference_max + old.centre - base.policy_max);
+    const Real to_old = linear_scale(old.reference_max, old.centre, base.policy_max);
     moved.excess_sum += to_old * linear - to_new * (linear + s * stats.reference_sum);
   }
   return moved;
@@ -176,19 +184,19 @@ TDPO_ALGEBRA RowSummary<Real> finalise(const VocabStats<Real>& stats) {
   const double mean_gap = double(stats.gap_sum) / double(stats.reference_sum);
   const double excess = double(stats.excess_sum) * exp(offset) / double(stats.reference_sum);
   const double x = mean_gap + excess;
-  double log_mean;  // log E[e^d]
-  double kl;
+  double log_sum_gap, kl;
   if (fabs(mean_gap) < 0.5 && excess < 0.5) {
-    log_mean = log1p(x);
-    kl = excess - (x - log_mean);
+    log_sum_gap = centre + log1p(x);
+    kl = excess - (x - log1p(x));
   } else {  // far apart, or the excess overflowed: now the plain difference has all its digits
-    log_mean = policy_log_sum - reference_log_sum + offset;
-    kl = log_mean - mean_gap;
+    const double log_sums = policy_log_sum - reference_log_sum;
+    log_sum_gap = double(base.policy_max) - double(base.reference_max) + log_sums;
+    kl = log_sums + offset - mean_gap;
   }
   RowSummary<Real> summary;
   summary.policy_log_sum = Real(policy_log_sum);
   summary.reference_log_sum = Real(reference_log_sum);
-  summary.log_sum_gap = Real(centre + log_mean);
+  summary.log_sum_gap = Real(log_sum_gap);
   summary.forward_kl = kl < 0 ? Real(0) : Real(kl);
   return summary;
 }

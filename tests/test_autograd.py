@@ -125,3 +125,13 @@ def test_only_what_is_used_gets_a_gradient(backend):
     assert not stats.reference_logps.requires_grad
     with torch.no_grad():
         assert not tdpo_ext.token_stats(policy, reference, labels).forward_kl.requires_grad
+
+
+def test_a_reference_computed_in_inference_mode(backend):
+    policy, reference, labels = small(4, 3, 7)
+    wanted = torch.autograd.grad(tdpo_ext.tdpo_loss(policy, reference, labels).loss, policy)[0]
+    with torch.inference_mode():
+        reference, labels = reference.clone(), labels.clone()
+        assert tdpo_ext.tdpo_loss(policy, reference, labels).loss.isfinite()
+    loss = tdpo_ext.tdpo_loss(policy, reference, labels).loss
+    assert torch.equal(torch.autograd.grad(loss, policy)[0], wanted)

@@ -294,3 +294,30 @@ def test_every_half_width_logit_is_read_exactly(compiled, dtype):
     stats = tdpo_ext.token_stats(policy, torch.zeros_like(policy), labels)
     wanted = -torch.nn.functional.softplus(-z.double())
     torch.testing.assert_close(stats.policy_logps.double(), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("vocabulary", [4, 40, 5000])
+@pytest.mark.parametrize(
+    "fill", [-1e4, -1e9, -1e20, torch.finfo(torch.bfloat16).min, -3.4028234e38]
+)
+def test_masks_of_large_finite_numbers(backend, fill, vocabulary):
+    """The policy masks what the reference likes best; both mask something; the reference masks."""
+    _, reference = pair_of_logits(3, vocabulary, scale=0.1)
+    policy = reference.clone()
+    policy[0, reference[0].argmax()] = fill
+    policy[1, 2:] = reference[1, 2:] = fill
+    reference[2, 1] = fill
+    labels = torch.tensor([1, 0, 0])
+    policy.requires_grad_()
+    stats = tdpo_ext.token_stats(policy, reference, labels)
+    (gradient,) = torch.autograd.grad(stats.forward_kl.sum(), policy)
+    truth = tdpo_ext.reference.token_stats(policy.detach().double(), reference.double(), labels)
+    torch.testing.assert_close(stats.forward_kl.double(), truth.forward_kl, rtol=2e-6, atol=1e-7)
+    p, q = (x.detach().double().softmax(-1) for x in (policy, reference))
+    torch.testing.assert_close(gradient.double(), p - q, rtol=1e-5, atol=1e-7)
+
+
+def test_no_tokens(backend):
+    policy, reference = torch.zeros(2, 2, 0, 5)
+    labels = torch.zeros(2, 0, dtype=torch.int64)
+    assert tdpo_ext.tdpo_loss(policy, reference, labels).loss.item() == pytest.approx(math.log(2))

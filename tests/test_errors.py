@@ -83,6 +83,7 @@ OF_TOKEN_STATS = {
     "label too large": ({"labels": with_label(V)}, IndexError, f"labels.*got {V}"),
     "label negative": ({"labels": with_label(-1)}, IndexError, "labels.*got -1"),
     "label huge": ({"labels": with_label(2**40)}, IndexError, "labels"),
+    "ignore_index too large": ({"ignore_index": 2**63}, ValueError, "ignore_index"),
     "ignore_index no int": ({"ignore_index": 0.5}, TypeError, "ignore_index"),
 }
 

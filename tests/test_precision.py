@@ -116,3 +116,14 @@ def test_gradients_of_any_number_of_leading_dimensions(backend, shape):
     _, wanted = truth_and_gradient(*flat, *rows)
     assert gradient.shape == policy.shape
     assert relative_error(gradient.reshape(-1, 37), wanted) <= 1e-6
+
+
+@pytest.mark.parametrize("offset", [-20.0, -3.0, -0.5, 0.3, 0.6])
+@pytest.mark.parametrize("scale", [0.01, 1.0])
+def test_an_outlier_where_the_reference_is_largest_costs_no_digits(backend, scale, offset):
+    policy, reference = pair_of_logits(1, 128256, scale=scale, gap=1.4e-3)
+    policy[0, reference.argmax()] += offset
+    stats = tdpo_ext.token_stats(policy, reference, torch.tensor([0]))
+    truth = oracle.forward_kl(numpy64(policy[0]), numpy64(reference[0]))
+    assert truth > 1e-6
+    assert stats.forward_kl.item() == pytest.approx(truth, rel=1e-4)

@@ -61,22 +61,19 @@ TDPO_INLINE typename Storage<T>::Accumulator element(const T* from) {
   return load_some(from, 1)[0];
 }
 
-// z - r at an entry of the block where r has the value `reference_max`.
+// lse(z) - lse(r) over a block.
 template <class T, class Real>
-Real centre_of_block(const T* policy, const T* reference, int64_t count, Real reference_max) {
-  constexpr int64_t kLanes = Lanes<Real>::kCount;
-  for (int64_t at = 0; at < count; at += kLanes) {
-    const int64_t some = count - at < kLanes ? count - at : kLanes;
-    const Vector<Real> r =
-        some == kLanes ? Storage<T>::load(reference + at) : load_some(reference + at, some);
-    if (max_of_lanes<Real>(r) != reference_max) continue;
-    for (int64_t lane = 0; lane < some; ++lane) {
-      if (r[lane] == reference_max) {
-        return finite_or_zero(element(policy + at + lane) - reference_max);
-      }
-    }
-  }
-  return Real(0);
+Real centre_of_block(const T* policy, const T* reference, int64_t count,
+                     const Extremes<Real>& extremes) {
+  const Real policy_max = finite_or_zero(extremes.policy_max);
+  const Real reference_max = finite_or_zero(extremes.reference_max);
+  Vector<Real> policy_sum{}, reference_sum{};
+  for_each_vector(policy, reference, count, [&](Vector<Real> z, Vector<Real> r) {
+    policy_sum += exp_of_nonpositive<Real>(z - policy_max);
+    reference_sum += exp_of_nonpositive<Real>(r - reference_max);
+  });
+  const Real ratio = sum_of_lanes<Real>(policy_sum) / sum_of_lanes<Real>(reference_sum);
+  return finite_or_zero((extremes.policy_max - extremes.reference_max) + std::log(ratio));
 }
 
 // Whether some z is -inf where r is not. The padding of the last vector is -inf on both sides.
@@ -99,8 +96,7 @@ TDPO_INLINE void add_block(VocabStats<Real>& stats, const T* policy, const T* re
   // Where all of a side is -inf so far any finite maximum will do: every exponential is 0.
   const Real policy_max = finite_or_zero(base.policy_max);
   const Real reference_max = finite_or_zero(base.reference_max);
-  const Real k = std::exp(base.reference_max + base.centre - base.policy_max);
-  const Vector<Real> linear_scale = broadcast(finite_or_zero(k));
+  const Real k = finite_or_zero(linear_scale(base.reference_max, base.centre, base.policy_max));
   const Vector<Real> far_gap = broadcast(Real(1e30));
   Vector<Real> policy_sum{}, reference_sum{}, gap_sum{}, excess_sum{};
   for_each_vector(policy, reference, count, [&](Vector<Real> z, Vector<Real> r) {
@@ -110,9 +106,9 @@ TDPO_INLINE void add_block(VocabStats<Real>& stats, const T* policy, const T* re
     const Vector<Real> d = w == Real(0) ? far_gap : (z - r) - base.centre;
     const Vector<Real> d_squared = d * d;
     const Vector<Real> weighted_gap = w * d;
-    const Vector<Real> linear = w * linear_scale;
+    const Vector<Real> linear = w * k;
     const Vector<Real> close = linear * excess_of_close<Real>(d, d_squared);
-    const Vector<Real> far = policy_mass - linear_scale * (w + weighted_gap);
+    const Vector<Real> far = policy_mass - k * (w + weighted_gap);
     policy_sum += policy_mass;
     reference_sum += w;
     gap_sum += weighted_gap;
@@ -146,7 +142,7 @@ VocabStats<Real> stats_of_row(const T* policy, const T* reference, int64_t vocab
     if (extremes.policy_max > base.policy_max) base.policy_max = extremes.policy_max;
     if (extremes.reference_max > base.reference_max) {
       base.reference_max = extremes.reference_max;
-      base.centre = centre_of_block(z, r, count, extremes.reference_max);
+      base.centre = centre_of_block(z, r, count, extremes);
     }
     const bool moved =
         base.policy_max != stats.base.policy_max || base.reference_max != stats.base.reference_max;

@@ -84,6 +84,8 @@ def check_labels(name: str, labels: Tensor, logits: Tensor) -> None:
 def check_ignore_index(ignore_index: int) -> None:
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
 
 
 def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:

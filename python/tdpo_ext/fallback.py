@@ -74,10 +74,11 @@ def _normalizers(z: Tensor, r: Tensor, kl: Tensor) -> Tensor:
     z_max, r_max = z.amax(-1, keepdim=True), r.amax(-1, keepdim=True)
     z_scale = 1 / (z - z_max).exp().sum(-1, keepdim=True)
     r_scale = 1 / (r - r_max).exp().sum(-1, keepdim=True)
-    # KL = lse(z) - lse(r) - E_q[z - r]; in this order the small numbers keep their digits.
+    # KL = lse(z) - lse(r) - E_q[z - r]: where it is small this order keeps the small digits.
     q = (r - r_max).exp() * r_scale
     expected_gap = (q * (z - r).masked_fill(q == 0, 0)).sum(-1)
-    gap = (expected_gap + kl).unsqueeze(-1)
+    far = (z_max - r_max - torch.log(z_scale) + torch.log(r_scale)).squeeze(-1)
+    gap = torch.where(kl < 0.5, expected_gap + kl, far).unsqueeze(-1)
     return torch.cat((z_max, z_scale, r_max, r_scale, gap), dim=-1)
 
 

@@ -243,7 +243,12 @@ class _TokenStatsFunction(torch.autograd.Function):
         policy_logps, reference_logps, forward_kl, normalizers = torch.ops.tdpo_ext.token_stats(
             policy_logits, reference_logits, labels, ignore_index
         )
-        ctx.save_for_backward(policy_logits, reference_logits, labels, normalizers)
+        constants = (reference_logits, labels)
+        # A reference computed in inference mode cannot be saved for backward. It need not be: it
+        # has no gradient, and no version that autograd could check.
+        inference = not torch.compiler.is_compiling() and any(x.is_inference() for x in constants)
+        ctx.inference_constants = constants if inference else None
+        ctx.save_for_backward(policy_logits, normalizers, *(() if inference else constants))
         ctx.mark_non_differentiable(reference_logps)
         ctx.ignore_index = ignore_index
         ctx.inplace_backward = inplace_backward
@@ -251,7 +256,8 @@ class _TokenStatsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        policy_logits, reference_logits, labels, normalizers = ctx.saved_tensors
+        policy_logits, normalizers, *constants = ctx.saved_tensors
+        reference_logits, labels = ctx.inference_constants or constants
         grad_policy_logps, _, grad_forward_kl = gradients
         arguments = (
             reference_logits,

@@ -97,6 +97,8 @@ def _forward_kl(policy_log_probs: Tensor, reference_log_probs: Tensor) -> Tensor
     Since p and q both sum to 1 it equals sum_v (p - q + q u) with u = log q - log p. Every term of
     that sum is at least 0 and none is large, so it neither turns negative nor loses its digits when
     the two distributions are close. For close values p - q = q expm1(-u), exact to the last digits.
+
+    An infinite KL (p = 0 < q) has no gradient; what comes back for it is finite and means nothing.
     """
     u = reference_log_probs - policy_log_probs
     p, q = policy_log_probs.exp(), reference_log_probs.exp()

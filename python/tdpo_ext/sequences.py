@@ -14,8 +14,8 @@ def align_labels(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -
     Position t of the logits predicts label t + 1, so the labels move one step and the last position
     of every sequence is ignored. The logits are never sliced.
     """
-    end = labels.new_full((*labels.shape[:-1], 1), ignore_index)
-    aligned = torch.cat((labels[..., 1:], end), dim=-1)
+    labels = labels.to(torch.int64)  # which holds any ignore_index
+    aligned = torch.cat((labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)), dim=-1)
     if cu_seqlens is None:
         return aligned
     position = torch.arange(labels.shape[0], device=labels.device)

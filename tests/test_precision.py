@@ -7,13 +7,12 @@ import oracle
 import pytest
 import torch
 from conftest import labels_for, numpy64, pair_of_logits, relative_error
+from test_token_stats import ROUNDING, SUBNORMAL_STEP, stats_and_gradient
 from torch import Tensor
 
 import tdpo_ext
 
 BOUND = {torch.float32: 1e-6, torch.float64: 1e-13}
-ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-SUBNORMAL_STEP = {torch.bfloat16: 0.0, torch.float16: 2.0**-25}
 
 
 def truth_and_gradient(
@@ -22,15 +21,6 @@ def truth_and_gradient(
     inputs = (numpy64(policy), numpy64(reference), labels.numpy())
     upstream = (numpy64(grad_logps), numpy64(grad_kl))
     return oracle.token_stats(*inputs), oracle.token_stats_gradient(*inputs, *upstream)
-
-
-def stats_and_gradient(
-    policy: Tensor, reference: Tensor, labels: Tensor, grad_logps: Tensor, grad_kl: Tensor
-) -> tuple[tdpo_ext.TokenStats, Tensor]:
-    policy = policy.detach().requires_grad_()
-    stats = tdpo_ext.token_stats(policy, reference, labels)
-    total = (stats.policy_logps * grad_logps + stats.forward_kl * grad_kl).sum()
-    return stats, torch.autograd.grad(total, policy)[0]
 
 
 # One below, at and above a vector and a block of every instruction set.

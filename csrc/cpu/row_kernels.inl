@@ -179,8 +179,7 @@ void forward(const RowForward& row) {
       Real(1) / stats.reference_sum, summary.log_sum_gap};
 }
 
-// ---- backward
-// ------------------------------------------------------------------------------------
+// ---- backward ----
 
 // dz = of_kl - g_m mass, and g_m more at the label. Each kind reads what its algebra needs and
 // nothing else.

@@ -35,7 +35,7 @@ def warn_once(device: str, reason: str) -> None:
 def _row_blocks(leading: torch.Size, vocabulary: int) -> Iterator[tuple[int | slice, ...]]:
     """Indices of blocks of rows, as views whatever the strides: nothing is flattened."""
     if len(leading) == 0:
-        yield (slice(None),)
+        yield ()
     elif len(leading) == 1:
         rows = max(1, _BLOCK_ELEMENTS // vocabulary)
         yield from ((slice(start, start + rows),) for start in range(0, leading[0], rows))
@@ -54,11 +54,6 @@ def forward(
     dtype = accumulation_dtype(policy_logits)
     outputs = tuple(policy_logits.new_zeros(labels.shape, dtype=dtype) for _ in range(3))
     normalizers = policy_logits.new_zeros((*labels.shape, NORMALIZERS), dtype=dtype)
-    if labels.dim() == 0:
-        # One row: give it the dimension that blocks are cut from.
-        one_row = (policy_logits[None], reference_logits[None], labels[None])
-        first, second, third, state = forward(*one_row, ignore_index)
-        return first[0], second[0], third[0], state[0]
     for rows in _row_blocks(labels.shape, policy_logits.shape[-1]):
         ignored = (labels[rows] == ignore_index).unsqueeze(-1)
         z = policy_logits[rows].to(dtype).masked_fill(ignored, 0)
@@ -93,18 +88,6 @@ def backward(
     ignore_index: int,
 ) -> None:
     """dz = g_m (onehot(y) - p) + g_k (p - q), to ``gradient``, which may be ``policy_logits``."""
-    if labels.dim() == 0:
-        backward(
-            gradient[None],
-            policy_logits[None],
-            reference_logits[None],
-            labels[None],
-            normalizers[None],
-            grad_logps[None],
-            grad_kl[None],
-            ignore_index,
-        )
-        return
     vocabulary = policy_logits.shape[-1]
     for rows in _row_blocks(labels.shape, vocabulary):
         z = policy_logits[rows].to(normalizers.dtype)

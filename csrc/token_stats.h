@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "vocab_stats.h"
+
 namespace tdpo {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
@@ -27,18 +29,6 @@ inline int64_t row_offset(const RowLayout& layout, int64_t row) {
   return layout.dims > 0 ? offset + row * layout.strides[0] : offset;
 }
 
-// What forward saves for backward: five numbers per row in the accumulation type (float32; float64
-// for float64 logits). p = e^(z - policy_max) policy_scale, q likewise, and
-// log p - log q = z - r - log_sum_gap, which keeps its digits when p and q are close.
-template <class Real>
-struct Normalizers {
-  Real policy_max;
-  Real policy_scale;  // 1 / sum e^(z - policy_max)
-  Real reference_max;
-  Real reference_scale;
-  Real log_sum_gap;  // lse(z) - lse(r)
-};
-
 struct Logits {
   const void* data;
   RowLayout rows;
@@ -60,7 +50,7 @@ struct TokenStatsForward {
   void* policy_logps;     // [rows]
   void* reference_logps;  // [rows]
   void* forward_kl;       // [rows]
-  void* normalizers;      // [rows] of Normalizers
+  void* normalizers;      // [rows] of Normalizers (vocab_stats.h)
 };
 
 // dz = grad_policy_logps (onehot(label) - p) + grad_forward_kl (p - q). The gradient may be stored

@@ -17,6 +17,9 @@
 // overflows. `rebase` moves a record to another base; records over disjoint parts of the
 // vocabulary, moved to a common base, add up field by field. SIMD lanes, threads, blocks, tiles of
 // the vocabulary and tensor-parallel ranks all merge with these functions.
+//
+// The label's entry is left out of a row's record, and `finalise` puts it beside the rest: then
+// log p(y) and 1 - p(y) have all their digits also where the label has almost all of the mass.
 #pragma once
 
 #include <math.h>
@@ -41,8 +44,8 @@ namespace tdpo {
 // size: no exponential below overflows.
 template <class Real>
 struct Base {
-  Real policy_max;     // max z
-  Real reference_max;  // max r
+  Real policy_max;     // max z, or a number at most a few nats below it
+  Real reference_max;  // max r, likewise
   Real centre;         // c; 0 where it would not be finite
 };
 
@@ -56,13 +59,27 @@ struct VocabStats {
                     //   = sum k w (e^d - 1 - d), and it counts policy mass where q = 0 as well
 };
 
-// What the row's outputs and its backward need.
+// What forward saves for backward: eight numbers per row. p = e^(z - policy_max) policy_scale, q
+// likewise, and log p - log q = z - r - log_sum_gap, which keeps its digits when p and q are close.
+template <class Real>
+struct Normalizers {
+  Real policy_max;
+  Real policy_scale;  // e^(policy_max - lse(z))
+  Real reference_max;
+  Real reference_scale;
+  Real log_sum_gap;     // lse(z) - lse(r)
+  Real policy_rest;     // 1 - p(y): the mass of everything but the label
+  Real reference_rest;  // 1 - q(y)
+  Real label_gap;       // p(y) - q(y)
+};
+
+// A row's results.
 template <class Real>
 struct RowSummary {
-  Real policy_log_sum;     // lse(z) - policy_max
-  Real reference_log_sum;  // lse(r) - reference_max
-  Real log_sum_gap;        // lse(z) - lse(r)
-  Real forward_kl;         // KL(q || p) >= 0, nats
+  Real policy_logp;     // log p(y)
+  Real reference_logp;  // log q(y)
+  Real forward_kl;      // KL(q || p) >= 0, nats
+  Normalizers<Real> normalizers;
 };
 
 // Below this |d| the excess e^d - 1 - d is a series, from it on a difference that keeps its digits.
@@ -173,32 +190,113 @@ TDPO_ALGEBRA VocabStats<Real> merge(const VocabStats<Real>& a, const VocabStats<
   return sum;
 }
 
-// The record of the whole row -> its results. Once per row, so it is done in double.
+// ---- from the record to the results: once per row, so it is done in double ----
+
+// A part of the vocabulary as a whole.
+struct PartSummary {
+  double policy_log_sum;     // lse(z)
+  double reference_log_sum;  // lse(r)
+  double log_sum_gap;        // their difference, with digits that subtracting them would lose
+  double forward_kl;         // between the part's own softmaxes; 0 where q has no mass in it
+};
+
 template <class Real>
-TDPO_ALGEBRA RowSummary<Real> finalise(const VocabStats<Real>& stats) {
-  const Base<Real>& base = stats.base;
-  const double centre = base.centre;
-  const double offset = double(base.policy_max) - double(base.reference_max) - centre;
-  const double policy_log_sum = log(double(stats.policy_sum));
-  const double reference_log_sum = log(double(stats.reference_sum));
-  const double mean_gap = double(stats.gap_sum) / double(stats.reference_sum);
-  const double excess = double(stats.excess_sum) * exp(offset) / double(stats.reference_sum);
-  const double x = mean_gap + excess;
-  double log_sum_gap, kl;
+TDPO_ALGEBRA PartSummary summarise(const VocabStats<Real>& stats) {
+  const double policy_max = stats.base.policy_max, reference_max = stats.base.reference_max;
+  const double centre = stats.base.centre, reference_sum = stats.reference_sum;
+  PartSummary part;
+  part.policy_log_sum = policy_max + log(double(stats.policy_sum));
+  part.reference_log_sum = reference_max + log(reference_sum);
+  part.log_sum_gap = part.policy_log_sum - part.reference_log_sum;
+  part.forward_kl = 0;
+  if (reference_sum == 0) return part;
+  const double mean_gap = double(stats.gap_sum) / reference_sum;
+  const double excess =
+      double(stats.excess_sum) * exp(policy_max - reference_max - centre) / reference_sum;
   if (fabs(mean_gap) < 0.5 && excess < 0.5) {
-    log_sum_gap = centre + log1p(x);
-    kl = excess - (x - log1p(x));
+    const double x = mean_gap + excess;
+    part.log_sum_gap = centre + log1p(x);
+    part.forward_kl = excess - (x - log1p(x));
+  } else if (mean_gap == -INFINITY) {
+    part.forward_kl = INFINITY;
   } else {  // far apart, or the excess overflowed: now the plain difference has all its digits
-    const double log_sums = policy_log_sum - reference_log_sum;
-    log_sum_gap = double(base.policy_max) - double(base.reference_max) + log_sums;
-    kl = log_sums + offset - mean_gap;
+    part.forward_kl = part.log_sum_gap - centre - mean_gap;
   }
-  RowSummary<Real> summary;
-  summary.policy_log_sum = Real(policy_log_sum);
-  summary.reference_log_sum = Real(reference_log_sum);
-  summary.log_sum_gap = Real(log_sum_gap);
-  summary.forward_kl = kl < 0 ? Real(0) : Real(kl);
-  return summary;
+  return part;
+}
+
+// The mass of the label and of the rest of the vocabulary under one softmax.
+struct Shares {
+  double label, rest, log_label, log_rest, log_sum;
+};
+
+TDPO_ALGEBRA Shares shares_of(double label, double rest_log_sum) {
+  const double odds = rest_log_sum - label;  // log of rest / label
+  Shares shares;
+  shares.label = 1 / (1 + exp(odds));
+  shares.rest = 1 / (1 + exp(-odds));
+  shares.log_label = odds > 0 ? -odds - log1p(exp(-odds)) : 0 - log1p(exp(odds));
+  shares.log_rest = odds > 0 ? -log1p(exp(-odds)) : odds - log1p(exp(odds));
+  shares.log_sum = odds > 0 ? rest_log_sum - shares.log_rest : label - shares.log_label;
+  return shares;
+}
+
+// lse(z) - lse(r) of the row, from the gaps z - r of the label and of the rest: both give it, and
+// the one with more of q's mass gives it with the smaller correction.
+TDPO_ALGEBRA double row_gap(const Shares& p, const Shares& q, double label_gap, double rest_gap) {
+  if (q.label == 0) return rest_gap - p.log_rest;
+  if (q.rest == 0) return label_gap - p.log_label;
+  const double apart = label_gap - rest_gap;
+  if (!(fabs(apart) < 700)) return p.log_sum - q.log_sum;
+  return q.label <= 0.5 ? rest_gap + log1p(q.label * expm1(apart))
+                        : label_gap + log1p(q.rest * expm1(-apart));
+}
+
+// p - q and p - q - q u, where u = log p - log q.
+TDPO_ALGEBRA double mass_difference(double p, double q, double u) {
+  return fabs(u) < 0.5 ? q * expm1(u) : p - q;
+}
+TDPO_ALGEBRA double mass_excess(double p, double q, double u) {
+  return q == 0 ? p : fabs(u) < 0.5 ? q * excess_of(u) : p - q - q * u;
+}
+
+// The row's results from the record of all its entries but the label's, and from that.
+//
+// The divergence follows the chain rule: that between the masses of label and rest, and the
+// reference's share of the rest times the rest's own,
+//   KL = sum over {label, rest} of q (e^u - 1 - u) + q(rest) KL(rest),   u = log p - log q,
+// where every term is at least 0.
+template <class Real>
+TDPO_ALGEBRA RowSummary<Real> finalise(const VocabStats<Real>& rest, Real label_policy,
+                                       Real label_reference) {
+  const double z = label_policy, r = label_reference;
+  const PartSummary part = summarise(rest);
+  const Shares p = shares_of(z, part.policy_log_sum), q = shares_of(r, part.reference_log_sum);
+  const double gap = row_gap(p, q, z - r, part.log_sum_gap);
+  const double u_label = (z - r) - gap, u_rest = part.log_sum_gap - gap;
+  double kl = mass_excess(p.label, q.label, u_label) + mass_excess(p.rest, q.rest, u_rest);
+  const bool excludes_label = z == -INFINITY && r > -INFINITY;  // p(y) = 0 < q(y)
+  if (excludes_label || part.forward_kl == INFINITY) {          // however small q is
+    kl = INFINITY;
+  } else {
+    kl += q.rest * part.forward_kl;
+  }
+  const Base<Real>& base = rest.base;
+  RowSummary<Real> row;
+  row.policy_logp = Real(p.log_label);
+  row.reference_logp = Real(q.log_label);
+  row.forward_kl = kl < 0 ? Real(0) : Real(kl);
+  Normalizers<Real>& of = row.normalizers;
+  of.policy_max = base.policy_max > label_policy ? base.policy_max : label_policy;
+  of.policy_scale = Real(exp(double(of.policy_max) - p.log_sum));
+  of.reference_max = base.reference_max > label_reference ? base.reference_max : label_reference;
+  of.reference_scale = Real(exp(double(of.reference_max) - q.log_sum));
+  of.log_sum_gap = Real(gap);
+  of.policy_rest = Real(p.rest);
+  of.reference_rest = Real(q.rest);
+  of.label_gap = Real(q.label < q.rest ? mass_difference(p.label, q.label, u_label)
+                                       : -mass_difference(p.rest, q.rest, u_rest));
+  return row;
 }
 
 }  // namespace tdpo

@@ -156,7 +156,7 @@ def test_wide_gaps_stay_finite(backend, vocabulary, gap):
     truth = tdpo_ext.reference.token_stats(policy.double(), reference.double(), labels)
     for ours, wanted in zip(stats, truth, strict=True):
         torch.testing.assert_close(
-            ours, wanted.float(), rtol=2e-6, atol=2e-5 if gap == 5000 else 2e-6
+            ours, wanted.float(), rtol=2e-6, atol=1e-4 if gap == 5000 else 2e-6
         )
 
 

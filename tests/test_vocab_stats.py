@@ -59,7 +59,14 @@ class Algebra:
     def results(self, stats: np.ndarray) -> np.ndarray:
         """lse(z), lse(r), lse(z) - lse(r), KL(q || p)."""
         values = np.empty(4, self.dtype)
-        self._call("finalise", stats, values)
+        self._call("summarise", stats, values)
+        return values.astype(np.float64)
+
+    def row(self, rest: np.ndarray, z: float, r: float) -> np.ndarray:
+        """log p(y), log q(y), KL(q || p), then the normalizers, of a label and the others."""
+        values = np.empty(11, self.dtype)
+        real = ctypes.c_float if self.dtype == "float32" else ctypes.c_double
+        self._call("finalise", rest, real(z), real(r), values)
         return values.astype(np.float64)
 
 
@@ -76,6 +83,20 @@ def truth(z: np.ndarray, r: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         terms = p - q + np.where(q == 0, 0, q * (log_q - log_p))
     return np.array([lse_z, lse_r, lse_z - lse_r, terms.sum()], np.float64)
+
+
+def row_truth(z: np.ndarray, r: np.ndarray, label: int) -> np.ndarray:
+    """log p(y), log q(y), KL, lse(z) - lse(r), 1 - p(y), 1 - q(y), p(y) - q(y)."""
+    *_, gap, kl = truth(z, r)
+    z, r = z.astype(np.longdouble), r.astype(np.longdouble)
+    rest = np.arange(len(z)) != label
+    odds_p, odds_q = (np.exp(x[rest] - x[label]).sum() for x in (z, r))
+    p_rest, q_rest = odds_p / (1 + odds_p), odds_q / (1 + odds_q)
+    # Of 1 - p(y) and p(y), the smaller one has the digits.
+    from_rest = odds_p < 1 and odds_q < 1
+    label_gap = q_rest - p_rest if from_rest else 1 / (1 + odds_p) - 1 / (1 + odds_q)
+    values = (-np.log1p(odds_p), -np.log1p(odds_q), kl, gap, p_rest, q_rest, label_gap)
+    return np.array(values, np.float64)
 
 
 def merged_at_random(algebra: Algebra, z, r, rng) -> np.ndarray:
@@ -156,3 +177,83 @@ def test_an_empty_record_changes_nothing(algebra):
     record, empty = algebra.record(z, r), algebra.record(z[:0], r[:0])
     for merged in (algebra.merge(record, empty), algebra.merge(empty, record)):
         np.testing.assert_array_equal(merged, record)
+
+
+LABELS = {
+    "any": lambda z, r: (z, r),
+    "certain": lambda z, r: (z + 20, r + 18),
+    "certain for the policy": lambda z, r: (z + 40, r),
+    "certain for the reference": lambda z, r: (z, r + 60),
+    "unlikely": lambda z, r: (z - 30, r - 60),
+    "close and certain": lambda z, r: (r + 15.001, r + 15),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("label_case", LABELS)
+def test_the_label_beside_the_rest(algebra, case, label_case):
+    """Relative to each number's own size: 1 - p(y) of a certain label is not just 0."""
+    rng = np.random.default_rng(23)
+    for vocabulary in (2, 3, 40, 301):
+        z, r = (x.astype(algebra.dtype) for x in CASES[case](rng, vocabulary))
+        z[1], r[1] = LABELS[label_case](z[1], r[1])
+        rest = np.arange(vocabulary) != 1
+        if not np.isfinite(r[rest]).any():
+            continue
+        got = algebra.row(merged_at_random(algebra, z[rest], r[rest], rng), z[1], r[1])
+        want = row_truth(z, r, 1)
+        digits = 1e-5 if algebra.dtype == "float32" else 1e-13
+        # Shifted by hundreds, float32 logits differ by multiples of 1e-5.
+        digits *= 10 if case == "shifted" else 1
+        for index, value in zip((0, 1, 2, 7, 8, 9), want[:6], strict=True):
+            # The truth's own rounding: its KL has terms of size 1, its gap is a difference; and
+            # below 1e-37 float32 is subnormal.
+            floor = {2: max(digits * 1e-6, 1e-18), 7: digits}.get(index, 1e-37)
+            assert got[index] == pytest.approx(value, rel=digits, abs=floor), index
+        largest = max(want[4] * (1 - want[4]), want[5] * (1 - want[5]))
+        assert got[10] == pytest.approx(want[6], rel=digits, abs=digits * largest + 1e-37)
+
+
+def test_close_masses_of_a_label_keep_the_digits_of_their_difference(algebra):
+    rng = np.random.default_rng(29)
+    digits = 1e-3 if algebra.dtype == "float32" else 1e-10
+    for shift in (0, 8, 16):
+        r = rng.normal(0, 1, 200).astype(algebra.dtype)
+        z = (r + rng.normal(0, 1e-3, 200)).astype(algebra.dtype)
+        z[0] += shift
+        r[0] += shift
+        rest = algebra.record(z[1:], r[1:])
+        assert algebra.row(rest, z[0], r[0])[10] == pytest.approx(row_truth(z, r, 0)[6], rel=digits)
+
+
+@pytest.mark.parametrize(
+    ("z", "r", "logps", "kl"),
+    [
+        (-np.inf, 0.0, (-np.inf, None), np.inf),
+        (-np.inf, -1e30, (-np.inf, -1e30), np.inf),
+        (0.0, -np.inf, (None, -np.inf), None),
+        (3.0e38, 0.0, (0.0, None), None),
+        (0.0, 3.0e38, (None, 0.0), None),
+        (np.nan, 0.0, (np.nan, None), np.nan),
+        (0.0, np.nan, (None, np.nan), np.nan),
+    ],
+)
+def test_labels_at_the_edges(algebra, z, r, logps, kl):
+    rng = np.random.default_rng(31)
+    rest = algebra.record(*rng.normal(0, 1, (2, 30)).astype(algebra.dtype))
+    if r == 3.0e38 and algebra.dtype == "float32":
+        kl = None
+    row = algebra.row(rest, z, r)
+    for got, wanted in zip(row[:3], (*logps, kl), strict=True):
+        if wanted is None:
+            assert not np.isnan(got)
+        else:
+            assert got == pytest.approx(wanted, rel=1e-6, nan_ok=True)
+    assert row[2] >= 0 or np.isnan(row[2])
+
+
+def test_a_label_alone_has_all_the_mass(algebra):
+    row = algebra.row(algebra.record(np.empty(0), np.empty(0)), -7.0, 3.0)
+    np.testing.assert_array_equal(row[:3], 0)
+    np.testing.assert_array_equal(row[8:], 0)
+    assert row[7] == -10

@@ -23,12 +23,16 @@ tdpo::VocabStats<Real> record_of(const Real* z, const Real* r, long count) {
                                  tdpo::VocabStats<Real>* sum) {                                    \
     *sum = tdpo::merge(*a, *b);                                                                    \
   }                                                                                                \
-  extern "C" void finalise_##suffix(const tdpo::VocabStats<Real>* stats, Real* results) {          \
-    const tdpo::RowSummary<Real> summary = tdpo::finalise(*stats);                                 \
-    results[0] = stats->base.policy_max + summary.policy_log_sum;                                  \
-    results[1] = stats->base.reference_max + summary.reference_log_sum;                            \
-    results[2] = summary.log_sum_gap;                                                              \
-    results[3] = summary.forward_kl;                                                               \
+  extern "C" void summarise_##suffix(const tdpo::VocabStats<Real>* stats, Real* results) {         \
+    const tdpo::PartSummary part = tdpo::summarise(*stats);                                        \
+    results[0] = Real(part.policy_log_sum);                                                        \
+    results[1] = Real(part.reference_log_sum);                                                     \
+    results[2] = Real(part.log_sum_gap);                                                           \
+    results[3] = part.forward_kl < 0 ? Real(0) : Real(part.forward_kl);                            \
+  }                                                                                                \
+  extern "C" void finalise_##suffix(const tdpo::VocabStats<Real>* rest, Real z, Real r,            \
+                                    tdpo::RowSummary<Real>* row) {                                 \
+    *row = tdpo::finalise(*rest, z, r);                                                            \
   }
 
 TDPO_HARNESS(float, float32)

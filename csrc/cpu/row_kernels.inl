@@ -130,11 +130,12 @@ TDPO_INLINE void prefetch_block(const T* block, int64_t count) {
   for (int64_t at = 0; at < count; at += kLine) __builtin_prefetch(block + at);
 }
 
+// Adds the entries [start, end) of a row to the record of others.
 template <class T, class Real>
-VocabStats<Real> stats_of_row(const T* policy, const T* reference, int64_t vocabulary) {
-  VocabStats<Real> stats = empty_stats<Real>();
-  for (int64_t start = 0; start < vocabulary; start += kBlock<Real>) {
-    const int64_t left = vocabulary - start, count = left < kBlock<Real> ? left : kBlock<Real>;
+void add_range(VocabStats<Real>& stats, const T* policy, const T* reference, int64_t start,
+               int64_t end) {
+  for (; start < end; start += kBlock<Real>) {
+    const int64_t left = end - start, count = left < kBlock<Real> ? left : kBlock<Real>;
     const T* z = policy + start;
     const T* r = reference + start;
     const Extremes<Real> extremes = extremes_of_block(z, r, count);
@@ -152,12 +153,6 @@ VocabStats<Real> stats_of_row(const T* policy, const T* reference, int64_t vocab
     prefetch_block(r + count, next);
     add_block(stats, z, r, count, extremes.policy_min == -Real(INFINITY));
   }
-  return stats;
-}
-
-template <class Real>
-TDPO_INLINE Real not_above_zero(Real x) {
-  return x > Real(0) ? Real(0) : x;
 }
 
 template <class T>
@@ -165,49 +160,42 @@ void forward(const RowForward& row) {
   using Real = typename Storage<T>::Accumulator;
   const T* policy = static_cast<const T*>(row.policy);
   const T* reference = static_cast<const T*>(row.reference);
-  const VocabStats<Real> stats = stats_of_row<T, Real>(policy, reference, row.vocabulary);
-  const RowSummary<Real> summary = finalise(stats);
-  const Base<Real>& base = stats.base;
-  const Real policy_logp = (element(policy + row.label) - base.policy_max) - summary.policy_log_sum;
-  const Real reference_logp =
-      (element(reference + row.label) - base.reference_max) - summary.reference_log_sum;
-  *static_cast<Real*>(row.policy_logp) = not_above_zero(policy_logp);
-  *static_cast<Real*>(row.reference_logp) = not_above_zero(reference_logp);
+  VocabStats<Real> rest = empty_stats<Real>();  // of everything but the label
+  add_range(rest, policy, reference, 0, row.label);
+  add_range(rest, policy, reference, row.label + 1, row.vocabulary);
+  const RowSummary<Real> summary =
+      finalise(rest, element(policy + row.label), element(reference + row.label));
+  *static_cast<Real*>(row.policy_logp) = summary.policy_logp;
+  *static_cast<Real*>(row.reference_logp) = summary.reference_logp;
   *static_cast<Real*>(row.forward_kl) = summary.forward_kl;
-  *static_cast<Normalizers<Real>*>(row.normalizers) = {
-      base.policy_max, Real(1) / stats.policy_sum, base.reference_max,
-      Real(1) / stats.reference_sum, summary.log_sum_gap};
+  *static_cast<Normalizers<Real>*>(row.normalizers) = summary.normalizers;
 }
 
 // ---- backward ----
 
-// dz = of_kl - g_m mass, and g_m more at the label. Each kind reads what its algebra needs and
-// nothing else.
+// The gradient of the entries but the label's, in three kinds. Each reads what its algebra needs
+// and nothing else.
 
 template <class Real>
 struct PolicyOnly {  // g_k = 0: -g_m p
   static constexpr bool kReadsPolicy = true, kReadsReference = false;
   Normalizers<Real> of;
-  TDPO_INLINE Vector<Real> mass(Vector<Real> z, Vector<Real>) const {
-    return exp_of_nonpositive<Real>(z - of.policy_max) * of.policy_scale;
+  Real g_m;
+  TDPO_INLINE Vector<Real> gradient(Vector<Real> z, Vector<Real>) const {
+    return exp_of_nonpositive<Real>(z - of.policy_max) * of.policy_scale * -g_m;
   }
-  TDPO_INLINE Vector<Real> of_kl(Vector<Real>, Vector<Real>, Vector<Real>) const {
-    return Vector<Real>{};
-  }
-  Real kl_weight() const { return 0; }
+  Real label_gradient() const { return g_m * of.policy_rest; }
 };
 
 template <class Real>
 struct ReferenceOnly {  // g_k = g_m: -g_m p + g_m (p - q) = -g_m q
   static constexpr bool kReadsPolicy = false, kReadsReference = true;
   Normalizers<Real> of;
-  TDPO_INLINE Vector<Real> mass(Vector<Real>, Vector<Real> r) const {
-    return exp_of_nonpositive<Real>(r - of.reference_max) * of.reference_scale;
+  Real g_m;
+  TDPO_INLINE Vector<Real> gradient(Vector<Real>, Vector<Real> r) const {
+    return exp_of_nonpositive<Real>(r - of.reference_max) * of.reference_scale * -g_m;
   }
-  TDPO_INLINE Vector<Real> of_kl(Vector<Real>, Vector<Real>, Vector<Real>) const {
-    return Vector<Real>{};
-  }
-  Real kl_weight() const { return 0; }
+  Real label_gradient() const { return g_m * of.reference_rest; }
 };
 
 // g_k (p - q) - g_m p. Where p and q are close, p - q = q (e^u - 1) with u = log p - log q keeps
@@ -216,111 +204,43 @@ template <class Real>
 struct Both {
   static constexpr bool kReadsPolicy = true, kReadsReference = true;
   Normalizers<Real> of;
-  Real g_k, close_squared;
-  Both(const Normalizers<Real>& of, Real g_k)
+  Real g_m, g_k, close_squared;
+  Both(const Normalizers<Real>& of, Real g_m, Real g_k)
       : of(of),
+        g_m(g_m),
         g_k(g_k),
         close_squared(std::fabs(of.log_sum_gap) < Real(2) ? CloseGap<Real>::squared : Real(0)) {}
-  TDPO_INLINE Vector<Real> mass(Vector<Real> z, Vector<Real>) const {
-    return exp_of_nonpositive<Real>(z - of.policy_max) * of.policy_scale;
-  }
-  TDPO_INLINE Vector<Real> of_kl(Vector<Real> p, Vector<Real> z, Vector<Real> r) const {
+  TDPO_INLINE Vector<Real> gradient(Vector<Real> z, Vector<Real> r) const {
+    const Vector<Real> p = exp_of_nonpositive<Real>(z - of.policy_max) * of.policy_scale;
     const Vector<Real> q = exp_of_nonpositive<Real>(r - of.reference_max) * of.reference_scale;
     const Vector<Real> u = (z - r) - of.log_sum_gap;
     const Vector<Real> u_squared = u * u;
     const Vector<Real> close = q * (u + excess_of_close<Real>(u, u_squared));
-    return (u_squared < close_squared ? close : p - q) * g_k;
+    return (u_squared < close_squared ? close : p - q) * g_k - p * g_m;
   }
-  Real kl_weight() const { return std::fabs(g_k); }
+  Real label_gradient() const { return g_k * of.label_gap + g_m * of.policy_rest; }
 };
 
-template <class T, class Kind>
-class GradientWriter {
-  using Real = typename Storage<T>::Accumulator;
-  static constexpr int64_t kLanes = Lanes<Real>::kCount;
-
- public:
-  GradientWriter(const RowBackward& row, const Kind& kind, Real g_m)
-      : policy(static_cast<const T*>(row.policy)),
-        reference(static_cast<const T*>(row.reference)),
-        gradient(static_cast<T*>(row.gradient)),
-        kind(kind),
-        g_m(g_m) {}
-
-  // The vector around the label comes last, when what the others add up to is known. Over a row
-  // p - q sums to 0 and the masses to 1, so where the label has most of the mass its p - q and its
-  // 1 - p are minus and plus the sums of the others, with the digits that the differences lost.
-  void write_row(int64_t vocabulary, int64_t label) const {
-    const int64_t start = label / kLanes * kLanes, lane = label - start;
-    const int64_t left = vocabulary - start, count = left < kLanes ? left : kLanes;
-    Sums others;
-    write_range(0, start, others);
-    write_range(start + count, vocabulary, others);
-    Vector<Real> z{}, r{};
-    load(start, count, z, r);
-    Vector<Real> mass = kind.mass(z, r), of_kl = kind.of_kl(mass, z, r);
-    Vector<Real> result = of_kl - mass * g_m;
-    Real mass_of_label = mass[lane], of_kl_of_label = of_kl[lane];
-    mass[lane] = of_kl[lane] = 0;
-    others.add(mass, of_kl);
-    if (mass_of_label > Real(0.5)) {
-      const bool lost = std::fabs(of_kl_of_label) < kind.kl_weight() * Real(0.5) * mass_of_label;
-      if (lost) of_kl_of_label = Real(-others.of_kl);
-      result[lane] = of_kl_of_label + g_m * Real(others.mass);
-    } else {
-      result[lane] = of_kl_of_label + g_m * (Real(1) - mass_of_label);
-    }
-    store_some(gradient + start, result, count);
+template <class T, class Kind, class Real = typename Storage<T>::Accumulator>
+TDPO_INLINE void write_gradient(const RowBackward& row, const Kind& kind) {
+  constexpr int64_t kLanes = Lanes<Real>::kCount;
+  const T* policy = static_cast<const T*>(row.policy);
+  const T* reference = static_cast<const T*>(row.reference);
+  T* gradient = static_cast<T*>(row.gradient);
+  Vector<Real> z{}, r{};
+  int64_t at = 0;
+  for (; at + kLanes <= row.vocabulary; at += kLanes) {
+    if (Kind::kReadsPolicy) z = Storage<T>::load(policy + at);
+    if (Kind::kReadsReference) r = Storage<T>::load(reference + at);
+    Storage<T>::store(gradient + at, kind.gradient(z, r));
   }
-
- private:
-  const T* policy;
-  const T* reference;
-  T* gradient;
-  const Kind& kind;
-  Real g_m;
-
-  TDPO_INLINE void load(int64_t at, int64_t count, Vector<Real>& z, Vector<Real>& r) const {
-    const bool whole = count == kLanes;
-    if (Kind::kReadsPolicy)
-      z = whole ? Storage<T>::load(policy + at) : load_some(policy + at, count);
-    if (Kind::kReadsReference) {
-      r = whole ? Storage<T>::load(reference + at) : load_some(reference + at, count);
-    }
+  if (const int64_t left = row.vocabulary - at; left > 0) {
+    if (Kind::kReadsPolicy) z = load_some(policy + at, left);
+    if (Kind::kReadsReference) r = load_some(reference + at, left);
+    store_some(gradient + at, kind.gradient(z, r), left);
   }
-
-  struct Sums {
-    double mass = 0, of_kl = 0;
-    void add(Vector<Real> more_mass, Vector<Real> more_of_kl) {
-      mass += sum_of_lanes<Real>(more_mass);
-      of_kl += sum_of_lanes<Real>(more_of_kl);
-    }
-  };
-
-  // Writes [start, end), start a multiple of kLanes, and adds to the sums. Blocks of it are summed
-  // first: a float that takes in a whole vocabulary would lose digits.
-  void write_range(int64_t start, int64_t end, Sums& sums) const {
-    Vector<Real> z{}, r{};
-    while (end - start >= kLanes) {
-      const int64_t stop = end - start < kBlock<Real> ? end : start + kBlock<Real>;
-      Vector<Real> block_mass{}, block_of_kl{};
-      for (; start + kLanes <= stop; start += kLanes) {
-        load(start, kLanes, z, r);
-        const Vector<Real> mass = kind.mass(z, r), of_kl = kind.of_kl(mass, z, r);
-        Storage<T>::store(gradient + start, of_kl - mass * g_m);
-        block_mass += mass;
-        block_of_kl += of_kl;
-      }
-      sums.add(block_mass, block_of_kl);
-    }
-    if (start < end) {
-      load(start, end - start, z, r);
-      const Vector<Real> mass = kind.mass(z, r), of_kl = kind.of_kl(mass, z, r);
-      store_some(gradient + start, of_kl - mass * g_m, end - start);
-      sums.add(mass, of_kl);
-    }
-  }
-};
+  store_some(gradient + row.label, broadcast(kind.label_gradient()), 1);
+}
 
 template <class T>
 void backward(const RowBackward& row) {
@@ -328,18 +248,14 @@ void backward(const RowBackward& row) {
   const Normalizers<Real>& of = *static_cast<const Normalizers<Real>*>(row.normalizers);
   const Real g_m = *static_cast<const Real*>(row.grad_policy_logp);
   const Real g_k = *static_cast<const Real*>(row.grad_forward_kl);
-  const auto write = [&](const auto& kind) {
-    using Kind = std::decay_t<decltype(kind)>;
-    GradientWriter<T, Kind>(row, kind, g_m).write_row(row.vocabulary, row.label);
-  };
   if (g_m == Real(0) && g_k == Real(0)) {
     std::memset(row.gradient, 0, static_cast<size_t>(row.vocabulary) * sizeof(T));
   } else if (g_k == Real(0)) {
-    write(PolicyOnly<Real>{of});
+    write_gradient<T>(row, PolicyOnly<Real>{of, g_m});
   } else if (g_k == g_m) {
-    write(ReferenceOnly<Real>{of});
+    write_gradient<T>(row, ReferenceOnly<Real>{of, g_m});
   } else {
-    write(Both<Real>(of, g_k));
+    write_gradient<T>(row, Both<Real>(of, g_m, g_k));
   }
 }
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tdpo_ext.reference import stats_of_rows
 
-NORMALIZERS = 5
-"""Per row: max z, 1 / sum exp(z - max z), max r, 1 / sum exp(r - max r), and the difference of the
-log-sum-exps of z and r; z is the policy's logits and r the reference's."""
+NORMALIZERS = 8
+"""Per row, with the policy's logits z, the reference's r, their softmaxes p, q and the label y:
+max z, exp(max z - lse(z)), max r, exp(max r - lse(r)), lse(z) - lse(r), 1 - p(y), 1 - q(y) and
+p(y) - q(y)."""
 
 _BLOCK_ELEMENTS = 1 << 22
 _warned: set[str] = set()
@@ -61,20 +62,42 @@ def forward(
         stats = stats_of_rows(z, r, labels[rows], ignore_index)
         for output, values in zip(outputs, stats, strict=True):
             output[rows] = values
-        normalizers[rows] = _normalizers(z, r, stats.forward_kl).masked_fill(ignored, 0)
+        label = labels[rows].to(torch.int64).unsqueeze(-1)
+        outside = (label < 0) | (label >= z.shape[-1])
+        saved = _normalizers(z, r, stats.forward_kl, label.masked_fill(outside, 0))
+        normalizers[rows] = saved.masked_fill(outside, torch.nan).masked_fill(ignored, 0)
     return outputs[0], outputs[1], outputs[2], normalizers
 
 
-def _normalizers(z: Tensor, r: Tensor, kl: Tensor) -> Tensor:
+def _normalizers(z: Tensor, r: Tensor, kl: Tensor, label: Tensor) -> Tensor:
     z_max, r_max = z.amax(-1, keepdim=True), r.amax(-1, keepdim=True)
     z_scale = 1 / (z - z_max).exp().sum(-1, keepdim=True)
     r_scale = 1 / (r - r_max).exp().sum(-1, keepdim=True)
+    p, q = (z - z_max).exp() * z_scale, (r - r_max).exp() * r_scale
     # KL = lse(z) - lse(r) - E_q[z - r]: where it is small this order keeps the small digits.
-    q = (r - r_max).exp() * r_scale
-    expected_gap = (q * (z - r).masked_fill(q == 0, 0)).sum(-1)
-    far = (z_max - r_max - torch.log(z_scale) + torch.log(r_scale)).squeeze(-1)
-    gap = torch.where(kl < 0.5, expected_gap + kl, far).unsqueeze(-1)
-    return torch.cat((z_max, z_scale, r_max, r_scale, gap), dim=-1)
+    expected_gap = (q * (z - r).masked_fill(q == 0, 0)).sum(-1, keepdim=True)
+    kl = kl.unsqueeze(-1)
+    gap = torch.where(
+        kl < 0.5, expected_gap + kl, z_max - r_max - torch.log(z_scale) + torch.log(r_scale)
+    )
+    p_rest, q_rest = (x.scatter(-1, label, 0).sum(-1, keepdim=True) for x in (p, q))
+    difference = _difference(z, r, p, q, gap)
+    p_label, label_gap = p.gather(-1, label), difference.gather(-1, label)
+    # Over a row p - q sums to 0. Where the label has most of the mass, the sum over the others has
+    # the digits that the difference lost.
+    lost = (p_label > 0.5) & (label_gap.abs() < 0.5 * p_label)
+    from_rest = -difference.scatter(-1, label, 0).sum(-1, keepdim=True)
+    label_gap = torch.where(lost, from_rest, label_gap)
+    saved = (z_max, z_scale, r_max, r_scale, gap, p_rest, q_rest, label_gap)
+    return torch.cat(saved, dim=-1)
+
+
+def _difference(z: Tensor, r: Tensor, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
+    """p - q, with its digits where p and q are close."""
+    u = z - r - gap  # log p - log q
+    # Shifted far against each other, z - r has lost the digits that u would keep.
+    close = (u.abs() < 0.5) & (gap.abs() < 2)
+    return torch.where(close, q * torch.expm1(u.masked_fill(~close, 0)), p - q)
 
 
 def backward(
@@ -88,39 +111,17 @@ def backward(
     ignore_index: int,
 ) -> None:
     """dz = g_m (onehot(y) - p) + g_k (p - q), to ``gradient``, which may be ``policy_logits``."""
-    vocabulary = policy_logits.shape[-1]
-    for rows in _row_blocks(labels.shape, vocabulary):
+    for rows in _row_blocks(labels.shape, policy_logits.shape[-1]):
         z = policy_logits[rows].to(normalizers.dtype)
         r = reference_logits[rows].to(normalizers.dtype)
-        z_max, z_scale, r_max, r_scale, gap = normalizers[rows].unsqueeze(-1).unbind(-2)
+        saved = normalizers[rows].unsqueeze(-1).unbind(-2)
+        z_max, z_scale, r_max, r_scale, gap, p_rest, _, label_gap = saved
         p, q = (z - z_max).exp() * z_scale, (r - r_max).exp() * r_scale
-        u = z - r - gap  # log p - log q
-        # Shifted far against each other, z - r has lost the digits that u would keep.
-        close = (u.abs() < 0.5) & (gap.abs() < 2)
-        difference = torch.where(close, q * torch.expm1(u.masked_fill(~close, 0)), p - q)
+        g_m, g_k = grad_logps[rows].unsqueeze(-1), grad_kl[rows].unsqueeze(-1)
+        of_kl = torch.where(g_k == 0, 0, g_k * _difference(z, r, p, q, gap))
+        at_label = torch.where(g_k == 0, 0, g_k * label_gap) + g_m * p_rest
         label = labels[rows].to(torch.int64).unsqueeze(-1)
         ignored = label == ignore_index
-        outside = ~ignored & ((label < 0) | (label >= vocabulary))
-        g_m = grad_logps[rows].unsqueeze(-1).masked_fill(outside, torch.nan)
-        g_k = grad_kl[rows].unsqueeze(-1)
-        of_kl = torch.where(g_k == 0, 0, g_k * difference)
-        label = label.masked_fill(ignored | outside, 0)
-        at_label = _at_label(p, of_kl, label, g_m, g_k)
+        label = label.masked_fill((label < 0) | (label >= z.shape[-1]), 0)
         result = (of_kl - g_m * p).scatter_(-1, label, at_label)
         gradient[rows] = result.masked_fill(ignored, 0).to(gradient.dtype)
-
-
-def _at_label(p: Tensor, of_kl: Tensor, label: Tensor, g_m: Tensor, g_k: Tensor) -> Tensor:
-    """g_k (p - q) + g_m (1 - p) at the label.
-
-    Over a row p - q sums to 0 and p to 1. Where the label has most of the mass, the sums of the
-    others have the digits that the differences lost.
-    """
-    p_label, of_kl_label = p.gather(-1, label), of_kl.gather(-1, label)
-    other_mass = p.scatter(-1, label, 0).sum(-1, keepdim=True)
-    other_of_kl = of_kl.scatter(-1, label, 0).sum(-1, keepdim=True)
-    most = p_label > 0.5
-    lost = most & (of_kl_label.abs() < 0.5 * g_k.abs() * p_label)
-    return torch.where(lost, -other_of_kl, of_kl_label) + g_m * torch.where(
-        most, other_mass, 1 - p_label
-    )

@@ -1,9 +1,62 @@
-# TDPO_CUDA = AUTO | ON | OFF. This version has no CUDA kernels: AUTO and OFF build for the CPU, ON is
-# refused rather than ignored.
+# The CUDA kernels: TDPO_CUDA = AUTO (if a compiler is found), ON (it must be), OFF.
+#
+# Sets tdpo_cuda, an object library, or TDPO_NO_CUDA_BECAUSE, which tdpo_ext.backends() will say. The
+# compiler is sought in CUDACXX, on the path, in CUDA_HOME or CUDA_PATH, and in /usr/local/cuda. The
+# CUDA runtime is linked statically: no CUDA library is needed to import the package.
 if(NOT TDPO_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "TDPO_CUDA must be AUTO, ON or OFF, got '${TDPO_CUDA}'")
 endif()
-if(TDPO_CUDA STREQUAL "ON")
-  message(FATAL_ERROR "TDPO_CUDA=ON: this version of tdpo_ext has no CUDA kernels yet; "
-                      "use AUTO or OFF (CUDA tensors are served by plain PyTorch)")
+
+set(TDPO_NO_CUDA_BECAUSE "")
+if(TDPO_CUDA STREQUAL "OFF")
+  set(TDPO_NO_CUDA_BECAUSE "it was built with TDPO_CUDA=OFF")
+else()
+  # CUDACXX and not CMAKE_CUDA_COMPILER: with the latter check_language would not try the compiler.
+  if(NOT DEFINED ENV{CUDACXX})
+    find_program(TDPO_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda
+                 PATH_SUFFIXES bin)
+    if(TDPO_NVCC)
+      set(ENV{CUDACXX} "${TDPO_NVCC}")
+    endif()
+  endif()
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(NOT CMAKE_CUDA_COMPILER)
+    set(TDPO_NO_CUDA_BECAUSE
+        "no working CUDA compiler (nvcc) was found when it was built; set CUDACXX or CUDA_HOME")
+  endif()
 endif()
+
+if(TDPO_NO_CUDA_BECAUSE)
+  if(TDPO_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "TDPO_CUDA=ON, but ${TDPO_NO_CUDA_BECAUSE}")
+  endif()
+  message(STATUS "tdpo_ext: no CUDA kernels, because ${TDPO_NO_CUDA_BECAUSE}")
+  return()
+endif()
+
+# Machine code for Ampere and Ada, Hopper, and both families of Blackwell, where the compiler knows
+# them, and PTX of the newest for what comes later. Must be set before the language is enabled.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
+  execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known)
+  if(known MATCHES "compute_120")
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 120)
+  else()
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
+  endif()
+endif()
+enable_language(CUDA)
+message(STATUS "tdpo_ext: CUDA kernels for ${CMAKE_CUDA_ARCHITECTURES} with ${CMAKE_CUDA_COMPILER}")
+
+list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)
+add_library(tdpo_cuda OBJECT csrc/cuda/token_stats_forward.cu csrc/cuda/token_stats_backward.cu
+                             csrc/cuda/runtime.cu)
+set_target_properties(
+  tdpo_cuda
+  PROPERTIES POSITION_INDEPENDENT_CODE ON
+             CUDA_STANDARD 17
+             CUDA_STANDARD_REQUIRED ON
+             CUDA_VISIBILITY_PRESET hidden
+             CUDA_RUNTIME_LIBRARY Static)
+target_compile_definitions(tdpo_cuda PUBLIC TDPO_CUDA)
+target_compile_definitions(tdpo_cuda PRIVATE "TDPO_CUDA_ARCHITECTURES=\"${architectures}\"")

@@ -33,13 +33,17 @@ RowLayout row_layout(const Sizes& sizes, const Sizes& strides) {
   return layout;
 }
 
+tdpo::DType dtype_of(int code) {
+  if (code < 0 || code >= tdpo::cpu::kDTypes) throw std::invalid_argument("unknown dtype code");
+  return static_cast<tdpo::DType>(code);
+}
+
 tdpo::TokenStatsProblem problem(int dtype, int64_t rows, int64_t vocabulary, int64_t ignore_index,
                                 uintptr_t policy, const Sizes& policy_sizes,
                                 const Sizes& policy_strides, uintptr_t reference,
                                 const Sizes& reference_sizes, const Sizes& reference_strides,
                                 uintptr_t labels) {
-  if (dtype < 0 || dtype >= tdpo::cpu::kDTypes) throw std::invalid_argument("unknown dtype code");
-  return {static_cast<tdpo::DType>(dtype),
+  return {dtype_of(dtype),
           rows,
           vocabulary,
           ignore_index,
@@ -85,6 +89,64 @@ void token_stats_backward(const std::string& instruction_set, int threads, int d
   tdpo::cpu::token_stats_backward(work, kernels, threads);
 }
 
+#if defined(TDPO_CUDA)
+
+int64_t cuda_forward_workspace_bytes(int dtype, int64_t rows, int64_t vocabulary) {
+  tdpo::TokenStatsProblem shape = {};
+  shape.dtype = dtype_of(dtype);
+  shape.rows = rows;
+  shape.vocabulary = vocabulary;
+  return tdpo::cuda::forward_workspace_bytes(shape);
+}
+
+void cuda_token_stats_forward(int device, uintptr_t stream, uintptr_t workspace, int dtype,
+                              int64_t rows, int64_t vocabulary, int64_t ignore_index,
+                              uintptr_t policy, const Sizes& policy_sizes,
+                              const Sizes& policy_strides, uintptr_t reference,
+                              const Sizes& reference_sizes, const Sizes& reference_strides,
+                              uintptr_t labels, uintptr_t policy_logps, uintptr_t reference_logps,
+                              uintptr_t forward_kl, uintptr_t normalizers) {
+  const tdpo::TokenStatsForward work = {
+      problem(dtype, rows, vocabulary, ignore_index, policy, policy_sizes, policy_strides,
+              reference, reference_sizes, reference_strides, labels),
+      pointer(policy_logps), pointer(reference_logps), pointer(forward_kl), pointer(normalizers)};
+  const py::gil_scoped_release unlocked;
+  tdpo::cuda::token_stats_forward(work, pointer(workspace), {device, pointer(stream)});
+}
+
+void cuda_token_stats_backward(int device, uintptr_t stream, int dtype, int64_t rows,
+                               int64_t vocabulary, int64_t ignore_index, uintptr_t policy,
+                               const Sizes& policy_sizes, const Sizes& policy_strides,
+                               uintptr_t reference, const Sizes& reference_sizes,
+                               const Sizes& reference_strides, uintptr_t labels,
+                               uintptr_t normalizers, uintptr_t grad_policy_logps,
+                               uintptr_t grad_forward_kl, uintptr_t gradient,
+                               const Sizes& gradient_sizes, const Sizes& gradient_strides) {
+  const tdpo::TokenStatsBackward work = {
+      problem(dtype, rows, vocabulary, ignore_index, policy, policy_sizes, policy_strides,
+              reference, reference_sizes, reference_strides, labels),
+      pointer(normalizers),
+      pointer(grad_policy_logps),
+      pointer(grad_forward_kl),
+      pointer(gradient),
+      row_layout(gradient_sizes, gradient_strides)};
+  const py::gil_scoped_release unlocked;
+  tdpo::cuda::token_stats_backward(work, {device, pointer(stream)});
+}
+
+py::dict cuda_runtime() {
+  const tdpo::cuda::Runtime found = tdpo::cuda::runtime();
+  py::dict info;
+  info["runtime_version"] = found.runtime_version;
+  info["driver_version"] = found.driver_version;
+  info["devices"] = found.devices;
+  info["architectures"] = found.architectures;
+  info["error"] = found.error;
+  return info;
+}
+
+#endif
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const tdpo::cpu::RowKernels* kernels : tdpo::cpu::available_kernels()) {
@@ -99,9 +161,16 @@ py::dict build_info() {
 #else
   const bool openmp = false;
 #endif
+#if defined(TDPO_CUDA)
+  const bool cuda = true;
+#else
+  const bool cuda = false;
+#endif
   py::dict info;
   info["compiler"] = TDPO_COMPILER;
   info["openmp"] = openmp;
+  info["cuda"] = cuda;
+  info["no_cuda_because"] = TDPO_NO_CUDA_BECAUSE;
   return info;
 }
 
@@ -112,5 +181,11 @@ PYBIND11_MODULE(_core, module) {
   module.def("token_stats_forward", &token_stats_forward);
   module.def("token_stats_backward", &token_stats_backward);
   module.def("instruction_sets", &instruction_sets);
+#if defined(TDPO_CUDA)
+  module.def("cuda_forward_workspace_bytes", &cuda_forward_workspace_bytes);
+  module.def("cuda_token_stats_forward", &cuda_token_stats_forward);
+  module.def("cuda_token_stats_backward", &cuda_token_stats_backward);
+  module.def("cuda_runtime", &cuda_runtime);
+#endif
   module.def("build_info", &build_info);
 }

@@ -20,7 +20,7 @@ struct RowLayout {
   int64_t strides[kMaxDims] = {};
 };
 
-inline int64_t row_offset(const RowLayout& layout, int64_t row) {
+TDPO_ALGEBRA int64_t row_offset(const RowLayout& layout, int64_t row) {
   int64_t offset = 0;
   for (int dim = layout.dims - 1; dim > 0; --dim) {
     offset += (row % layout.sizes[dim]) * layout.strides[dim];
@@ -77,4 +77,34 @@ int64_t token_stats_forward(const TokenStatsForward& work, const RowKernels& ker
 void token_stats_backward(const TokenStatsBackward& work, const RowKernels& kernels, int threads);
 
 }  // namespace cpu
+
+// The CUDA kernels. Calls launch and return; the pointers are the device's. A row whose label is
+// neither in [0, vocabulary) nor ignore_index is not read, and its outputs and its gradient are
+// NaN. Failures throw std::runtime_error with the name of the kernel.
+namespace cuda {
+
+struct Launch {
+  int device;
+  void* stream;  // a cudaStream_t
+};
+
+// Vocabulary entries are counted in 32 bits on the device.
+constexpr int64_t kMaxVocabulary = int64_t(1) << 30;
+
+// Device memory that forward needs beside its outputs: records of parts of rows where rows are few,
+// else none.
+int64_t forward_workspace_bytes(const TokenStatsProblem& problem);
+
+void token_stats_forward(const TokenStatsForward& work, void* workspace, const Launch& launch);
+void token_stats_backward(const TokenStatsBackward& work, const Launch& launch);
+
+// What is built in and what this machine has; `error` is empty if its devices can be used.
+struct Runtime {
+  int runtime_version, driver_version, devices;
+  const char* architectures;
+  const char* error;
+};
+Runtime runtime();
+
+}  // namespace cuda
 }  // namespace tdpo

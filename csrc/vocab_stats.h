@@ -121,7 +121,7 @@ TDPO_ALGEBRA Real excess_of(Real x) {
   // Horner form of x^2 (1/2! + x/3! + x^2/4! + ...); the terms left out are below 1e-17 of the sum.
   Real sum = Real(0);
   for (int n = 16; n >= 2; --n)
-    sum = (sum * x + Real(1)) / Real(n);  // -> 1/2! + x/3! + x^2/4! + ...
+    sum = (sum * x + Real(1)) * (Real(1) / Real(n));  // -> 1/2! + x/3! + x^2/4! + ...
   return sum * x * x;
 }
 
@@ -131,11 +131,17 @@ TDPO_ALGEBRA Real relative_scale(Real a, Real b) {
   return a == -Real(INFINITY) ? Real(0) : a == b ? Real(1) : exp(a - b);
 }
 
-// e^(reference_max + centre - policy_max). In double: where a mask has put the maxima 1e38 apart
-// the sum in float has no digits left.
+// e^(reference_max + centre - policy_max). Each sum's rounding error is known exactly (Knuth's
+// two-sum) and put back: where logits are shifted, or masked with numbers such as -1e38, the sum
+// alone would have no digits left.
 template <class Real>
 TDPO_ALGEBRA Real linear_scale(Real reference_max, Real centre, Real policy_max) {
-  return Real(exp((double(reference_max) - double(policy_max)) + double(centre)));
+  const Real minus = -policy_max;
+  const Real apart = reference_max + minus, back = apart - reference_max;
+  const Real lost_first = (reference_max - (apart - back)) + (minus - back);
+  const Real sum = apart + centre, back_again = sum - apart;
+  const Real lost_second = (apart - (sum - back_again)) + (centre - back_again);
+  return exp(sum) * exp(finite_or_zero(lost_first + lost_second));
 }
 
 // The same record relative to another base, whose maxima are not smaller.

@@ -10,9 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import emulated
 from tdpo_ext import native
 
-COMPILED = [] if native.core is None else native.core.instruction_sets()
+INSTRUCTION_SETS = [] if native.core is None else native.core.instruction_sets()
+EMULATED = ["cuda-on-cpu"] if emulated.compiler() else []
+COMPILED = INSTRUCTION_SETS + EMULATED
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -23,6 +26,8 @@ def pytest_report_header() -> str:
 def use_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> str:
     if name == "fallback":
         monkeypatch.setattr("tdpo_ext.ops.core", None)
+    elif name == "cuda-on-cpu":
+        monkeypatch.setattr("tdpo_ext.ops.core", emulated.EmulatedCore())
     else:
         monkeypatch.setenv("TDPO_EXT_INSTRUCTION_SET", name)
     return name
@@ -30,13 +35,13 @@ def use_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> str:
 
 @pytest.fixture(params=[*COMPILED, "fallback"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every instruction set this processor has, and plain PyTorch."""
+    """Every instruction set this processor has, the CUDA kernels on the CPU, and plain PyTorch."""
     return use_backend(monkeypatch, request.param)
 
 
 @pytest.fixture(params=COMPILED or [pytest.param("", marks=pytest.mark.skip("not built"))])
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every instruction set this processor has."""
+    """Every instruction set this processor has, and the CUDA kernels on the CPU."""
     return use_backend(monkeypatch, request.param)
 
 

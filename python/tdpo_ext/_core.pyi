@@ -9,6 +9,15 @@ from typing import TypedDict
 class BuildInfo(TypedDict):
     compiler: str
     openmp: bool
+    cuda: bool
+    no_cuda_because: str
+
+class CudaRuntime(TypedDict):
+    runtime_version: int
+    driver_version: int
+    devices: int
+    architectures: str
+    error: str
 
 def token_stats_forward(
     instruction_set: str,
@@ -56,3 +65,51 @@ def instruction_sets() -> list[str]:
     """Those with kernels that this processor can run, the best last."""
 
 def build_info() -> BuildInfo: ...
+
+# Only where build_info()["cuda"]. Addresses are the device's; calls launch on the stream and return.
+
+def cuda_forward_workspace_bytes(dtype: int, rows: int, vocabulary: int) -> int:
+    """Device memory that forward needs beside its outputs."""
+
+def cuda_token_stats_forward(
+    device: int,
+    stream: int,
+    workspace: int,
+    dtype: int,
+    rows: int,
+    vocabulary: int,
+    ignore_index: int,
+    policy: int,
+    policy_sizes: list[int],
+    policy_strides: list[int],
+    reference: int,
+    reference_sizes: list[int],
+    reference_strides: list[int],
+    labels: int,
+    policy_logps: int,
+    reference_logps: int,
+    forward_kl: int,
+    normalizers: int,
+) -> None: ...
+def cuda_token_stats_backward(
+    device: int,
+    stream: int,
+    dtype: int,
+    rows: int,
+    vocabulary: int,
+    ignore_index: int,
+    policy: int,
+    policy_sizes: list[int],
+    policy_strides: list[int],
+    reference: int,
+    reference_sizes: list[int],
+    reference_strides: list[int],
+    labels: int,
+    normalizers: int,
+    grad_policy_logps: int,
+    grad_forward_kl: int,
+    gradient: int,
+    gradient_sizes: list[int],
+    gradient_strides: list[int],
+) -> None: ...
+def cuda_runtime() -> CudaRuntime: ...

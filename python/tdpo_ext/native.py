@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -22,25 +23,66 @@ def _load() -> tuple[Any, str]:
 core, core_absent_because = _load()
 
 
-def backends() -> dict[str, dict[str, Any]]:
-    """What was built and what serves tensors here, by device type.
+def _version(number: int) -> str:
+    """CUDA writes 13.2 as 13020."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
-    Returns:
-        ``{"cpu": {...}, "cuda": {...}}``. Each has ``"compiled"``: whether a compiled kernel serves
-        the device; if not, ``"reason"`` says why in plain words (the plain-PyTorch fallback then
-        serves it). For the CPU also the compiler, the instruction sets of this processor that have
-        kernels, the one in use, whether OpenMP was built in, and the threads used.
-    """
-    no_cuda = "this version of tdpo_ext has no CUDA kernels"
+
+@functools.cache
+def _no_cuda_because() -> str:
+    """Why no CUDA device can be served, in plain words; empty if one can."""
     if core is None:
-        return {
-            "cpu": {"compiled": False, "reason": core_absent_because},
-            "cuda": {"compiled": False, "reason": no_cuda},
-        }
+        return core_absent_because
+    build = core.build_info()
+    if not build["cuda"]:
+        return f"tdpo_ext has no CUDA kernels: {build['no_cuda_because']}"
+    runtime = core.cuda_runtime()
+    if runtime["driver_version"] == 0:
+        return "no NVIDIA driver is installed on this machine"
+    if runtime["driver_version"] < runtime["runtime_version"] and runtime["error"]:
+        return (
+            f"the NVIDIA driver is too old: it supports CUDA {_version(runtime['driver_version'])}"
+            f", and tdpo_ext was built with CUDA {_version(runtime['runtime_version'])}; update "
+            "the driver, or build tdpo_ext with an older CUDA"
+        )
+    if runtime["devices"] == 0:
+        return f"the NVIDIA driver finds no GPU ({runtime['error']})"
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA (torch.version.cuda is None)"
+    return ""
+
+
+def _oldest_architecture() -> tuple[int, int]:
+    """Of "80-real 90 120": (8, 0)."""
+    oldest = min(int(name.split("-")[0].rstrip("af")) for name in _architectures())
+    return oldest // 10, oldest % 10
+
+
+def _architectures() -> list[str]:
+    return str(core.cuda_runtime()["architectures"]).split()
+
+
+@functools.cache
+def cuda_absent_because(device: torch.device) -> str:
+    """Why the CUDA kernels do not serve a device, in plain words; empty if they do."""
+    if _no_cuda_because():
+        return _no_cuda_because()
+    capability, oldest = torch.cuda.get_device_capability(device), _oldest_architecture()
+    if capability < oldest:
+        return (
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}."
+            f"{capability[1]}, and tdpo_ext was built for {oldest[0]}.{oldest[1]} and newer"
+        )
+    return ""
+
+
+def _cpu_backend() -> dict[str, Any]:
     from tdpo_ext.ops import instruction_set
 
+    if core is None:
+        return {"compiled": False, "reason": core_absent_because}
     build: dict[str, Any] = core.build_info()
-    cpu = {
+    return {
         "compiled": True,
         "compiler": build["compiler"],
         "openmp": build["openmp"],
@@ -48,4 +90,36 @@ def backends() -> dict[str, dict[str, Any]]:
         "instruction_set": instruction_set(),
         "threads": torch.get_num_threads() if build["openmp"] else 1,
     }
-    return {"cpu": cpu, "cuda": {"compiled": False, "reason": no_cuda}}
+
+
+def _cuda_backend() -> dict[str, Any]:
+    if core is None or not core.build_info()["cuda"]:
+        return {"compiled": False, "reason": _no_cuda_because()}
+    runtime = core.cuda_runtime()
+    built = {
+        "architectures": _architectures(),
+        "runtime": _version(runtime["runtime_version"]),
+        "driver": _version(runtime["driver_version"]) if runtime["driver_version"] else None,
+    }
+    reason = _no_cuda_because()
+    if reason:
+        return {"compiled": False, "reason": reason, **built}
+    devices = {}
+    for index in range(torch.cuda.device_count()):
+        absent = cuda_absent_because(torch.device("cuda", index))
+        devices[torch.cuda.get_device_name(index)] = absent or "served"
+    return {"compiled": True, **built, "devices": devices}
+
+
+def backends() -> dict[str, dict[str, Any]]:
+    """What was built and what serves tensors here, by device type.
+
+    Returns:
+        ``{"cpu": {...}, "cuda": {...}}``. Each has ``"compiled"``: whether compiled kernels serve
+        the device; if not, ``"reason"`` says why in plain words (the plain-PyTorch fallback then
+        serves it). For the CPU also the compiler, the instruction sets of this processor that have
+        kernels, the one in use, whether OpenMP was built in, and the threads used. For CUDA, if its
+        kernels were built, also their architectures, the versions of CUDA that the runtime has and
+        the driver supports, and the devices.
+    """
+    return {"cpu": _cpu_backend(), "cuda": _cuda_backend()}

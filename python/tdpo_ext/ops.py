@@ -1,19 +1,20 @@
 """torch.library ops: schemas, fakes, the implementations under them, and the autograd seam.
 
-One op name, several implementations: the compiled kernel on the CPU, plain PyTorch elsewhere. The
-autograd.Function stands outside the op, so torch.compile sees the op and traces the Function.
+One op name, several implementations: compiled kernels on the CPU and on CUDA, plain PyTorch
+elsewhere. The autograd.Function stands outside the op, so torch.compile sees the op and traces the Function.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tdpo_ext import checks, fallback
-from tdpo_ext.native import core, core_absent_because
+from tdpo_ext.native import core, core_absent_because, cuda_absent_because
 from tdpo_ext.outputs import TokenStats
 
 INSTRUCTION_SET_VARIABLE = "TDPO_EXT_INSTRUCTION_SET"
@@ -77,10 +78,8 @@ def _contiguous_int64(labels: Tensor) -> Tensor:
 def _problem(
     policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, ignore_index: int
 ) -> tuple[Any, ...]:
-    """What both passes of the core take first (``_core.pyi``)."""
+    """What both passes of the core take (``_core.pyi``)."""
     return (
-        instruction_set(),
-        torch.get_num_threads(),
         _DTYPE_CODES[policy_logits.dtype],
         labels.numel(),
         policy_logits.shape[-1],
@@ -91,6 +90,17 @@ def _problem(
         *_row_layout(reference_logits),
         labels.data_ptr(),
     )
+
+
+def _processor() -> tuple[str, int]:
+    """Where the CPU kernels run: instruction set and threads."""
+    return instruction_set(), torch.get_num_threads()
+
+
+def _stream(device: torch.device) -> tuple[int, int]:
+    """Where the CUDA kernels run: device and the caller's stream."""
+    stream = torch.cuda.current_stream(device)
+    return stream.device.index, stream.cuda_stream
 
 
 def _outputs(policy_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -125,12 +135,36 @@ def _forward_cpu(
     outputs = _outputs(policy_logits, labels)
     labels = _contiguous_int64(labels)
     wrong_label = core.token_stats_forward(
+        *_processor(),
         *_problem(policy_logits, reference_logits, labels, ignore_index),
         *(output.data_ptr() for output in outputs),
     )
     if wrong_label >= 0:
         label = int(labels.view(-1)[wrong_label])
         raise checks.label_range_error(label, vocabulary, ignore_index)
+    return outputs
+
+
+def _forward_cuda(
+    policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    absent_because = cuda_absent_because(policy_logits.device)
+    if absent_because:
+        fallback.warn_once("cuda", absent_because)
+        return fallback.forward(policy_logits, reference_logits, labels, ignore_index)
+    checks.check_cuda_vocabulary(policy_logits)
+    outputs = _outputs(policy_logits, labels)
+    labels = _contiguous_int64(labels)
+    problem = _problem(policy_logits, reference_logits, labels, ignore_index)
+    workspace = policy_logits.new_empty(
+        core.cuda_forward_workspace_bytes(*problem[:3]), dtype=torch.uint8
+    )
+    core.cuda_token_stats_forward(
+        *_stream(policy_logits.device),
+        workspace.data_ptr(),
+        *problem,
+        *(output.data_ptr() for output in outputs),
+    )
     return outputs
 
 
@@ -151,16 +185,37 @@ def _write_gradient_anywhere(gradient: Tensor, *arguments: Any) -> None:
 def _write_gradient_cpu(gradient: Tensor, *arguments: Any) -> None:
     if core is None:
         fallback.backward(gradient, *arguments)
-        return
-    policy_logits, reference_logits, labels, normalizers, grad_logps, grad_kl, ignore_index = (
-        arguments
-    )
+    else:
+        _run_backward(core.token_stats_backward, _processor(), gradient, *arguments)
+
+
+def _write_gradient_cuda(gradient: Tensor, *arguments: Any) -> None:
+    if cuda_absent_because(gradient.device):
+        fallback.backward(gradient, *arguments)
+    else:
+        stream = _stream(gradient.device)
+        _run_backward(core.cuda_token_stats_backward, stream, gradient, *arguments)
+
+
+def _run_backward(
+    kernel: Callable[..., None],
+    where: tuple[Any, ...],
+    gradient: Tensor,
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor,
+    normalizers: Tensor,
+    grad_logps: Tensor,
+    grad_kl: Tensor,
+    ignore_index: int,
+) -> None:
     # Incoming gradients are often expanded scalars, whose rows have no addresses of their own.
     labels = _contiguous_int64(labels)
     normalizers, grad_logps, grad_kl = (
         saved.contiguous() for saved in (normalizers, grad_logps, grad_kl)
     )
-    core.token_stats_backward(
+    kernel(
+        *where,
         *_problem(policy_logits, reference_logits, labels, ignore_index),
         normalizers.data_ptr(),
         grad_logps.data_ptr(),
@@ -170,28 +225,23 @@ def _write_gradient_cpu(gradient: Tensor, *arguments: Any) -> None:
     )
 
 
-def _backward_anywhere(policy_logits: Tensor, *arguments: Any) -> Tensor:
-    gradient = policy_logits.new_empty(policy_logits.shape)
-    _write_gradient_anywhere(gradient, policy_logits, *arguments)
-    return gradient
+def _backward_with(write_gradient: Callable[..., None]) -> Callable[..., Tensor]:
+    def backward(policy_logits: Tensor, *arguments: Any) -> Tensor:
+        gradient = policy_logits.new_empty(policy_logits.shape)
+        write_gradient(gradient, policy_logits, *arguments)
+        return gradient
+
+    return backward
 
 
-def _backward_cpu(policy_logits: Tensor, *arguments: Any) -> Tensor:
-    gradient = policy_logits.new_empty(policy_logits.shape)
-    _write_gradient_cpu(gradient, policy_logits, *arguments)
-    return gradient
+def _backward_inplace_with(write_gradient: Callable[..., None]) -> Callable[..., None]:
+    def backward_(policy_logits: Tensor, *arguments: Any) -> None:
+        checks.check_inplace_backward(policy_logits)
+        write_gradient(policy_logits, policy_logits, *arguments)
+        # Autograd does not see what a kernel writes, and must: a second backward has to raise.
+        torch.autograd.graph.increment_version(policy_logits)
 
-
-def _backward_inplace_anywhere(policy_logits: Tensor, *arguments: Any) -> None:
-    checks.check_inplace_backward(policy_logits)
-    _write_gradient_anywhere(policy_logits, policy_logits, *arguments)
-
-
-def _backward_inplace_cpu(policy_logits: Tensor, *arguments: Any) -> None:
-    checks.check_inplace_backward(policy_logits)
-    _write_gradient_cpu(policy_logits, policy_logits, *arguments)
-    # Autograd does not see what the kernel writes, and must: a second backward has to raise.
-    torch.autograd.graph.increment_version(policy_logits)
+    return backward_
 
 
 def _backward_fake(policy_logits: Tensor, *arguments: Any) -> Tensor:
@@ -202,15 +252,20 @@ def _backward_inplace_fake(policy_logits: Tensor, *arguments: Any) -> None:
     return None
 
 
-_library.impl("token_stats", _forward_anywhere, "CompositeExplicitAutograd")
-_library.impl("token_stats", _forward_cpu, "CPU")
-torch.library.register_fake("tdpo_ext::token_stats", _forward_fake, lib=_library)
-_library.impl("token_stats_backward", _backward_anywhere, "CompositeExplicitAutograd")
-_library.impl("token_stats_backward", _backward_cpu, "CPU")
-torch.library.register_fake("tdpo_ext::token_stats_backward", _backward_fake, lib=_library)
-_library.impl("token_stats_backward_", _backward_inplace_anywhere, "CompositeExplicitAutograd")
-_library.impl("token_stats_backward_", _backward_inplace_cpu, "CPU")
-torch.library.register_fake("tdpo_ext::token_stats_backward_", _backward_inplace_fake, lib=_library)
+for _key, _forward, _write_gradient in (
+    ("CompositeExplicitAutograd", _forward_anywhere, _write_gradient_anywhere),
+    ("CPU", _forward_cpu, _write_gradient_cpu),
+    ("CUDA", _forward_cuda, _write_gradient_cuda),
+):
+    _library.impl("token_stats", _forward, _key)
+    _library.impl("token_stats_backward", _backward_with(_write_gradient), _key)
+    _library.impl("token_stats_backward_", _backward_inplace_with(_write_gradient), _key)
+for _name, _fake in (
+    ("token_stats", _forward_fake),
+    ("token_stats_backward", _backward_fake),
+    ("token_stats_backward_", _backward_inplace_fake),
+):
+    torch.library.register_fake(f"tdpo_ext::{_name}", _fake, lib=_library)
 
 
 # --- autograd -------------------------------------------------------------------------------------

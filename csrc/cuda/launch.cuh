@@ -1,0 +1,113 @@
+// Host side of a launch: the caller's device and stream, rows split over blocks, errors by name.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "../token_stats.h"
+#include "team.cuh"
+
+namespace tdpo::cuda {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // an error of this call must not show up in the next
+  throw std::runtime_error(std::string(what) + ": CUDA error " + std::to_string(int(status)) +
+                           " (" + cudaGetErrorString(status) + ")");
+}
+
+// Makes a device current, and the former one again at the end.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before), "cudaGetDevice");
+    moved = before != device;
+    if (moved) check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~OnDevice() {
+    if (moved) cudaSetDevice(before);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before = 0;
+  bool moved = false;
+};
+
+template <class... Parameters, class... Arguments>
+void launch_kernel(const char* name, void (*kernel)(Parameters...), int64_t blocks,
+                   int shared_bytes, const Launch& launch, Arguments&&... arguments) {
+  if (blocks > 0x7fffffff) {
+    throw std::runtime_error(std::string(name) + ": more rows than a grid has blocks, 2^31 - 1");
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(launch.stream);
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+}
+
+inline int64_t blocks_for(int64_t items, int items_of_a_block) {
+  return (items + items_of_a_block - 1) / items_of_a_block;
+}
+
+// A row of at most this many vectors is one warp's; a longer one a block's.
+constexpr int kVectorsOfAWarp = 512;
+
+template <class T>
+bool one_warp_per_row(const TokenStatsProblem& problem) {
+  return problem.vocabulary <= int64_t(kVectorsOfAWarp) * Storage<T>::kPerVector;
+}
+
+// Few rows are split over blocks, so that there are about this many: four for each multiprocessor
+// of the largest cards. It does not depend on the card, and so neither do the bits of the results.
+constexpr int64_t kWantedBlocks = 528;
+// And no part is so short that its start and its merge cost more than they gain.
+constexpr int64_t kVectorsOfAPart = 4 * kThreads;
+
+template <class T>
+int parts_of_row(const TokenStatsProblem& problem) {
+  if (problem.rows == 0 || one_warp_per_row<T>(problem)) return 1;
+  const int64_t vectors = problem.vocabulary / Storage<T>::kPerVector;
+  const int64_t wanted = (kWantedBlocks + problem.rows - 1) / problem.rows;
+  return static_cast<int>(std::max<int64_t>(1, std::min(wanted, vectors / kVectorsOfAPart)));
+}
+
+// Whether each row of the reference lies as far from an aligned address as the policy's.
+inline bool same_alignment(const TokenStatsProblem& problem, int64_t entry_bytes) {
+  const RowLayout &policy = problem.policy.rows, &reference = problem.reference.rows;
+  const auto whole_vectors = [&](int64_t entries) { return entries * entry_bytes % 16 == 0; };
+  const auto address = [](const Logits& logits) {
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(logits.data) % 16);
+  };
+  if (address(problem.policy) != address(problem.reference)) return false;
+  bool same = policy.dims == reference.dims, aligned = true;
+  for (int dim = 0; dim < RowLayout::kMaxDims; ++dim) {
+    same = same && policy.sizes[dim] == reference.sizes[dim] &&
+           whole_vectors(policy.strides[dim] - reference.strides[dim]);
+    aligned = aligned && whole_vectors(policy.strides[dim]) && whole_vectors(reference.strides[dim]);
+  }
+  return same || aligned;
+}
+
+// Calls body with a T{} of the dtype's storage.
+template <class Body>
+auto with_storage(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+    case DType::kFloat64:
+      return body(double{});
+    default:
+      return body(float{});
+  }
+}
+
+}  // namespace tdpo::cuda

@@ -1,0 +1,236 @@
+// The numbers of the kernels: how each dtype is stored, what it accumulates in, and exponentials.
+//
+// Inline PTX has a plain path beside it with the same results; the plain one serves the tests that
+// compile these files for the CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "../vocab_stats.h"
+
+#if defined(__CUDA_ARCH__)
+#define TDPO_INLINE_PTX 1
+#else
+#define TDPO_INLINE_PTX 0
+#endif
+
+namespace tdpo::cuda {
+
+// Bits of the two 16-bit formats.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+__device__ __forceinline__ To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// The same value, of which the compiler knows nothing: what depends on it is computed here and not
+// kept in registers from elsewhere.
+__device__ __forceinline__ uint32_t opaque(uint32_t value) {
+#if TDPO_INLINE_PTX
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
+#if TDPO_INLINE_PTX
+__device__ __forceinline__ void wait_for(uint32_t& value, float& after) {
+  asm volatile("" : "+r"(value), "+f"(after));
+}
+__device__ __forceinline__ void wait_for(uint32_t& value, double& after) {
+  asm volatile("" : "+r"(value), "+d"(after));
+}
+#endif
+
+// ---- float16, one at a time ----
+
+__device__ __forceinline__ float float_of_half(uint16_t half) {
+#if TDPO_INLINE_PTX
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+#else
+  const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = uint32_t(half & 0x7fff) << 13;
+  // Reading float16's exponent as float32's is off by 2^112; the product is exact, subnormals too.
+  const float scaled = bit_cast<float>(magnitude) * 0x1p112f;
+  const bool finite = (half & 0x7c00) != 0x7c00;
+  return bit_cast<float>(sign | (finite ? bit_cast<uint32_t>(scaled) : magnitude | 0x7f800000));
+#endif
+}
+
+// Round to nearest, ties to even.
+__device__ __forceinline__ uint16_t half_of_float(float value) {
+#if TDPO_INLINE_PTX
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+#else
+  const uint32_t bits = bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return 0x7fff;                            // NaN
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // from 65520: inf
+  if (magnitude < 0x38800000) {  // subnormal: adding 1/2 leaves the rounded count of 2^-24 steps
+    const float shifted = bit_cast<float>(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000));
+  }
+  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23);
+  return static_cast<uint16_t>(sign | rounded >> 13);
+#endif
+}
+
+__device__ __forceinline__ uint16_t bfloat16_of_float(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;  // NaN
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Two values to one word of two bfloat16, the first in the lower half.
+__device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
+#if TDPO_INLINE_PTX
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  return bfloat16_of_float(low) | uint32_t(bfloat16_of_float(high)) << 16;
+#endif
+}
+
+// ---- storage ----
+
+// How T lies in a vector of four 32-bit words. Indices are constants wherever speed matters: a
+// vector then stays in registers.
+template <class T>
+struct Storage;
+
+template <>
+struct Storage<float> {
+  using Real = float;
+  static constexpr int kPerVector = 4;
+  static constexpr float kNegativeInfinity = -INFINITY;
+  static __device__ __forceinline__ float get(const uint32_t (&words)[4], int i) {
+    return bit_cast<float>(words[i]);
+  }
+  static __device__ __forceinline__ void set(uint32_t (&words)[4], int i, float value) {
+    words[i] = bit_cast<uint32_t>(value);
+  }
+  static __device__ __forceinline__ void unpack(const uint32_t (&words)[4], float (&values)[4]) {
+    for (int i = 0; i < 4; ++i) values[i] = get(words, i);
+  }
+  static __device__ __forceinline__ void pack(const float (&values)[4], uint32_t (&words)[4]) {
+    for (int i = 0; i < 4; ++i) set(words, i, values[i]);
+  }
+};
+
+template <>
+struct Storage<double> {
+  using Real = double;
+  static constexpr int kPerVector = 2;
+  static constexpr double kNegativeInfinity = -INFINITY;
+  static __device__ __forceinline__ double get(const uint32_t (&words)[4], int i) {
+    return bit_cast<double>(words[2 * i] | uint64_t(words[2 * i + 1]) << 32);
+  }
+  static __device__ __forceinline__ void set(uint32_t (&words)[4], int i, double value) {
+    const uint64_t bits = bit_cast<uint64_t>(value);
+    words[2 * i] = static_cast<uint32_t>(bits);
+    words[2 * i + 1] = static_cast<uint32_t>(bits >> 32);
+  }
+  static __device__ __forceinline__ void unpack(const uint32_t (&words)[4], double (&values)[2]) {
+    for (int i = 0; i < 2; ++i) values[i] = get(words, i);
+  }
+  static __device__ __forceinline__ void pack(const double (&values)[2], uint32_t (&words)[4]) {
+    for (int i = 0; i < 2; ++i) set(words, i, values[i]);
+  }
+};
+
+template <class T>
+struct HalfWidthStorage {
+  using Real = float;
+  static constexpr int kPerVector = 8;
+  static __device__ __forceinline__ T get(const uint32_t (&words)[4], int i) {
+    return {static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2))};
+  }
+  static __device__ __forceinline__ void set(uint32_t (&words)[4], int i, T value) {
+    const uint32_t other = words[i / 2] & (i % 2 ? 0x0000ffff : 0xffff0000);
+    words[i / 2] = other | uint32_t(value.bits) << 16 * (i % 2);
+  }
+};
+
+template <>
+struct Storage<BFloat16> : HalfWidthStorage<BFloat16> {
+  static constexpr BFloat16 kNegativeInfinity = {0xff80};
+  static __device__ __forceinline__ void unpack(const uint32_t (&words)[4], float (&values)[8]) {
+    for (int i = 0; i < 4; ++i) {
+      values[2 * i] = bit_cast<float>(words[i] << 16);
+      values[2 * i + 1] = bit_cast<float>(words[i] & 0xffff0000);
+    }
+  }
+  static __device__ __forceinline__ void pack(const float (&values)[8], uint32_t (&words)[4]) {
+    for (int i = 0; i < 4; ++i) words[i] = bfloat16_pair(values[2 * i], values[2 * i + 1]);
+  }
+};
+
+template <>
+struct Storage<Float16> : HalfWidthStorage<Float16> {
+  static constexpr Float16 kNegativeInfinity = {0xfc00};
+  static __device__ __forceinline__ void unpack(const uint32_t (&words)[4], float (&values)[8]) {
+    for (int i = 0; i < 4; ++i) {
+      values[2 * i] = float_of_half(static_cast<uint16_t>(words[i]));
+      values[2 * i + 1] = float_of_half(static_cast<uint16_t>(words[i] >> 16));
+    }
+  }
+  static __device__ __forceinline__ void pack(const float (&values)[8], uint32_t (&words)[4]) {
+    for (int i = 0; i < 4; ++i) {
+      words[i] = half_of_float(values[2 * i]) | uint32_t(half_of_float(values[2 * i + 1])) << 16;
+    }
+  }
+};
+
+template <class T>
+using RealOf = typename Storage<T>::Real;
+
+// ---- exponentials ----
+
+// e^x. In float a product and one result of the special-function unit, good to 2^-22 and to the
+// rounding of the product; below the smallest normal number it is 0.
+__device__ __forceinline__ float exp_of(float x) {
+  const float exponent = x * 1.44269504f;
+#if TDPO_INLINE_PTX
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+  return power;
+#else
+  return exponent < -126.0f ? 0.0f : exp2f(exponent);
+#endif
+}
+
+__device__ __forceinline__ double exp_of(double x) { return exp(x); }
+
+// (e^d - 1 - d) / d^2 for |d| <= 1. In float the best polynomial of degree 6, off by 1e-7 of the
+// value; in double the Taylor series.
+__device__ __forceinline__ float excess_over_square(float d) {
+  float sum = 2.49608147e-05f;
+  sum = sum * d + 2.03254836e-04f;
+  sum = sum * d + 1.38913351e-03f;
+  sum = sum * d + 8.33093002e-03f;
+  sum = sum * d + 4.16665152e-02f;
+  sum = sum * d + 1.66666955e-01f;
+  return sum * d + 0.5f;
+}
+
+__device__ __forceinline__ double excess_over_square(double d) {
+  double sum = 0;
+  for (int n = 20; n >= 2; --n) sum = (sum * d + 1) / n;  // -> 1/2! + d/3! + d^2/4! + ...
+  return sum;
+}
+
+}  // namespace tdpo::cuda

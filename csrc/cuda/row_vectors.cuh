@@ -1,0 +1,133 @@
+// A row of logits as vectors of 16 bytes.
+//
+// Vector i covers the entries [start(i), start(i) + kPerVector). The vectors are aligned in memory
+// whatever the row's own alignment is, so the first may begin before the row and the last may end
+// after it. Those in [inner_begin, inner_end) are read and written whole; the few others entry by
+// entry. Where rows are read side by side and only one of them can be aligned, a vector of another
+// is put together from the two aligned ones that it straddles, so those must be inside as well.
+#pragma once
+
+#include "../token_stats.h"
+#include "numbers.cuh"
+
+namespace tdpo::cuda {
+
+struct Words {
+  uint32_t word[4];
+};
+
+__device__ __forceinline__ Words opaque(Words words) {
+  for (int i = 0; i < 4; ++i) words.word[i] = opaque(words.word[i]);
+  return words;
+}
+// The same, not before `after` is known.
+template <class Real>
+__device__ __forceinline__ Words opaque(Words words, Real& after) {
+#if TDPO_INLINE_PTX
+  for (int i = 0; i < 4; ++i) wait_for(words.word[i], after);
+#else
+  static_cast<void>(after);
+#endif
+  return words;
+}
+
+// One side of a row, policy or reference. Each entry is read once: streaming loads.
+template <class T>
+struct Side {
+  const uint4* first;  // the aligned address at or below the start of vector 0
+  int shift;           // bytes from there to the start of vector 0; 0 where it is aligned
+
+  // `before`: the entries of vector 0 that lie before the row.
+  __device__ __forceinline__ Side(const T* row, int before) {
+    const uintptr_t start = reinterpret_cast<uintptr_t>(row) - before * sizeof(T);
+    shift = static_cast<int>(start % 16);
+    first = reinterpret_cast<const uint4*>(start - shift);
+  }
+  // A side to which the vectors are aligned.
+  explicit __device__ __forceinline__ Side(const T* row)
+      : first(reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(row) & ~uintptr_t(15))),
+        shift(0) {}
+
+  // An inner vector.
+  __device__ __forceinline__ Words load(int index) const {
+    const uint4 a = __ldcs(first + index);
+    if (shift == 0) return {{a.x, a.y, a.z, a.w}};
+    const uint4 b = __ldcs(first + index + 1);
+    uint32_t word[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    for (int i = 0; i < 6; ++i) word[i] = shift & 8 ? word[i + 2] : word[i];
+    for (int i = 0; i < 5; ++i) word[i] = shift & 4 ? word[i + 1] : word[i];
+    Words words;
+    for (int i = 0; i < 4; ++i) {
+      words.word[i] = __funnelshift_r(word[i], word[i + 1], 8 * (shift % 4));
+    }
+    return words;
+  }
+
+  // A vector that begins at entry `start` and may lie partly or wholly outside [0, end), or hold an
+  // entry to leave out: such entries are -inf, without mass.
+  __device__ __forceinline__ Words load_some(int index, int start, int end, int left_out) const {
+    const T* entries =
+        reinterpret_cast<const T*>(reinterpret_cast<const char*>(first + index) + shift);
+    Words words = {};
+    for (int i = 0; i < Storage<T>::kPerVector; ++i) {
+      const int entry = start + i;
+      const bool read = entry >= 0 && entry < end && entry != left_out;
+      Storage<T>::set(words.word, i, read ? entries[i] : T(Storage<T>::kNegativeInfinity));
+    }
+    return words;
+  }
+
+  static __device__ __forceinline__ Words nothing() {
+    Words words = {};
+    for (int i = 0; i < Storage<T>::kPerVector; ++i) {
+      Storage<T>::set(words.word, i, T(Storage<T>::kNegativeInfinity));
+    }
+    return words;
+  }
+};
+
+template <class T>
+__device__ const T* start_of_row(const Logits& logits, int64_t row) {
+  return static_cast<const T*>(logits.data) + row_offset(logits.rows, row);
+}
+
+// Entries before the first whole vector's place: how far a row's start is past an aligned address.
+template <class T>
+__device__ __forceinline__ int entries_before(const T* row) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
+}
+
+// Where the vectors of a row lie. Entries and vectors are 32-bit numbers, which kMaxVocabulary keeps
+// far from overflow; rows are 64-bit numbers.
+template <class T>
+struct RowVectors {
+  static constexpr int kPerVector = Storage<T>::kPerVector;
+  int before, count, inner_begin, inner_end;
+
+  __device__ __forceinline__ RowVectors(int before, int vocabulary, bool all_sides_aligned)
+      : before(before), count((vocabulary + before + kPerVector - 1) / kPerVector) {
+    const int margin = all_sides_aligned ? 0 : 1;  // vectors
+    inner_begin = min((before > 0) + margin, count);
+    inner_end = max((vocabulary + before) / kPerVector - margin, inner_begin);
+  }
+
+  __device__ __forceinline__ int start(int index) const { return index * kPerVector - before; }
+  // The vector that holds an entry.
+  __device__ __forceinline__ int of_entry(int entry) const { return (entry + before) / kPerVector; }
+
+  __device__ __forceinline__ bool is_inner(int index) const {
+    return index >= inner_begin && index < inner_end;
+  }
+
+  // The vectors beside the inner ones, at most four; `count` after the last.
+  __device__ __forceinline__ int outer(int n) const {
+    return min(n < inner_begin ? n : inner_end + (n - inner_begin), count);
+  }
+
+  // The inner vectors of one of the parts of a row, from this one to that of the next part.
+  __device__ __forceinline__ int part_begin(int part, int parts) const {
+    return inner_begin + static_cast<int>(int64_t(inner_end - inner_begin) * part / parts);
+  }
+};
+
+}  // namespace tdpo::cuda

@@ -1,0 +1,195 @@
+// The record of vocabulary statistics that one warp keeps while a row goes by.
+//
+// All lanes share the base; each has sums of its own, which `collect` adds up. A vector takes one
+// of three ways, always the same for all lanes of the warp:
+//
+//   close   every |z - r - c| < 1. Then e^z = k w (1 + d + excess) follows from one exponential and
+//           a polynomial, which has the digits of small divergences.
+//   far     the sums of two exponentials, and the excess as their difference. It is exact enough
+//           if the excess so far is a good part of the mass so far.
+//   mixed   otherwise, after the sums of the far way: entry by entry, as its own |d| asks for.
+#pragma once
+
+#include "row_vectors.cuh"
+#include "team.cuh"
+
+namespace tdpo::cuda {
+
+template <class T>
+struct Pair {
+  Words policy, reference;
+  bool present;  // else the words mean nothing
+};
+
+template <class T>
+class WarpStats {
+  using Real = RealOf<T>;
+  static constexpr int kPerVector = Storage<T>::kPerVector;
+  using Values = Real[kPerVector];
+
+  // Entries may lie above the base as long as a vector's sum stays below this.
+  static constexpr Real kHeadroom = 65536;
+  // The excess may come from a difference of masses if it is at least this part of the mass.
+  static constexpr Real kFarPart = Real(0.25);
+  // Instead of an infinite gap where w = 0: w d is 0 then.
+  static constexpr Real kFarGap = Real(1e30);
+
+ public:
+  // The base that suits a vector of each lane; Scope is the team, or Team<1> for the warp alone.
+  template <class Scope>
+  static __device__ Base<Real> base_of(Pair<T> vectors) {
+    if (!vectors.present) vectors.policy = vectors.reference = Side<T>::nothing();
+    Values z, r;
+    unpack_again(vectors, z, r);
+    Two<Real> largest = {z[0], r[0]};
+    for (int i = 1; i < kPerVector; ++i) largest = Larger()(largest, {z[i], r[i]});
+    largest = Scope::largest(largest);
+    const Real policy_max = finite_or_zero(largest.policy);
+    const Real reference_max = finite_or_zero(largest.reference);
+    Two<Real> sum = {0, 0};
+    for (int i = 0; i < kPerVector; ++i) {
+      sum = Sum()(sum, {exp_of(z[i] - policy_max), exp_of(r[i] - reference_max)});
+    }
+    sum = Scope::sum(sum);
+    const Real gap = (largest.policy - largest.reference) + log(sum.policy / sum.reference);
+    return {largest.policy, largest.reference, finite_or_zero(gap)};
+  }
+
+  explicit __device__ WarpStats(const Base<Real>& base) : stats(empty_stats<Real>()) {
+    set_base(base);
+  }
+
+  __device__ __forceinline__ void add(const Pair<T>& vectors) {
+    Values z, r, d;
+    unpack(vectors, z, r);
+    bool close = vectors.present && k > Real(0);
+    for (int i = 0; i < kPerVector; ++i) {
+      d[i] = (z[i] - r[i]) - stats.base.centre;
+      close = close && fabs(d[i]) < Real(1);
+    }
+    if (!all_of_warp(close) || !add_close(r, d)) add_far_or_mixed(vectors);
+  }
+
+  // The sum over the lanes, in each of them.
+  __device__ VocabStats<Real> collect() const {
+    VocabStats<Real> all = stats;
+    all.policy_sum = sum_lanes(stats.policy_sum);
+    all.reference_sum = sum_lanes(stats.reference_sum);
+    all.gap_sum = sum_lanes(stats.gap_sum);
+    all.excess_sum = sum_lanes(stats.excess_sum);
+    return all;
+  }
+
+ private:
+  VocabStats<Real> stats;
+  Real k;  // e^(reference_max + centre - policy_max); 0 while one of them is not known
+
+  static __device__ __forceinline__ void unpack(const Pair<T>& vectors, Values& z, Values& r) {
+    Storage<T>::unpack(vectors.policy.word, z);
+    Storage<T>::unpack(vectors.reference.word, r);
+  }
+
+  // Kept in registers from one way to the next the values would not fit.
+  static __device__ __forceinline__ void unpack_again(const Pair<T>& vectors, Values& z,
+                                                      Values& r) {
+    const Pair<T> again = {opaque(vectors.policy), opaque(vectors.reference), true};
+    unpack(again, z, r);
+  }
+
+  // Where there is no finite entry yet the base is the lowest number: anything exceeds it by more
+  // than the headroom.
+  __device__ void set_base(const Base<Real>& base) {
+    constexpr Real kLowest = sizeof(Real) == 4 ? Real(-3.402823466e38) : Real(-1.7e308);
+    stats.base = {fmax(base.policy_max, kLowest), fmax(base.reference_max, kLowest), base.centre};
+    k = finite_or_zero(linear_scale(base.reference_max, base.centre, base.policy_max));
+  }
+
+  // False, and nothing added, if the reference exceeds the base too far.
+  __device__ __forceinline__ bool add_close(const Values& r, const Values& d) {
+    Real reference_sum = 0, gap_sum = 0, excess_sum = 0;
+    for (int i = 0; i < kPerVector; ++i) {
+      const Real w = exp_of(r[i] - stats.base.reference_max);
+      const Real weighted_gap = w * d[i];
+      reference_sum += w;
+      gap_sum += weighted_gap;
+      excess_sum += (weighted_gap * d[i]) * excess_over_square(d[i]);
+    }
+    if (!all_of_warp(reference_sum <= kHeadroom)) return false;
+    stats.reference_sum += reference_sum;
+    stats.gap_sum += gap_sum;
+    stats.policy_sum += k * ((reference_sum + gap_sum) + excess_sum);
+    stats.excess_sum += k * excess_sum;
+    return true;
+  }
+
+  struct FarSums {
+    Real policy, reference, gap;
+    bool excluded;  // some z = -inf < r: the KL is infinite, also if w is too small to show it
+  };
+
+  __device__ __forceinline__ Real gap_of(Real z, Real r) const {
+    return (z - r) - stats.base.centre;
+  }
+
+  __device__ __forceinline__ FarSums far_sums(const Pair<T>& vectors) const {
+    Values z, r;
+    unpack_again(vectors, z, r);
+    FarSums sums = {0, 0, 0, false};
+    for (int i = 0; i < kPerVector; ++i) {
+      const Real w = exp_of(r[i] - stats.base.reference_max), d = gap_of(z[i], r[i]);
+      sums.policy += exp_of(z[i] - stats.base.policy_max);
+      sums.reference += w;
+      sums.gap += w * fmax(fmin(d, kFarGap), -kFarGap);  // NaN, of r = -inf: kFarGap
+      sums.excluded = sums.excluded || d == -Real(INFINITY);
+    }
+    return sums;
+  }
+
+  __device__ __forceinline__ void add_far_or_mixed(Pair<T> vectors) {
+    if (!vectors.present) vectors.policy = vectors.reference = Side<T>::nothing();
+    FarSums sums = far_sums(vectors);
+    if (!all_of_warp(sums.policy <= kHeadroom && sums.reference <= kHeadroom)) {
+      raise_base(vectors);
+      sums = far_sums(vectors);
+    }
+    Real excess = sums.policy - k * (sums.reference + sums.gap);
+    stats.policy_sum += sums.policy;
+    if (!all_of_warp(stats.excess_sum + excess >= kFarPart * stats.policy_sum)) {
+      excess = mixed_excess(vectors);
+    }
+    stats.reference_sum += sums.reference;
+    stats.gap_sum += sums.gap;
+    stats.excess_sum += excess;
+    if (sums.excluded) stats.gap_sum = -Real(INFINITY);
+  }
+
+  __device__ __forceinline__ Real mixed_excess(Pair<T> vectors) const {
+    Real sum = 0;
+    for (int i = 0; i < kPerVector; ++i) {
+      Values z, r;  // one entry at a time: all of them would not fit beside those to come
+      vectors = {opaque(vectors.policy, sum), opaque(vectors.reference, sum), true};
+      unpack(vectors, z, r);
+      const Real linear = k * exp_of(r[i] - stats.base.reference_max), d = gap_of(z[i], r[i]);
+      const Real close = (linear * d * d) * excess_over_square(d);
+      const Real far_gap = fmax(fmin(d, kFarGap), -kFarGap);
+      const Real far = exp_of(z[i] - stats.base.policy_max) - (linear + linear * far_gap);
+      sum += fabs(d) < Real(1) ? close : far;
+    }
+    return sum;
+  }
+
+  // Rare: only where a row has grown by more than the headroom since its first vectors.
+  __device__ void raise_base(const Pair<T>& vectors) {
+    const Base<Real> own = base_of<Team<1>>(vectors);
+    Base<Real> base = stats.base;
+    if (own.policy_max > base.policy_max) base.policy_max = own.policy_max;
+    if (own.reference_max > base.reference_max) {
+      base.reference_max = own.reference_max;
+      base.centre = own.centre;
+    }
+    stats = rebase(stats, base);
+    set_base(base);
+  }
+};
+
+}  // namespace tdpo::cuda

@@ -1,0 +1,52 @@
+// The CUDA kernels, compiled for the CPU, behind a C interface for the tests.
+#include <cuda_runtime.h>
+
+#include <exception>
+
+#include "cuda/team.cuh"
+#include "token_stats.h"
+
+namespace tdpo::cuda {
+constexpr size_t kSharedBytes = 4096;
+alignas(16) unsigned char tdpo_shared_memory[kSharedBytes];
+}  // namespace tdpo::cuda
+
+cuda_on_cpu::SharedMemory cuda_on_cpu::shared_memory() {
+  return {tdpo::cuda::tdpo_shared_memory, tdpo::cuda::kSharedBytes};
+}
+
+namespace {
+
+std::string message;
+
+template <class Body>
+const char* message_of(const Body& body) {
+  message.clear();
+  try {
+    body();
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  return message.c_str();
+}
+
+}  // namespace
+
+// Each returns an error message, empty if all is well.
+
+extern "C" const char* emulated_forward(const tdpo::TokenStatsForward* work) {
+  return message_of([&] {
+    // As it comes from an allocator: full of something else. NaN shows where it is read unwritten.
+    const size_t bytes = static_cast<size_t>(tdpo::cuda::forward_workspace_bytes(work->problem));
+    std::vector<uint64_t> workspace(bytes / sizeof(uint64_t) + 1, ~uint64_t(0));
+    tdpo::cuda::token_stats_forward(*work, workspace.data(), {0, nullptr});
+  });
+}
+
+extern "C" const char* emulated_backward(const tdpo::TokenStatsBackward* work) {
+  return message_of([&] { tdpo::cuda::token_stats_backward(*work, {0, nullptr}); });
+}
+
+extern "C" long emulated_launches() { return cuda_on_cpu::launches; }
+
+extern "C" const char* emulated_path() { return TDPO_INLINE_PTX ? "inline PTX" : "plain"; }

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from typing import Any
 
+import emulated
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import emulated
 from tdpo_ext import native
 
 INSTRUCTION_SETS = [] if native.core is None else native.core.instruction_sets()
-EMULATED = ["cuda-on-cpu"] if emulated.compiler() else []
-COMPILED = INSTRUCTION_SETS + EMULATED
+CUDA = ["cuda-on-cpu"] if emulated.compiler() else []
+if native.backends()["cuda"]["compiled"]:
+    CUDA.append("cuda")
+COMPILED = INSTRUCTION_SETS + CUDA
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -23,26 +27,59 @@ def pytest_report_header() -> str:
     return f"tdpo_ext backends: {native.backends()}"
 
 
-def use_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> str:
+@contextlib.contextmanager
+def use_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[str]:
     if name == "fallback":
         monkeypatch.setattr("tdpo_ext.ops.core", None)
     elif name == "cuda-on-cpu":
         monkeypatch.setattr("tdpo_ext.ops.core", emulated.EmulatedCore())
-    else:
+    elif name != "cuda":
         monkeypatch.setenv("TDPO_EXT_INSTRUCTION_SET", name)
-    return name
+    # On a card the tests make their tensors there.
+    with torch.device("cuda") if name == "cuda" else contextlib.nullcontext():
+        yield name
 
 
-@pytest.fixture(params=[*COMPILED, "fallback"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every instruction set this processor has, the CUDA kernels on the CPU, and plain PyTorch."""
-    return use_backend(monkeypatch, request.param)
+def parameters(names: list[str]) -> list[Any]:
+    """The names, with the marker `cuda` on what needs a card."""
+    marked = [pytest.param(x, marks=pytest.mark.cuda) if x == "cuda" else x for x in names]
+    return marked or [pytest.param("", marks=pytest.mark.skip("not built"))]
 
 
-@pytest.fixture(params=COMPILED or [pytest.param("", marks=pytest.mark.skip("not built"))])
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every instruction set this processor has, and the CUDA kernels on the CPU."""
-    return use_backend(monkeypatch, request.param)
+@pytest.fixture(params=parameters([*COMPILED, "fallback"]))
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every instruction set, the CUDA kernels on the CPU and on a card, and plain PyTorch."""
+    with use_backend(monkeypatch, request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=parameters(COMPILED))
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every instruction set, and the CUDA kernels on the CPU and on a card."""
+    with use_backend(monkeypatch, request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=parameters(INSTRUCTION_SETS))
+def on_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every instruction set this processor has."""
+    with use_backend(monkeypatch, request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=parameters(CUDA))
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The CUDA kernels, on the CPU and on a card."""
+    with use_backend(monkeypatch, request.param) as name:
+        yield name
+
+
+@pytest.fixture
+def cuda_unchecked(cuda: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same, where nobody looks at the labels first."""
+    if cuda == "cuda-on-cpu":
+        monkeypatch.setattr("tdpo_ext.ops.core", emulated.EmulatedCore(check_labels=False))
+    return cuda
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +110,7 @@ def labels_for(logits: Tensor, ignored: float = 0.0) -> Tensor:
 
 
 def numpy64(tensor: Tensor) -> NDArray[np.float64]:
-    return tensor.detach().to(torch.float64).numpy()
+    return tensor.detach().to(torch.float64).cpu().numpy()
 
 
 def relative_error(ours: Tensor, truth: NDArray[np.float64]) -> float:

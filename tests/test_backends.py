@@ -32,8 +32,8 @@ def test_what_is_absent_has_a_reason(monkeypatch):
         assert said[device]["reason"]
 
 
-def test_a_forced_instruction_set_is_used(compiled):
-    assert tdpo_ext.backends()["cpu"]["instruction_set"] == compiled
+def test_a_forced_instruction_set_is_used(on_processor):
+    assert tdpo_ext.backends()["cpu"]["instruction_set"] == on_processor
 
 
 def test_the_fallback_says_so_once(monkeypatch):

@@ -90,7 +90,8 @@ inline bool same_alignment(const TokenStatsProblem& problem, int64_t entry_bytes
   for (int dim = 0; dim < RowLayout::kMaxDims; ++dim) {
     same = same && policy.sizes[dim] == reference.sizes[dim] &&
            whole_vectors(policy.strides[dim] - reference.strides[dim]);
-    aligned = aligned && whole_vectors(policy.strides[dim]) && whole_vectors(reference.strides[dim]);
+    aligned =
+        aligned && whole_vectors(policy.strides[dim]) && whole_vectors(reference.strides[dim]);
   }
   return same || aligned;
 }

@@ -77,7 +77,7 @@ __device__ __forceinline__ uint16_t half_of_float(float value) {
 #else
   const uint32_t bits = bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000;
   const uint32_t magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return 0x7fff;                            // NaN
+  if (magnitude > 0x7f800000) return 0x7fff;                                 // NaN
   if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // from 65520: inf
   if (magnitude < 0x38800000) {  // subnormal: adding 1/2 leaves the rounded count of 2^-24 steps
     const float shifted = bit_cast<float>(magnitude) + 0.5f;

@@ -97,8 +97,8 @@ __device__ __forceinline__ int entries_before(const T* row) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
 }
 
-// Where the vectors of a row lie. Entries and vectors are 32-bit numbers, which kMaxVocabulary keeps
-// far from overflow; rows are 64-bit numbers.
+// Where the vectors of a row lie. Entries and vectors are 32-bit numbers, which kMaxVocabulary
+// keeps far from overflow; rows are 64-bit numbers.
 template <class T>
 struct RowVectors {
   static constexpr int kPerVector = Storage<T>::kPerVector;

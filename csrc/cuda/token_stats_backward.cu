@@ -9,8 +9,8 @@
 //
 // Decomposition: every entry by itself, since forward has saved all that a row needs. A row is one
 // warp's (short rows), one block's or several blocks'. Lanes take vectors of 16 bytes in turn,
-// aligned where the gradient is written; the next two are on their way while two are worked on.
-// The gradient may lie over the policy's logits: each thread reads a vector before it writes it.
+// aligned where the gradient is written. The gradient may lie over the policy's logits: each thread
+// reads a vector before it writes it, and the two are aligned alike then.
 #include "launch.cuh"
 #include "row_vectors.cuh"
 
@@ -78,7 +78,9 @@ struct Both {
     const Real close = q * (u + (u * u) * excess_over_square(u));
     return fabs(u) < close_gap ? g_k * close - g_m * p : g_p * p - g_k * q;
   }
-  __device__ __forceinline__ Real label() const { return g_k * of.label_gap + g_m * of.policy_rest; }
+  __device__ __forceinline__ Real label() const {
+    return g_k * of.label_gap + g_m * of.policy_rest;
+  }
 };
 
 // A row, or a part of it, and the team that writes its gradient.
@@ -152,7 +154,7 @@ struct GradientRow {
 };
 
 template <class T, int kWarps>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     token_stats_backward_kernel(const TokenStatsBackward work, int parts) {
   using Real = RealOf<T>;
   using Scope = Team<kWarps>;

@@ -1,13 +1,13 @@
 // Forward of the token statistics.
 //
-// Roofline, per pair (z, r) of logits of S bytes: reads 2 S bytes, once. Per row: writes 11 numbers,
-// and 7 for each warp that works on it, which are read once.
-// Exponentials: one a pair where the policy is close to its reference, else two. A card that moves
-// 4.3 TB/s with 132 multiprocessors at 1.9 GHz passes 1.07e12 bfloat16 pairs a second, which leaves
-// a pair 30 issued instructions and 3.7 results of the special-function unit. The close way takes
-// about 22 and 1, the far way about 22 and 2, the mixed way about 34 and 2: memory is the limit
-// except where the gap between policy and reference is about 1/2 throughout. float32 has twice that
-// room. float64 is bound by its arithmetic on cards that have little of it.
+// Roofline, per pair (z, r) of logits of S bytes: reads 2 S bytes, once. Per row: writes 11
+// numbers, and 7 for each warp that works on it, which are read once. Exponentials: one a pair
+// where the policy is close to its reference, else two. A card that moves 4.3 TB/s with 132
+// multiprocessors at 1.9 GHz passes 1.07e12 bfloat16 pairs a second, which leaves a pair 30 issued
+// instructions and 3.7 results of the special-function unit. The close way takes about 22 and 1,
+// the far way about 22 and 2, the mixed way about 34 and 2: memory is the limit except where the
+// gap between policy and reference is about 1/2 throughout. float32 has twice that room. float64 is
+// bound by its arithmetic on cards that have little of it.
 //
 // Decomposition: a row is one warp's (short rows), one block's, or several blocks' (few long rows).
 // Lanes take vectors of 16 bytes in turn; the next vector is on its way while one is worked on. The
@@ -19,11 +19,13 @@
 namespace tdpo::cuda {
 namespace {
 
-// Blocks that a multiprocessor shall hold at least: with four, 28 KiB are on their way, and 4.3 TB/s
-// with a latency of 650 ns need 21. Where a side has to be shifted registers allow three, and
+// Blocks that a multiprocessor shall hold at least: with four, 28 KiB are on their way, and 4.3
+// TB/s with a latency of 650 ns need 21. Where a side has to be shifted registers allow three, and
 // float64 is bound by arithmetic.
 template <class T, bool kShifted>
-constexpr int kResidentBlocks = sizeof(T) == 8 ? 1 : kShifted ? 3 : 4;
+constexpr int kResidentBlocks = sizeof(T) == 8 ? 1
+                                : kShifted     ? 3
+                                               : 4;
 
 template <class T>
 __device__ RealOf<T> value_of(T entry) {
@@ -112,7 +114,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kShifted>)
     }
   }
   const VocabStats<RealOf<T>> of_warp = stats.collect();
-  if (lane_index() == 0) records[int64_t(opaque(blockIdx.x)) * kBlockWarps + warp_index()] = of_warp;
+  if (lane_index() == 0)
+    records[int64_t(opaque(blockIdx.x)) * kBlockWarps + warp_index()] = of_warp;
 }
 
 // One thread per row: merges the row's records and writes its results.
@@ -147,10 +150,11 @@ void launch_row_records(const TokenStatsForward& work, int parts, VocabStats<Rea
                         const Launch& launch) {
   using Scope = Team<kWarps>;
   const bool shifted = !same_alignment(work.problem, sizeof(T));
-  launch_kernel("row_records_kernel",
-                shifted ? row_records_kernel<T, kWarps, true> : row_records_kernel<T, kWarps, false>,
-                blocks_for(work.problem.rows * parts, Scope::kTeams),
-                Scope::template kSharedBytes<RealOf<T>>, launch, work, parts, records);
+  launch_kernel(
+      "row_records_kernel",
+      shifted ? row_records_kernel<T, kWarps, true> : row_records_kernel<T, kWarps, false>,
+      blocks_for(work.problem.rows * parts, Scope::kTeams), Scope::template kSharedBytes<RealOf<T>>,
+      launch, work, parts, records);
 }
 
 template <class T>
@@ -178,9 +182,8 @@ int64_t forward_workspace_bytes(const TokenStatsProblem& problem) {
 void token_stats_forward(const TokenStatsForward& work, void* workspace, const Launch& launch) {
   if (work.problem.rows == 0) return;
   const OnDevice guard(launch.device);
-  with_storage(work.problem.dtype, [&](auto storage) {
-    forward<decltype(storage)>(work, workspace, launch);
-  });
+  with_storage(work.problem.dtype,
+               [&](auto storage) { forward<decltype(storage)>(work, workspace, launch); });
 }
 
 }  // namespace tdpo::cuda

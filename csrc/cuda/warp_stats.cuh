@@ -31,8 +31,7 @@ class WarpStats {
   static constexpr Real kHeadroom = 65536;
   // The excess may come from a difference of masses if it is at least this part of the mass.
   static constexpr Real kFarPart = Real(0.25);
-  // Instead of an infinite gap where w = 0: w d is 0 then.
-  static constexpr Real kFarGap = Real(1e30);
+  static constexpr Real kLowest = sizeof(Real) == 4 ? Real(-3.402823466e38) : Real(-1.7e308);
 
  public:
   // The base that suits a vector of each lane; Scope is the team, or Team<1> for the warp alone.
@@ -99,7 +98,6 @@ class WarpStats {
   // Where there is no finite entry yet the base is the lowest number: anything exceeds it by more
   // than the headroom.
   __device__ void set_base(const Base<Real>& base) {
-    constexpr Real kLowest = sizeof(Real) == 4 ? Real(-3.402823466e38) : Real(-1.7e308);
     stats.base = {fmax(base.policy_max, kLowest), fmax(base.reference_max, kLowest), base.centre};
     k = finite_or_zero(linear_scale(base.reference_max, base.centre, base.policy_max));
   }
@@ -130,6 +128,10 @@ class WarpStats {
   __device__ __forceinline__ Real gap_of(Real z, Real r) const {
     return (z - r) - stats.base.centre;
   }
+  // Instead of an infinite gap, or NaN where both are -inf: where w = 0 any will do.
+  static __device__ __forceinline__ Real finite_gap(Real d) {
+    return fmax(fmin(d, Real(1e30)), kLowest);
+  }
 
   __device__ __forceinline__ FarSums far_sums(const Pair<T>& vectors) const {
     Values z, r;
@@ -139,7 +141,7 @@ class WarpStats {
       const Real w = exp_of(r[i] - stats.base.reference_max), d = gap_of(z[i], r[i]);
       sums.policy += exp_of(z[i] - stats.base.policy_max);
       sums.reference += w;
-      sums.gap += w * fmax(fmin(d, kFarGap), -kFarGap);  // NaN, of r = -inf: kFarGap
+      sums.gap += w * finite_gap(d);
       sums.excluded = sums.excluded || d == -Real(INFINITY);
     }
     return sums;
@@ -171,8 +173,7 @@ class WarpStats {
       unpack(vectors, z, r);
       const Real linear = k * exp_of(r[i] - stats.base.reference_max), d = gap_of(z[i], r[i]);
       const Real close = (linear * d * d) * excess_over_square(d);
-      const Real far_gap = fmax(fmin(d, kFarGap), -kFarGap);
-      const Real far = exp_of(z[i] - stats.base.policy_max) - (linear + linear * far_gap);
+      const Real far = exp_of(z[i] - stats.base.policy_max) - (linear + linear * finite_gap(d));
       sum += fabs(d) < Real(1) ? close : far;
     }
     return sum;

@@ -119,11 +119,12 @@ inline std::string describe_waiting() {
   std::string text = "threads wait for each other:";
   for (size_t i = 0; i < threads.size(); ++i) {
     const Thread& thread = threads[i];
-    if (i > 0 && thread.state == threads[i - 1].state && thread.site == threads[i - 1].site) continue;
+    if (i > 0 && thread.state == threads[i - 1].state && thread.site == threads[i - 1].site)
+      continue;
     text += " from thread " + std::to_string(i);
-    text += thread.state == Thread::kDone
-                ? " they have returned,"
-                : std::string(" at ") + thread.site.what + " of line " + std::to_string(thread.site.line) + ",";
+    text += thread.state == Thread::kDone ? " they have returned,"
+                                          : std::string(" at ") + thread.site.what + " of line " +
+                                                std::to_string(thread.site.line) + ",";
   }
   text.pop_back();
   return text;
@@ -210,7 +211,8 @@ T __shfl_xor_sync(unsigned mask, T value, int distance, unsigned line = __builti
 
 template <class T>
 void check_alignment(const T* address) {
-  if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) cuda_on_cpu::fail("misaligned address");
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0)
+    cuda_on_cpu::fail("misaligned address");
 }
 
 template <class T>

@@ -84,7 +84,8 @@ inline void start_fiber(Fiber& fiber, std::function<void()> body) {
   if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStackBytes);
 #if defined(__x86_64__)
   // Six registers, then the address that `ret` takes; at entry the stack is 8 bytes off 16.
-  const uintptr_t top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackBytes) & ~uintptr_t(15);
+  const uintptr_t top =
+      reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackBytes) & ~uintptr_t(15);
   void** place = reinterpret_cast<void**>(top) - 2;
   *place = reinterpret_cast<void*>(&fiber_main);
   for (int i = 0; i < 6; ++i) *--place = nullptr;

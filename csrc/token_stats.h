@@ -20,13 +20,16 @@ struct RowLayout {
   int64_t strides[kMaxDims] = {};
 };
 
-TDPO_ALGEBRA int64_t row_offset(const RowLayout& layout, int64_t row) {
+// Index is the type that the row is divided in: int64_t, or on the device uint32_t.
+template <class Index>
+TDPO_ALGEBRA int64_t row_offset(const RowLayout& layout, Index row) {
   int64_t offset = 0;
   for (int dim = layout.dims - 1; dim > 0; --dim) {
-    offset += (row % layout.sizes[dim]) * layout.strides[dim];
-    row /= layout.sizes[dim];
+    const Index size = static_cast<Index>(layout.sizes[dim]);
+    offset += static_cast<int64_t>(row % size) * layout.strides[dim];
+    row /= size;
   }
-  return layout.dims > 0 ? offset + row * layout.strides[0] : offset;
+  return layout.dims > 0 ? offset + static_cast<int64_t>(row) * layout.strides[0] : offset;
 }
 
 struct Logits {
@@ -88,8 +91,9 @@ struct Launch {
   void* stream;  // a cudaStream_t
 };
 
-// Vocabulary entries are counted in 32 bits on the device.
+// On the device the entries of a row, and the rows, are counted in 32 bits; offsets are 64-bit.
 constexpr int64_t kMaxVocabulary = int64_t(1) << 30;
+constexpr int64_t kMaxRows = (int64_t(1) << 31) - 1;
 
 // Device memory that forward needs beside its outputs: records of parts of rows where rows are few,
 // else none.

@@ -75,6 +75,16 @@ def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 @pytest.fixture
+def emulated_core(monkeypatch: pytest.MonkeyPatch) -> emulated.EmulatedCore:
+    """The CUDA kernels on the CPU, where the order of warps can be chosen."""
+    if not emulated.compiler():
+        pytest.skip("no C++ compiler on the path")
+    core = emulated.EmulatedCore()
+    monkeypatch.setattr("tdpo_ext.ops.core", core)
+    return core
+
+
+@pytest.fixture
 def cuda_unchecked(cuda: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same, where nobody looks at the labels first."""
     if cuda == "cuda-on-cpu":

@@ -131,6 +131,9 @@ class EmulatedCore:
     def instruction_sets(self) -> list[str]:
         return ["cuda-on-cpu"]
 
+    def run_warps_backwards(self, backwards: int) -> None:
+        library().emulated_run_warps_backwards(backwards)
+
     def token_stats_forward(self, _instruction_set, _threads, *arguments) -> int:
         problem = Problem.of(*arguments[:PROBLEM_ARGUMENTS])
         wrong = _first_wrong_label(problem) if self.check_labels else -1

@@ -75,7 +75,7 @@ int64_t token_stats_forward(const TokenStatsForward& work, const RowKernels& ker
       std::memset(one.normalizers, 0, sizeof(Normalizers<char>) * real);
       return;
     }
-    one.policy = advance(problem.policy.data, row_offset(problem.policy.rows, row), logit);
+    one.policy = advance(problem.policy.data, row_offset<int64_t>(problem.policy.rows, row), logit);
     one.reference = advance(problem.reference.data, row_offset(problem.reference.rows, row), logit);
     kernel(one);
   });
@@ -95,7 +95,7 @@ void token_stats_backward(const TokenStatsBackward& work, const RowKernels& kern
       std::memset(one.gradient, 0, static_cast<size_t>(problem.vocabulary) * logit);
       return;
     }
-    one.policy = advance(problem.policy.data, row_offset(problem.policy.rows, row), logit);
+    one.policy = advance(problem.policy.data, row_offset<int64_t>(problem.policy.rows, row), logit);
     one.reference = advance(problem.reference.data, row_offset(problem.reference.rows, row), logit);
     one.normalizers = advance(work.normalizers, row, sizeof(Normalizers<char>) * real);
     one.grad_policy_logp = advance(work.grad_policy_logps, row, real);

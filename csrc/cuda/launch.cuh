@@ -39,21 +39,29 @@ class OnDevice {
 };
 
 template <class... Parameters, class... Arguments>
-void launch_kernel(const char* name, void (*kernel)(Parameters...), int64_t blocks,
-                   int shared_bytes, const Launch& launch, Arguments&&... arguments) {
-  if (blocks > 0x7fffffff) {
-    throw std::runtime_error(std::string(name) + ": more rows than a grid has blocks, 2^31 - 1");
-  }
+void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, int shared_bytes,
+                   const Launch& launch, Arguments&&... arguments) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.gridDim = grid;
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(launch.stream);
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 
-inline int64_t blocks_for(int64_t items, int items_of_a_block) {
-  return (items + items_of_a_block - 1) / items_of_a_block;
+inline void check_sizes(const TokenStatsProblem& problem) {
+  if (problem.rows > kMaxRows) {
+    throw std::runtime_error("the CUDA kernels take at most 2^31 - 1 rows, got " +
+                             std::to_string(problem.rows));
+  }
+  if (problem.vocabulary > kMaxVocabulary) {
+    throw std::runtime_error("the CUDA kernels take at most 2^30 vocabulary entries, got " +
+                             std::to_string(problem.vocabulary));
+  }
+}
+
+inline unsigned blocks_for(int64_t items, int items_of_a_block) {
+  return static_cast<unsigned>((items + items_of_a_block - 1) / items_of_a_block);
 }
 
 // A row of at most this many vectors is one warp's; a longer one a block's.

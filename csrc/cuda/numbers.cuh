@@ -34,24 +34,6 @@ __device__ __forceinline__ To bit_cast(const From& from) {
   return to;
 }
 
-// The same value, of which the compiler knows nothing: what depends on it is computed here and not
-// kept in registers from elsewhere.
-__device__ __forceinline__ uint32_t opaque(uint32_t value) {
-#if TDPO_INLINE_PTX
-  asm volatile("" : "+r"(value));
-#endif
-  return value;
-}
-
-#if TDPO_INLINE_PTX
-__device__ __forceinline__ void wait_for(uint32_t& value, float& after) {
-  asm volatile("" : "+r"(value), "+f"(after));
-}
-__device__ __forceinline__ void wait_for(uint32_t& value, double& after) {
-  asm volatile("" : "+r"(value), "+d"(after));
-}
-#endif
-
 // ---- float16, one at a time ----
 
 __device__ __forceinline__ float float_of_half(uint16_t half) {
@@ -123,8 +105,10 @@ struct Storage<float> {
   static __device__ __forceinline__ void set(uint32_t (&words)[4], int i, float value) {
     words[i] = bit_cast<uint32_t>(value);
   }
-  static __device__ __forceinline__ void unpack(const uint32_t (&words)[4], float (&values)[4]) {
-    for (int i = 0; i < 4; ++i) values[i] = get(words, i);
+  template <int kWords>
+  static __device__ __forceinline__ void unpack(const uint32_t (&words)[kWords],
+                                                float (&values)[kWords]) {
+    for (int i = 0; i < kWords; ++i) values[i] = bit_cast<float>(words[i]);
   }
   static __device__ __forceinline__ void pack(const float (&values)[4], uint32_t (&words)[4]) {
     for (int i = 0; i < 4; ++i) set(words, i, values[i]);
@@ -144,8 +128,12 @@ struct Storage<double> {
     words[2 * i] = static_cast<uint32_t>(bits);
     words[2 * i + 1] = static_cast<uint32_t>(bits >> 32);
   }
-  static __device__ __forceinline__ void unpack(const uint32_t (&words)[4], double (&values)[2]) {
-    for (int i = 0; i < 2; ++i) values[i] = get(words, i);
+  template <int kWords>
+  static __device__ __forceinline__ void unpack(const uint32_t (&words)[kWords],
+                                                double (&values)[kWords / 2]) {
+    for (int i = 0; i < kWords / 2; ++i) {
+      values[i] = bit_cast<double>(words[2 * i] | uint64_t(words[2 * i + 1]) << 32);
+    }
   }
   static __device__ __forceinline__ void pack(const double (&values)[2], uint32_t (&words)[4]) {
     for (int i = 0; i < 2; ++i) set(words, i, values[i]);
@@ -168,8 +156,10 @@ struct HalfWidthStorage {
 template <>
 struct Storage<BFloat16> : HalfWidthStorage<BFloat16> {
   static constexpr BFloat16 kNegativeInfinity = {0xff80};
-  static __device__ __forceinline__ void unpack(const uint32_t (&words)[4], float (&values)[8]) {
-    for (int i = 0; i < 4; ++i) {
+  template <int kWords>
+  static __device__ __forceinline__ void unpack(const uint32_t (&words)[kWords],
+                                                float (&values)[2 * kWords]) {
+    for (int i = 0; i < kWords; ++i) {
       values[2 * i] = bit_cast<float>(words[i] << 16);
       values[2 * i + 1] = bit_cast<float>(words[i] & 0xffff0000);
     }
@@ -182,8 +172,10 @@ struct Storage<BFloat16> : HalfWidthStorage<BFloat16> {
 template <>
 struct Storage<Float16> : HalfWidthStorage<Float16> {
   static constexpr Float16 kNegativeInfinity = {0xfc00};
-  static __device__ __forceinline__ void unpack(const uint32_t (&words)[4], float (&values)[8]) {
-    for (int i = 0; i < 4; ++i) {
+  template <int kWords>
+  static __device__ __forceinline__ void unpack(const uint32_t (&words)[kWords],
+                                                float (&values)[2 * kWords]) {
+    for (int i = 0; i < kWords; ++i) {
       values[2 * i] = float_of_half(static_cast<uint16_t>(words[i]));
       values[2 * i + 1] = float_of_half(static_cast<uint16_t>(words[i] >> 16));
     }

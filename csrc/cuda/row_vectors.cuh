@@ -16,21 +16,6 @@ struct Words {
   uint32_t word[4];
 };
 
-__device__ __forceinline__ Words opaque(Words words) {
-  for (int i = 0; i < 4; ++i) words.word[i] = opaque(words.word[i]);
-  return words;
-}
-// The same, not before `after` is known.
-template <class Real>
-__device__ __forceinline__ Words opaque(Words words, Real& after) {
-#if TDPO_INLINE_PTX
-  for (int i = 0; i < 4; ++i) wait_for(words.word[i], after);
-#else
-  static_cast<void>(after);
-#endif
-  return words;
-}
-
 // One side of a row, policy or reference. Each entry is read once: streaming loads.
 template <class T>
 struct Side {
@@ -63,20 +48,23 @@ struct Side {
     return words;
   }
 
-  // A vector that begins at entry `start` and may lie partly or wholly outside [0, end), or hold an
-  // entry to leave out: such entries are -inf, without mass.
-  __device__ __forceinline__ Words load_some(int index, int start, int end, int left_out) const {
-    const T* entries =
-        reinterpret_cast<const T*>(reinterpret_cast<const char*>(first + index) + shift);
+  // One entry of a vector, inner or not.
+  __device__ __forceinline__ T entry(int index, int place) const {
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(first + index) + shift)[place];
+  }
+
+  // A vector that begins at entry `start` of `end`, and may lie partly or wholly outside: there it
+  // is 0.
+  __device__ __forceinline__ Words load_some(int index, int start, int end) const {
     Words words = {};
     for (int i = 0; i < Storage<T>::kPerVector; ++i) {
-      const int entry = start + i;
-      const bool read = entry >= 0 && entry < end && entry != left_out;
-      Storage<T>::set(words.word, i, read ? entries[i] : T(Storage<T>::kNegativeInfinity));
+      const bool inside = start + i >= 0 && start + i < end;
+      if (inside) Storage<T>::set(words.word, i, entry(index, i));
     }
     return words;
   }
 
+  // -inf, without mass.
   static __device__ __forceinline__ Words nothing() {
     Words words = {};
     for (int i = 0; i < Storage<T>::kPerVector; ++i) {
@@ -87,7 +75,7 @@ struct Side {
 };
 
 template <class T>
-__device__ const T* start_of_row(const Logits& logits, int64_t row) {
+__device__ const T* start_of_row(const Logits& logits, uint32_t row) {
   return static_cast<const T*>(logits.data) + row_offset(logits.rows, row);
 }
 
@@ -121,12 +109,18 @@ struct RowVectors {
 
   // The vectors beside the inner ones, at most four; `count` after the last.
   __device__ __forceinline__ int outer(int n) const {
-    return min(n < inner_begin ? n : inner_end + (n - inner_begin), count);
+    return n < 4 ? min(n < inner_begin ? n : inner_end + (n - inner_begin), count) : count;
+  }
+  // And then one more if it is an inner one, in so many rounds of an entry for each lane.
+  static constexpr int kOuterRounds = (5 * kPerVector + 31) / 32;
+  __device__ __forceinline__ int outer(int n, int extra) const {
+    return n == 4 && is_inner(extra) ? extra : outer(n);
   }
 
-  // The inner vectors of one of the parts of a row, from this one to that of the next part.
-  __device__ __forceinline__ int part_begin(int part, int parts) const {
-    return inner_begin + static_cast<int>(int64_t(inner_end - inner_begin) * part / parts);
+  // Where a part of the inner vectors begins, and the one before it ends.
+  __device__ __forceinline__ int part_begin(unsigned part, unsigned parts) const {
+    const unsigned inner = inner_end - inner_begin, of_part = (inner + parts - 1) / parts;
+    return inner_begin + static_cast<int>(min(part * of_part, inner));
   }
 };
 

@@ -91,7 +91,7 @@ struct GradientRow {
   static constexpr int kPerVector = Storage<T>::kPerVector;
 
   const TokenStatsBackward& work;
-  int64_t row;
+  uint32_t row;
   int part, parts;
 
   template <class Kind>
@@ -129,8 +129,8 @@ struct GradientRow {
     if (part != 0 || index >= vectors.count) return;
     const int start = vectors.start(index);
     Words policy = {}, reference = {};
-    if (Kind::kReadsPolicy) policy = z.load_some(index, start, vocabulary, -1);
-    if (Kind::kReadsReference) reference = r.load_some(index, start, vocabulary, -1);
+    if (Kind::kReadsPolicy) policy = z.load_some(index, start, vocabulary);
+    if (Kind::kReadsReference) reference = r.load_some(index, start, vocabulary);
     const Words words = gradient_of(kind, policy, reference);
     for (int i = 0; i < kPerVector; ++i) {
       const int entry = start + i;
@@ -155,13 +155,13 @@ struct GradientRow {
 
 template <class T, int kWarps>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
-    token_stats_backward_kernel(const TokenStatsBackward work, int parts) {
+    token_stats_backward_kernel(const TokenStatsBackward work) {
   using Real = RealOf<T>;
   using Scope = Team<kWarps>;
-  const int64_t unit = int64_t(blockIdx.x) * Scope::kTeams + Scope::index();
-  const int64_t row = unit / parts;
+  const uint32_t row = blockIdx.x * Scope::kTeams + Scope::index();
   if (row >= work.problem.rows) return;
-  const GradientRow<T, kWarps> gradient = {work, row, static_cast<int>(unit % parts), parts};
+  const GradientRow<T, kWarps> gradient = {work, row, static_cast<int>(blockIdx.y),
+                                           static_cast<int>(gridDim.y)};
   const Real g_m = static_cast<const Real*>(work.grad_policy_logps)[row];
   const Real g_k = static_cast<const Real*>(work.grad_forward_kl)[row];
   // Where the label is outside the vocabulary these are NaN, and so is the gradient.
@@ -182,13 +182,14 @@ template <class T, int kWarps>
 void launch_backward(const TokenStatsBackward& work, int parts, const Launch& launch) {
   constexpr int kTeams = Team<kWarps>::kTeams;
   launch_kernel("token_stats_backward_kernel", token_stats_backward_kernel<T, kWarps>,
-                blocks_for(work.problem.rows * parts, kTeams), 0, launch, work, parts);
+                dim3(blocks_for(work.problem.rows, kTeams), parts), 0, launch, work);
 }
 
 }  // namespace
 
 void token_stats_backward(const TokenStatsBackward& work, const Launch& launch) {
   if (work.problem.rows == 0) return;
+  check_sizes(work.problem);
   const OnDevice guard(launch.device);
   with_storage(work.problem.dtype, [&](auto storage) {
     using T = decltype(storage);

@@ -20,10 +20,11 @@ namespace tdpo::cuda {
 namespace {
 
 // Blocks that a multiprocessor shall hold at least: with four, 28 KiB are on their way, and 4.3
-// TB/s with a latency of 650 ns need 21. Where a side has to be shifted registers allow three, and
-// float64 is bound by arithmetic.
-template <class T, bool kShifted>
+// TB/s with a latency of 650 ns need 21. Where a side has to be shifted, or a warp is alone with
+// its row, registers allow fewer; float64 is bound by arithmetic.
+template <class T, int kWarps, bool kShifted>
 constexpr int kResidentBlocks = sizeof(T) == 8 ? 1
+                                : kWarps == 1  ? 2
                                 : kShifted     ? 3
                                                : 4;
 
@@ -38,14 +39,14 @@ __device__ RealOf<T> value_of(T entry) {
 
 enum class LabelKind { kIgnored, kOutside, kEntry };
 
-__device__ __forceinline__ LabelKind label_kind(const TokenStatsProblem& problem, int64_t row) {
+__device__ __forceinline__ LabelKind label_kind(const TokenStatsProblem& problem, uint32_t row) {
   const int64_t label = problem.labels[row];
   if (label == problem.ignore_index) return LabelKind::kIgnored;
   return label >= 0 && label < problem.vocabulary ? LabelKind::kEntry : LabelKind::kOutside;
 }
 
 template <class Real>
-__device__ void write_outputs(const TokenStatsForward& work, int64_t row,
+__device__ void write_outputs(const TokenStatsForward& work, uint32_t row,
                               const RowSummary<Real>& summary) {
   static_cast<Real*>(work.policy_logps)[row] = summary.policy_logp;
   static_cast<Real*>(work.reference_logps)[row] = summary.reference_logp;
@@ -55,19 +56,18 @@ __device__ void write_outputs(const TokenStatsForward& work, int64_t row,
 
 // For rows that are not read: 0 where the label is ignored, NaN where there is no such label.
 template <class Real>
-__device__ void fill_outputs(const TokenStatsForward& work, int64_t row, Real x) {
+__device__ void fill_outputs(const TokenStatsForward& work, uint32_t row, Real x) {
   write_outputs<Real>(work, row, {x, x, x, {x, x, x, x, x, x, x, x}});
 }
 
 // Records of everything but the label: one of each warp that has worked on the row.
 // kShifted: some rows of the reference are aligned otherwise than the policy's.
 template <class T, int kWarps, bool kShifted>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kShifted>)
-    row_records_kernel(const TokenStatsForward work, int parts, VocabStats<RealOf<T>>* records) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>)
+    row_records_kernel(const TokenStatsForward work, VocabStats<RealOf<T>>* records) {
   using Scope = Team<kWarps>;
-  const int64_t unit = int64_t(blockIdx.x) * Scope::kTeams + Scope::index();
-  const int64_t row = unit / parts;
-  const int part = static_cast<int>(unit % parts);
+  const uint32_t row = blockIdx.x * Scope::kTeams + Scope::index();
+  const int part = blockIdx.y, parts = gridDim.y;
   const TokenStatsProblem& problem = work.problem;
   if (row >= problem.rows || label_kind(problem, row) != LabelKind::kEntry) return;
 
@@ -88,44 +88,53 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kShifted>)
     }
     return pair;
   };
-  // The vectors at the ends of the row, and that of the label without the label.
-  const auto load_outer = [&](int lane) -> Pair<T> {
-    const RowVectors<T> again(static_cast<int>(opaque(before)), vocabulary, r.shift == 0);
-    const bool of_label = lane == kLanes - 1 && again.is_inner(label_vector);
-    const int index = of_label ? label_vector : again.outer(lane), start = again.start(index);
-    return {z.load_some(index, start, vocabulary, label),
-            r.load_some(index, start, vocabulary, label), true};
+  // The entries beside the inner vectors, and those beside the label: one for each lane, since 16
+  // loads at a time would need many registers. `round` counts from the first such round.
+  const auto load_outer = [&](int round) {
+    const int n = round * kLanes + lane_index(), place = n % RowVectors<T>::kPerVector;
+    const int index = vectors.outer(n / RowVectors<T>::kPerVector, label_vector);
+    const int entry = vectors.start(index) + place;
+    Pair<T> pair = {Side<T>::nothing(), Side<T>::nothing(), true};
+    if (entry >= 0 && entry < vocabulary && entry != label) {
+      Storage<T>::set(pair.policy.word, 0, z.entry(index, place));
+      Storage<T>::set(pair.reference.word, 0, r.entry(index, place));
+    }
+    return pair;
   };
 
-  int index = begin + Scope::rank();
-  int rounds = max(1, (end - begin + Scope::size() - 1) / Scope::size());
-  Pair<T> pair = load_inner(index);
+  const int inner_rounds = max(1, (end - begin + Scope::size() - 1) / Scope::size());
+  const bool takes_outer = part == 0 && Scope::rank() < kLanes;  // the first warp of the row
+  const int rounds = inner_rounds + (takes_outer ? RowVectors<T>::kOuterRounds : 0);
+  Pair<T> pair = load_inner(begin + Scope::rank());
   WarpStats<T> stats(WarpStats<T>::template base_of<Scope>(pair));
-  while (true) {
-    Pair<T> next = pair;
-    if (--rounds > 0) next = load_inner(index += Scope::size());
-    stats.add(pair);
-    if (rounds > 0) {
-      pair = next;
-    } else if (rounds == 0 && part == 0 && Scope::rank() < kLanes) {
-      pair = load_outer(static_cast<int>(opaque(Scope::rank())));  // by the first warp of the row
-    } else {
-      break;
+  bool raised = false;
+  for (int round = 1;;) {
+    Pair<T> next = {};
+    if (round < inner_rounds) next = load_inner(begin + round * Scope::size() + Scope::rank());
+    if (!stats.add(pair, raised)) {
+      stats.raise_base(pair);
+      raised = true;
+      continue;  // and load `next` again: kept meanwhile it would cost registers
     }
+    raised = false;
+    if (round == rounds) break;
+    pair = round < inner_rounds ? next : load_outer(round - inner_rounds);
+    ++round;
   }
   const VocabStats<RealOf<T>> of_warp = stats.collect();
-  if (lane_index() == 0)
-    records[int64_t(opaque(blockIdx.x)) * kBlockWarps + warp_index()] = of_warp;
+  if (lane_index() != 0) return;
+  const uint64_t block = uint64_t(blockIdx.x) * gridDim.y + blockIdx.y;
+  records[block * kBlockWarps + warp_index()] = of_warp;
 }
 
 // One thread per row: merges the row's records and writes its results.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     finish_rows_kernel(const TokenStatsForward work, int records_of_row,
                        const VocabStats<RealOf<T>>* records) {
   using Real = RealOf<T>;
   const TokenStatsProblem& problem = work.problem;
-  const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const uint32_t row = blockIdx.x * kThreads + threadIdx.x;
   if (row >= problem.rows) return;
   const LabelKind kind = label_kind(problem, row);
   if (kind != LabelKind::kEntry) {
@@ -133,7 +142,9 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   VocabStats<Real> rest = empty_stats<Real>();
-  for (int i = 0; i < records_of_row; ++i) rest = merge(rest, records[row * records_of_row + i]);
+  records += uint64_t(row) * records_of_row;
+#pragma unroll 1
+  for (int i = 0; i < records_of_row; ++i) rest = merge(rest, records[i]);
   const int64_t label = problem.labels[row];
   const Real z = value_of<T>(start_of_row<T>(problem.policy, row)[label]);
   const Real r = value_of<T>(start_of_row<T>(problem.reference, row)[label]);
@@ -153,8 +164,8 @@ void launch_row_records(const TokenStatsForward& work, int parts, VocabStats<Rea
   launch_kernel(
       "row_records_kernel",
       shifted ? row_records_kernel<T, kWarps, true> : row_records_kernel<T, kWarps, false>,
-      blocks_for(work.problem.rows * parts, Scope::kTeams), Scope::template kSharedBytes<RealOf<T>>,
-      launch, work, parts, records);
+      dim3(blocks_for(work.problem.rows, Scope::kTeams), parts),
+      Scope::template kSharedBytes<RealOf<T>>, launch, work, records);
 }
 
 template <class T>
@@ -166,7 +177,7 @@ void forward(const TokenStatsForward& work, void* workspace, const Launch& launc
     launch_row_records<T, kBlockWarps>(work, parts_of_row<T>(work.problem), records, launch);
   }
   launch_kernel("finish_rows_kernel", finish_rows_kernel<T>,
-                blocks_for(work.problem.rows, kThreads), 0, launch, work,
+                dim3(blocks_for(work.problem.rows, kThreads)), 0, launch, work,
                 warps_of_row<T>(work.problem), records);
 }
 
@@ -181,6 +192,7 @@ int64_t forward_workspace_bytes(const TokenStatsProblem& problem) {
 
 void token_stats_forward(const TokenStatsForward& work, void* workspace, const Launch& launch) {
   if (work.problem.rows == 0) return;
+  check_sizes(work.problem);
   const OnDevice guard(launch.device);
   with_storage(work.problem.dtype,
                [&](auto storage) { forward<decltype(storage)>(work, workspace, launch); });

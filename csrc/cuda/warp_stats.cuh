@@ -26,6 +26,7 @@ class WarpStats {
   using Real = RealOf<T>;
   static constexpr int kPerVector = Storage<T>::kPerVector;
   using Values = Real[kPerVector];
+  using HalfValues = Real[kPerVector / 2];
 
   // Entries may lie above the base as long as a vector's sum stays below this.
   static constexpr Real kHeadroom = 65536;
@@ -39,18 +40,17 @@ class WarpStats {
   static __device__ Base<Real> base_of(Pair<T> vectors) {
     if (!vectors.present) vectors.policy = vectors.reference = Side<T>::nothing();
     Values z, r;
-    unpack_again(vectors, z, r);
-    Two<Real> largest = {z[0], r[0]};
+    unpack(vectors, z, r);
+    Two<Real> largest = {z[0], r[0]}, sum = {0, 0};
     for (int i = 1; i < kPerVector; ++i) largest = Larger()(largest, {z[i], r[i]});
     largest = Scope::largest(largest);
-    const Real policy_max = finite_or_zero(largest.policy);
-    const Real reference_max = finite_or_zero(largest.reference);
-    Two<Real> sum = {0, 0};
     for (int i = 0; i < kPerVector; ++i) {
-      sum = Sum()(sum, {exp_of(z[i] - policy_max), exp_of(r[i] - reference_max)});
+      sum = Sum()(sum, {exp_of(z[i] - finite_or_zero(largest.policy)),
+                        exp_of(r[i] - finite_or_zero(largest.reference))});
     }
     sum = Scope::sum(sum);
-    const Real gap = (largest.policy - largest.reference) + log(sum.policy / sum.reference);
+    const Real log_sums = log(sum.policy) - log(sum.reference);
+    const Real gap = (largest.policy - largest.reference) + log_sums;
     return {largest.policy, largest.reference, finite_or_zero(gap)};
   }
 
@@ -58,7 +58,9 @@ class WarpStats {
     set_base(base);
   }
 
-  __device__ __forceinline__ void add(const Pair<T>& vectors) {
+  // False if entries exceed the base too far: then raise_base and another call are wanted for what
+  // is left of the vectors. After that the base is right in any case (NaN exceeds every base).
+  __device__ __forceinline__ bool add(Pair<T>& vectors, bool base_is_right) {
     Values z, r, d;
     unpack(vectors, z, r);
     bool close = vectors.present && k > Real(0);
@@ -66,7 +68,20 @@ class WarpStats {
       d[i] = (z[i] - r[i]) - stats.base.centre;
       close = close && fabs(d[i]) < Real(1);
     }
-    if (!all_of_warp(close) || !add_close(r, d)) add_far_or_mixed(vectors);
+    return (all_of_warp(close) && add_close(r, d)) || add_far_or_mixed(vectors, base_is_right);
+  }
+
+  // Rare: only where a row has grown by more than the headroom since its first vectors.
+  __device__ void raise_base(const Pair<T>& vectors) {
+    const Base<Real> own = base_of<Team<1>>(vectors);
+    Base<Real> base = stats.base;
+    if (own.policy_max > base.policy_max) base.policy_max = own.policy_max;
+    if (own.reference_max > base.reference_max) {
+      base.reference_max = own.reference_max;
+      base.centre = own.centre;
+    }
+    stats = rebase(stats, base);
+    set_base(base);
   }
 
   // The sum over the lanes, in each of them.
@@ -86,13 +101,6 @@ class WarpStats {
   static __device__ __forceinline__ void unpack(const Pair<T>& vectors, Values& z, Values& r) {
     Storage<T>::unpack(vectors.policy.word, z);
     Storage<T>::unpack(vectors.reference.word, r);
-  }
-
-  // Kept in registers from one way to the next the values would not fit.
-  static __device__ __forceinline__ void unpack_again(const Pair<T>& vectors, Values& z,
-                                                      Values& r) {
-    const Pair<T> again = {opaque(vectors.policy), opaque(vectors.reference), true};
-    unpack(again, z, r);
   }
 
   // Where there is no finite entry yet the base is the lowest number: anything exceeds it by more
@@ -133,11 +141,9 @@ class WarpStats {
     return fmax(fmin(d, Real(1e30)), kLowest);
   }
 
-  __device__ __forceinline__ FarSums far_sums(const Pair<T>& vectors) const {
-    Values z, r;
-    unpack_again(vectors, z, r);
+  __device__ __forceinline__ FarSums far_sums(const HalfValues& z, const HalfValues& r) const {
     FarSums sums = {0, 0, 0, false};
-    for (int i = 0; i < kPerVector; ++i) {
+    for (int i = 0; i < kPerVector / 2; ++i) {
       const Real w = exp_of(r[i] - stats.base.reference_max), d = gap_of(z[i], r[i]);
       sums.policy += exp_of(z[i] - stats.base.policy_max);
       sums.reference += w;
@@ -147,30 +153,9 @@ class WarpStats {
     return sums;
   }
 
-  __device__ __forceinline__ void add_far_or_mixed(Pair<T> vectors) {
-    if (!vectors.present) vectors.policy = vectors.reference = Side<T>::nothing();
-    FarSums sums = far_sums(vectors);
-    if (!all_of_warp(sums.policy <= kHeadroom && sums.reference <= kHeadroom)) {
-      raise_base(vectors);
-      sums = far_sums(vectors);
-    }
-    Real excess = sums.policy - k * (sums.reference + sums.gap);
-    stats.policy_sum += sums.policy;
-    if (!all_of_warp(stats.excess_sum + excess >= kFarPart * stats.policy_sum)) {
-      excess = mixed_excess(vectors);
-    }
-    stats.reference_sum += sums.reference;
-    stats.gap_sum += sums.gap;
-    stats.excess_sum += excess;
-    if (sums.excluded) stats.gap_sum = -Real(INFINITY);
-  }
-
-  __device__ __forceinline__ Real mixed_excess(Pair<T> vectors) const {
+  __device__ __forceinline__ Real mixed_excess(const HalfValues& z, const HalfValues& r) const {
     Real sum = 0;
-    for (int i = 0; i < kPerVector; ++i) {
-      Values z, r;  // one entry at a time: all of them would not fit beside those to come
-      vectors = {opaque(vectors.policy, sum), opaque(vectors.reference, sum), true};
-      unpack(vectors, z, r);
+    for (int i = 0; i < kPerVector / 2; ++i) {
       const Real linear = k * exp_of(r[i] - stats.base.reference_max), d = gap_of(z[i], r[i]);
       const Real close = (linear * d * d) * excess_over_square(d);
       const Real far = exp_of(z[i] - stats.base.policy_max) - (linear + linear * finite_gap(d));
@@ -179,17 +164,32 @@ class WarpStats {
     return sum;
   }
 
-  // Rare: only where a row has grown by more than the headroom since its first vectors.
-  __device__ void raise_base(const Pair<T>& vectors) {
-    const Base<Real> own = base_of<Team<1>>(vectors);
-    Base<Real> base = stats.base;
-    if (own.policy_max > base.policy_max) base.policy_max = own.policy_max;
-    if (own.reference_max > base.reference_max) {
-      base.reference_max = own.reference_max;
-      base.centre = own.centre;
+  // Half a vector at a time: more would not fit in the registers beside the next vector. A half
+  // that has been added leaves nothing in its place, so that the rest may be added later.
+  __device__ __forceinline__ bool add_far_or_mixed(Pair<T>& vectors, bool base_is_right) {
+    if (!vectors.present) vectors = {Side<T>::nothing(), Side<T>::nothing(), true};
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      HalfValues z, r;
+      Storage<T>::unpack({vectors.policy.word[0], vectors.policy.word[1]}, z);
+      Storage<T>::unpack({vectors.reference.word[0], vectors.reference.word[1]}, r);
+      const FarSums sums = far_sums(z, r);
+      const bool fits = sums.policy <= kHeadroom && sums.reference <= kHeadroom;
+      if (!base_is_right && !all_of_warp(fits)) return false;
+      Real excess = sums.policy - k * (sums.reference + sums.gap);
+      stats.policy_sum += sums.policy;
+      if (!all_of_warp(stats.excess_sum + excess >= kFarPart * stats.policy_sum)) {
+        excess = mixed_excess(z, r);
+      }
+      stats.reference_sum += sums.reference;
+      stats.gap_sum += sums.gap;
+      stats.excess_sum += excess;
+      if (sums.excluded) stats.gap_sum = -Real(INFINITY);
+      const Words policy = vectors.policy, reference = vectors.reference, none = Side<T>::nothing();
+      vectors.policy = {{policy.word[2], policy.word[3], none.word[2], none.word[3]}};
+      vectors.reference = {{reference.word[2], reference.word[3], none.word[2], none.word[3]}};
     }
-    stats = rebase(stats, base);
-    set_base(base);
+    return true;
   }
 };
 

@@ -66,7 +66,7 @@ def instruction_sets() -> list[str]:
 
 def build_info() -> BuildInfo: ...
 
-# Only where build_info()["cuda"]. Addresses are the device's; calls launch on the stream and return.
+# Only where build_info()["cuda"]. Addresses are the device's; calls launch and return.
 
 def cuda_forward_workspace_bytes(dtype: int, rows: int, vocabulary: int) -> int:
     """Device memory that forward needs beside its outputs."""

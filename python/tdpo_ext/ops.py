@@ -1,7 +1,8 @@
 """torch.library ops: schemas, fakes, the implementations under them, and the autograd seam.
 
 One op name, several implementations: compiled kernels on the CPU and on CUDA, plain PyTorch
-elsewhere. The autograd.Function stands outside the op, so torch.compile sees the op and traces the Function.
+elsewhere. The autograd.Function stands outside the op, so torch.compile sees the op and traces the
+Function.
 """
 
 from __future__ import annotations

@@ -34,10 +34,10 @@ struct alignas(16) uint4 {
 };
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
-  dim3(unsigned x = 1) : x(x) {}
+  dim3(unsigned x = 1, unsigned y = 1) : x(x), y(y) {}
 };
 
-inline dim3 threadIdx, blockIdx;
+inline dim3 threadIdx, blockIdx, gridDim;
 
 using std::max;
 using std::min;
@@ -70,6 +70,7 @@ inline int current = 0;
 inline std::string error;
 inline std::mutex one_launch_at_a_time;
 inline long launches = 0;
+inline bool run_warps_backwards = false;  // any order is right, so results must not depend on it
 
 // The shared memory of the one block that runs; defined beside the kernels.
 struct SharedMemory {
@@ -169,7 +170,8 @@ inline void run_block(const std::function<void()>& body, size_t size) {
   }
   for (bool moved = true; moved && error.empty();) {
     moved = false;
-    for (size_t first = 0; first < size; first += kLanes) {
+    for (size_t turn = 0; turn < size; turn += kLanes) {
+      const size_t first = run_warps_backwards ? size - kLanes - turn : turn;
       for (size_t i = first; i < first + kLanes; ++i) {
         if (threads[i].state != Thread::kReady) continue;
         current = static_cast<int>(i);
@@ -257,9 +259,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   ++launches;
   const SharedMemory shared = shared_memory();
   if (config->dynamicSmemBytes > shared.bytes) std::abort();
-  for (unsigned block = 0; block < config->gridDim.x && error.empty(); ++block) {
+  gridDim = config->gridDim;
+  const unsigned blocks = gridDim.x * gridDim.y;
+  for (unsigned block = 0; block < blocks && error.empty(); ++block) {
     std::memset(shared.data, 0xff, config->dynamicSmemBytes);
-    blockIdx.x = block;
+    blockIdx = dim3(block % gridDim.x, block / gridDim.x);
     run_block([&] { kernel(arguments...); }, config->blockDim.x);
   }
   return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;

@@ -50,3 +50,7 @@ extern "C" const char* emulated_backward(const tdpo::TokenStatsBackward* work) {
 extern "C" long emulated_launches() { return cuda_on_cpu::launches; }
 
 extern "C" const char* emulated_path() { return TDPO_INLINE_PTX ? "inline PTX" : "plain"; }
+
+extern "C" void emulated_run_warps_backwards(int backwards) {
+  cuda_on_cpu::run_warps_backwards = backwards != 0;
+}

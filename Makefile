@@ -18,7 +18,7 @@ lint: .venv/installed .venv/development
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
-	.venv/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.inl')
+	.venv/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh')
 
 bench: .venv/installed
 	$(python) benchmarks/against_eager.py

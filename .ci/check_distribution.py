@@ -25,7 +25,14 @@ def check_wheel(path: Path) -> None:
 def check_sdist(path: Path) -> None:
     with tarfile.open(path) as archive:
         names = [name.split("/", 1)[1] for name in archive.getnames() if "/" in name]
-    for needed in ("CMakeLists.txt", "pyproject.toml", "LICENSE", "csrc/vocab_stats.h"):
+    for needed in (
+        "CMakeLists.txt",
+        "pyproject.toml",
+        "LICENSE",
+        "csrc/vocab_stats.h",
+        "csrc/cuda/token_stats_forward.cu",
+        "cmake/cuda.cmake",
+    ):
         assert needed in names, f"{needed} is missing from the sdist"
     for name in names:
         assert not name.endswith((".so", ".o", ".pyc")), f"{name} was built, not written"

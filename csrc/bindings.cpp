@@ -186,6 +186,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("cuda_token_stats_forward", &cuda_token_stats_forward);
   module.def("cuda_token_stats_backward", &cuda_token_stats_backward);
   module.def("cuda_runtime", &cuda_runtime);
+  module.def("cuda_cannot_run_because", &tdpo::cuda::cannot_run_because);
 #endif
   module.def("build_info", &build_info);
 }

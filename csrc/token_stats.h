@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "vocab_stats.h"
 
@@ -109,6 +110,9 @@ struct Runtime {
   const char* error;
 };
 Runtime runtime();
+
+// Empty if the build has machine code, or PTX, for the device.
+std::string cannot_run_because(int device);
 
 }  // namespace cuda
 }  // namespace tdpo

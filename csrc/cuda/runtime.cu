@@ -1,13 +1,19 @@
 // What the CUDA runtime says about itself and about this machine.
 #include <cuda_runtime.h>
 
-#include "../token_stats.h"
+#include "launch.cuh"
 
 #if !defined(TDPO_CUDA_ARCHITECTURES)
 #define TDPO_CUDA_ARCHITECTURES "unknown"
 #endif
 
 namespace tdpo::cuda {
+namespace {
+
+// Built for the same architectures as the others.
+__global__ void probe_kernel() {}
+
+}  // namespace
 
 Runtime runtime() {
   Runtime found = {0, 0, 0, TDPO_CUDA_ARCHITECTURES, ""};
@@ -20,6 +26,15 @@ Runtime runtime() {
     cudaGetLastError();
   }
   return found;
+}
+
+std::string cannot_run_because(int device) {
+  const OnDevice guard(device);
+  cudaFuncAttributes attributes = {};
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, probe_kernel);
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();
+  return cudaGetErrorString(status);
 }
 
 }  // namespace tdpo::cuda

@@ -52,12 +52,6 @@ def _no_cuda_because() -> str:
     return ""
 
 
-def _oldest_architecture() -> tuple[int, int]:
-    """Of "80-real 90 120": (8, 0)."""
-    oldest = min(int(name.split("-")[0].rstrip("af")) for name in _architectures())
-    return oldest // 10, oldest % 10
-
-
 def _architectures() -> list[str]:
     return str(core.cuda_runtime()["architectures"]).split()
 
@@ -67,11 +61,14 @@ def cuda_absent_because(device: torch.device) -> str:
     """Why the CUDA kernels do not serve a device, in plain words; empty if they do."""
     if _no_cuda_because():
         return _no_cuda_because()
-    capability, oldest = torch.cuda.get_device_capability(device), _oldest_architecture()
-    if capability < oldest:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    reason = core.cuda_cannot_run_because(index)
+    if reason:
+        major, minor = torch.cuda.get_device_capability(index)
         return (
-            f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}."
-            f"{capability[1]}, and tdpo_ext was built for {oldest[0]}.{oldest[1]} and newer"
+            f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, and "
+            f"tdpo_ext was built for {_architectures()} ({reason}); build it with "
+            f"CUDAARCHS={major}{minor}"
         )
     return ""
 
@@ -107,7 +104,7 @@ def _cuda_backend() -> dict[str, Any]:
     devices = {}
     for index in range(torch.cuda.device_count()):
         absent = cuda_absent_because(torch.device("cuda", index))
-        devices[torch.cuda.get_device_name(index)] = absent or "served"
+        devices[f"cuda:{index} {torch.cuda.get_device_name(index)}"] = absent or "served"
     return {"compiled": True, **built, "devices": devices}
 
 

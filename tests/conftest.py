@@ -60,6 +60,13 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         yield name
 
 
+@pytest.fixture(params=[x for x in (*COMPILED, "fallback") if x != "cuda"])
+def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """All of `backend` but the card: with tensors in host memory, whose values Python may see."""
+    with use_backend(monkeypatch, request.param) as name:
+        yield name
+
+
 @pytest.fixture(params=parameters(INSTRUCTION_SETS))
 def on_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Every instruction set this processor has."""

@@ -168,12 +168,12 @@ def check_raises(function, changes, error, message):
 
 
 @pytest.mark.parametrize("case", OF_TOKEN_STATS)
-def test_token_stats_refuses(backend, case):
+def test_token_stats_refuses(on_host, case):
     check_raises(tdpo_ext.token_stats, *OF_TOKEN_STATS[case])
 
 
 @pytest.mark.parametrize("case", OF_TOKEN_STATS | OF_LOSS)
-def test_tdpo_loss_refuses(backend, case):
+def test_tdpo_loss_refuses(on_host, case):
     changes, error, message = (OF_TOKEN_STATS | OF_LOSS)[case]
     # The first label of a sequence is never scored; the others are.
     check_raises(tdpo_ext.tdpo_loss, changes, error, message)
@@ -203,7 +203,7 @@ def test_the_reference_has_no_inplace_backward():
     ],
     ids=["expanded", "overlapping"],
 )
-def test_inplace_backward_needs_memory_of_its_own(backend, logits):
+def test_inplace_backward_needs_memory_of_its_own(on_host, logits):
     changes = {"policy_logits": logits, "inplace_backward": True}
     check_raises(tdpo_ext.token_stats, changes, ValueError, "inplace_backward")
 
@@ -236,7 +236,7 @@ def test_pair_loss_refuses(case):
         tdpo_ext.pair_loss(margin, seq_kl)
 
 
-def test_an_unknown_instruction_set_is_refused(compiled, monkeypatch):
+def test_an_unknown_instruction_set_is_refused(on_processor, monkeypatch):
     monkeypatch.setenv("TDPO_EXT_INSTRUCTION_SET", "avx1024")
     given = arguments()
     with pytest.raises(ValueError, match=r"TDPO_EXT_INSTRUCTION_SET.*avx1024"):

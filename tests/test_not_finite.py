@@ -23,7 +23,7 @@ def excluded_word(
     policy[0, 3] = -math.inf
     reference[0, 3] = reference[0].max() - below
     labels = torch.zeros(2, dtype=torch.int64)
-    truth = oracle.token_stats(numpy64(policy), numpy64(reference), labels.numpy())
+    truth = oracle.token_stats(numpy64(policy), numpy64(reference), labels.cpu().numpy())
     assert truth[2, 0] == math.inf
     assert math.isfinite(truth[2, 1])
     return policy, reference, labels

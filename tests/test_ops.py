@@ -8,6 +8,7 @@ from conftest import DTYPES, labels_for, pair_of_logits
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tdpo_ext
+from tdpo_ext import fallback
 
 OPS = torch.ops.tdpo_ext
 
@@ -115,7 +116,7 @@ def test_autocast_changes_nothing(backend, dtype):
     policy, reference = pair_of_logits(4, 6, 33, dtype=dtype)
     labels = labels_for(policy, 0.2)
     wanted = run(tdpo_ext.tdpo_loss, policy, reference, labels)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(policy.device.type, torch.bfloat16):
         ours = run(tdpo_ext.tdpo_loss, policy, reference, labels)
     for a, b in zip(ours, wanted, strict=True):
         assert a.dtype == b.dtype
@@ -125,7 +126,7 @@ def test_autocast_changes_nothing(backend, dtype):
 def test_autocast_around_a_model(backend):
     model, (_, reference) = torch.nn.Linear(8, 33), pair_of_logits(4, 6, 33, dtype=torch.bfloat16)
     hidden = torch.randn(4, 6, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(hidden.device.type, torch.bfloat16):
         logits = model(hidden)
         assert logits.dtype == torch.bfloat16
         loss = tdpo_ext.TDPOLoss()(logits, reference, labels_for(reference)).loss
@@ -134,12 +135,11 @@ def test_autocast_around_a_model(backend):
     assert model.weight.grad.isfinite().all()
 
 
-def test_both_implementations_save_the_same_for_backward(compiled, monkeypatch):
+def test_both_implementations_save_the_same_for_backward(compiled):
     policy, reference = pair_of_logits(7, 2100)
     arguments = (policy, reference, labels_for(policy), -100)
     _, _, _, ours = OPS.token_stats(*arguments)
-    monkeypatch.setattr("tdpo_ext.ops.core", None)
-    _, _, _, wanted = OPS.token_stats(*arguments)
+    _, _, _, wanted = fallback.forward(*arguments)
 
     def log_sums(saved):  # the maxima are a choice: any number near them will do
         return torch.stack((saved[:, 0] - saved[:, 1].log(), saved[:, 2] - saved[:, 3].log()))

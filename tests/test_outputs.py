@@ -29,7 +29,7 @@ def test_a_word_that_the_policy_excludes_and_the_reference_does_not(
     assert (output.chosen_kl if response == "chosen" else output.rejected_kl) == math.inf
     assert gradient.isfinite().all()
     if variant == "tdpo2" and alpha == 0:
-        inputs = (numpy64(policy), numpy64(reference), labels.numpy())
+        inputs = (numpy64(policy), numpy64(reference), labels.cpu().numpy())
         truth = oracle.tdpo_loss(*inputs, weights=np.ones(1), alpha=0.0)
         assert output.loss.item() == pytest.approx(truth.losses[0], rel=1e-6)
     else:
@@ -66,7 +66,7 @@ def test_metrics_against_the_oracle(backend, variant, alpha):
     output = tdpo_ext.tdpo_loss(
         policy, reference, shift_labels=labels, variant=variant, alpha=alpha, beta=beta
     )
-    inputs = (numpy64(policy), numpy64(reference), labels.numpy())
+    inputs = (numpy64(policy), numpy64(reference), labels.cpu().numpy())
     truth = oracle.tdpo_loss(*inputs, weights=np.ones(8), variant=variant, alpha=alpha, beta=beta)
     # Without alpha, for both variants: the accuracy is the sign of TDPO1's logit.
     reward = beta * (truth.margin + truth.seq_kl)

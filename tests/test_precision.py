@@ -18,7 +18,7 @@ BOUND = {torch.float32: 1e-6, torch.float64: 1e-13}
 def truth_and_gradient(
     policy: Tensor, reference: Tensor, labels: Tensor, grad_logps: Tensor, grad_kl: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
-    inputs = (numpy64(policy), numpy64(reference), labels.numpy())
+    inputs = (numpy64(policy), numpy64(reference), labels.cpu().numpy())
     upstream = (numpy64(grad_logps), numpy64(grad_kl))
     return oracle.token_stats(*inputs), oracle.token_stats_gradient(*inputs, *upstream)
 
@@ -48,7 +48,7 @@ def test_divergences_over_a_large_vocabulary(backend, scale, gap):
     policy, reference = pair_of_logits(8, 32003, scale=scale, gap=gap)
     labels = labels_for(policy)
     stats = tdpo_ext.token_stats(policy, reference, labels)
-    truth = oracle.token_stats(numpy64(policy), numpy64(reference), labels.numpy())
+    truth = oracle.token_stats(numpy64(policy), numpy64(reference), labels.cpu().numpy())
     for ours, wanted in zip(stats, truth, strict=True):
         assert relative_error(ours, wanted) <= 1e-6
 

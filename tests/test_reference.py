@@ -23,7 +23,7 @@ def test_statistics_and_their_gradient(vocabulary, scale, gap):
     stats = plain.token_stats(policy, reference, labels)
     total = (stats.policy_logps * upstream[0] + stats.forward_kl * upstream[1]).sum()
     (gradient,) = torch.autograd.grad(total, policy)
-    inputs = (numpy64(policy), numpy64(reference), labels.numpy())
+    inputs = (numpy64(policy), numpy64(reference), labels.cpu().numpy())
     for ours, wanted in zip(stats, oracle.token_stats(*inputs), strict=True):
         assert relative_error(ours, wanted) <= 1e-11
     wanted = oracle.token_stats_gradient(*inputs, *numpy64(upstream))
@@ -53,7 +53,11 @@ def test_the_loss_and_its_gradient(variant, alpha, smoothing, average):
         **options,
     )
     truth = oracle.tdpo_loss(
-        numpy64(policy), numpy64(reference), labels.numpy(), weights=numpy64(weights), **options
+        numpy64(policy),
+        numpy64(reference),
+        labels.cpu().numpy(),
+        weights=numpy64(weights),
+        **options,
     )
     # kept counts and their quotients are float32 numbers, exact ones
     assert relative_error(output.losses, truth.losses) <= 1e-13
@@ -78,7 +82,7 @@ def test_derivatives_are_finite_wherever_the_statistics_are():
     assert not gradient[4].any()
     (second,) = torch.autograd.grad(gradient.square().sum(), policy)
     assert second.isfinite().all()
-    inputs = (numpy64(policy)[:4], numpy64(reference)[:4], labels[:4].numpy())
+    inputs = (numpy64(policy)[:4], numpy64(reference)[:4], labels[:4].cpu().numpy())
     wanted = oracle.token_stats_gradient(*inputs, np.ones(4), np.full(4, 0.3))
     assert relative_error(gradient[:4], wanted) <= 1e-12
 

@@ -46,7 +46,11 @@ def test_against_the_oracle(backend, variant, alpha, dtype, smoothing, average):
         **options,
     )
     truth = oracle.tdpo_loss(
-        numpy64(policy), numpy64(reference), labels.numpy(), weights=numpy64(weights), **options
+        numpy64(policy),
+        numpy64(reference),
+        labels.cpu().numpy(),
+        weights=numpy64(weights),
+        **options,
     )
     bound = 1e-12 if dtype == torch.float64 else 1e-6
     assert relative_error(output.losses, truth.losses) <= bound

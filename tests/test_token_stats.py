@@ -36,7 +36,7 @@ def check_against_oracle(policy, reference, labels, kl_tolerance=1e-6):
     grad_kl[1] = grad_logps[1]
     grad_logps[2] = grad_kl[2] = 0
     stats, gradient = stats_and_gradient(policy, reference, labels, grad_logps, grad_kl)
-    arguments = (numpy64(policy), numpy64(reference), labels.numpy())
+    arguments = (numpy64(policy), numpy64(reference), labels.cpu().numpy())
     truth = oracle.token_stats(*arguments)
     bound = STATISTICS.get(dtype, 1e-6)
     assert relative_error(stats.policy_logps, truth[0]) <= bound
@@ -95,7 +95,7 @@ def test_the_gradient_of_close_rows_keeps_its_digits(backend):
     zero, one = torch.zeros(6), torch.ones(6)
     _, gradient = stats_and_gradient(policy, reference, labels, zero, one)
     truth = oracle.token_stats_gradient(
-        numpy64(policy), numpy64(reference), labels.numpy(), numpy64(zero), numpy64(one)
+        numpy64(policy), numpy64(reference), labels.cpu().numpy(), numpy64(zero), numpy64(one)
     )
     assert relative_error(gradient, truth) <= 1e-6
 
@@ -108,7 +108,7 @@ def test_the_gradient_of_a_certain_token_keeps_its_digits(backend):
     one, half = torch.ones(4), torch.full((4,), 0.0)
     _, gradient = stats_and_gradient(policy, reference, labels, one, half)
     truth = oracle.token_stats_gradient(
-        numpy64(policy), numpy64(reference), labels.numpy(), numpy64(one), numpy64(half)
+        numpy64(policy), numpy64(reference), labels.cpu().numpy(), numpy64(one), numpy64(half)
     )
     for row in range(4):
         assert relative_error(gradient[row], truth[row]) <= 3e-6

@@ -18,8 +18,11 @@ def align_labels(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -
     aligned = torch.cat((labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)), dim=-1)
     if cu_seqlens is None:
         return aligned
-    position = torch.arange(labels.shape[0], device=labels.device)
-    return aligned.masked_fill(torch.isin(position + 1, cu_seqlens), ignore_index)
+    # torch.isin would say it in one word, and make the host wait for a device.
+    total = labels.shape[0]
+    starts = torch.zeros(total + 1, dtype=torch.bool, device=labels.device)
+    starts = starts.scatter(0, cu_seqlens.to(torch.int64).clamp(0, total), True)
+    return aligned.masked_fill(starts[1:], ignore_index)
 
 
 @torch.library.custom_op("tdpo_ext::sequence_bounds", mutates_args=())

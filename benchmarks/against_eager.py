@@ -2,7 +2,7 @@
 
 One process, one run: providers take turns round by round, so that a machine whose speed drifts does
 so for all. The limit is a read of the same bytes, timed in the same rounds. Writes
-benchmarks/results/cpu-against-eager.json and the tables of docs/benchmarks.md.
+benchmarks/results/cpu-against-eager.json, and docs/benchmarks.md anew.
 
     python benchmarks/against_eager.py [--rounds 5] [--rows 64]
 """
@@ -17,26 +17,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import render
 import torch
+from formula import formula
 from torch import Tensor
 
 import tdpo_ext
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-against-eager.json"
-TABLE = ROOT / "docs" / "benchmarks.md"
 VOCABULARIES = (32000, 151936)
 DTYPES = (torch.float32, torch.bfloat16)
 
 Statistics = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def formula(policy: Tensor, reference: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What one writes in PyTorch: float32 log-softmaxes, gather, sum of q (log q - log p)."""
-    log_p = policy.float().log_softmax(-1)
-    log_q = reference.float().log_softmax(-1)
-    logps = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return logps, (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def ours(policy: Tensor, reference: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,50 +103,6 @@ def processor() -> str:
     return f"{models[0]} ({len(models)} cores)" if models else platform.processor()
 
 
-def render(report: dict) -> str:
-    lines = [
-        "# Benchmarks",
-        "",
-        "Made by `make bench` from `benchmarks/results/cpu-against-eager.json`: "
-        f"{report['processor']}, torch {report['torch']}, instruction set "
-        f"{report['instruction_set']}, {report['rows']} rows, medians of {report['rounds']} "
-        "interleaved rounds, nanoseconds for each pair (policy logit, reference logit). "
-        "`read` is a pass over the same bytes with `amax`. `eager` is the formula in PyTorch: "
-        "two float32 log-softmaxes, gather, sum of q (log q - log p); `torch.compile` is that, "
-        "compiled.",
-    ]
-    for threads in sorted({row["threads"] for row in report["measurements"]}):
-        lines += [
-            "",
-            f"## {threads} thread{'s' if threads > 1 else ''}",
-            "",
-            "| V | dtype | read | forward: ours | eager | compile | forward + backward: ours "
-            "| ours in place | eager | compile | in place against eager | against compile |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for row in report["measurements"]:
-            if row["threads"] != threads:
-                continue
-            t = row["nanoseconds"]
-            both = [t[f"{name}: forward + backward"] for name in ("eager", "torch.compile")]
-            in_place = t["tdpo_ext in place: forward + backward"]
-            cells = [
-                t["read"],
-                t["tdpo_ext: forward"],
-                t["eager: forward"],
-                t["torch.compile: forward"],
-                t["tdpo_ext: forward + backward"],
-                in_place,
-                *both,
-            ]
-            ratios = [f"{value / in_place:.1f}x" for value in both]
-            numbers = " | ".join(f"{value:.2f}" for value in cells)
-            lines.append(
-                f"| {row['vocabulary']} | {row['dtype']} | {numbers} | {' | '.join(ratios)} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -186,8 +135,7 @@ def main() -> None:
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    TABLE.write_text(render(report))
-    print(render(report))
+    render.write_page()
 
 
 if __name__ == "__main__":

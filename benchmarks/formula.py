@@ -1,0 +1,14 @@
+"""The statistics of a token as one writes them in PyTorch: what the kernels are timed against."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def formula(policy: Tensor, reference: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The paper's: float32 log-softmaxes, gather, sum of q (log q - log p), 0 where ignored."""
+    log_p = policy.float().log_softmax(-1)
+    log_q = reference.float().log_softmax(-1)
+    kept = labels != -100
+    logps = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return logps * kept, (log_q.exp() * (log_q - log_p)).sum(-1) * kept

@@ -1,0 +1,139 @@
+"""docs/benchmarks.md from benchmarks/results/*.json: `python benchmarks/render.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+Report = dict[str, Any]
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    return ["", *(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])]
+
+
+def cpu_row(row: Report) -> list[str]:
+    t = row["nanoseconds"]
+    in_place = t["tdpo_ext in place: forward + backward"]
+    both = [t[f"{name}: forward + backward"] for name in ("eager", "torch.compile")]
+    cells = [
+        t["read"],
+        t["tdpo_ext: forward"],
+        t["eager: forward"],
+        t["torch.compile: forward"],
+        t["tdpo_ext: forward + backward"],
+        in_place,
+        *both,
+    ]
+    ratios = [f"{value / in_place:.1f}x" for value in both]
+    return [str(row["vocabulary"]), row["dtype"], *(f"{value:.2f}" for value in cells), *ratios]
+
+
+def cpu_section(report: Report) -> list[str]:
+    lines = [
+        "## On the CPU",
+        "",
+        f"Made by `make bench`: {report['processor']}, torch {report['torch']}, instruction set "
+        f"{report['instruction_set']}, {report['rows']} rows, medians of {report['rounds']} "
+        "interleaved rounds, nanoseconds for each pair (policy logit, reference logit). `read` is "
+        "a pass over the same bytes with `amax`. `eager` is the formula in PyTorch "
+        "(`benchmarks/formula.py`); `compile` is that under `torch.compile`.",
+    ]
+    head = ["V", "dtype", "read", "forward: ours", "eager", "compile", "forward + backward: ours"]
+    head += ["ours in place", "eager", "compile", "in place against eager", "against compile"]
+    for threads in sorted({row["threads"] for row in report["measurements"]}):
+        rows = [row for row in report["measurements"] if row["threads"] == threads]
+        lines += ["", f"### {threads} thread{'s' if threads > 1 else ''}"]
+        lines += table(head, map(cpu_row, rows))
+    return lines
+
+
+def share_of_copy(row: Report, name: str) -> str:
+    """The bandwidth of a pass as a share of the copy's."""
+    needed, taken = row["needed_bytes"], row["passes_ms"]
+    if name not in taken:
+        return "out of memory"
+    copy = needed["copy"] / taken["copy"]["median"]
+    return f"{needed[name] / taken[name]['median'] / copy:.0%}"
+
+
+def of_batch(row: Report) -> list[str]:
+    return [str(row["vocabulary"]), f"{row['ignored']:.0%}"]
+
+
+def bandwidth_rows(report: Report, names: list[str]) -> Iterable[list[str]]:
+    for row in report["measurements"]:
+        copy = row["needed_bytes"]["copy"] / row["passes_ms"]["copy"]["median"] / 1e9
+        shares = [share_of_copy(row, name) for name in names]
+        yield [*of_batch(row), f"{copy:.2f}", *shares]
+
+
+def peer_rows(report: Report, peers: list[str]) -> Iterable[list[str]]:
+    for row in report["measurements"]:
+        ours = row["steps_ms"]["tdpo_ext in place: forward + backward"]["median"]
+        cells = [f"{ours:.2f}"]
+        for peer in peers:
+            name = f"{peer}: forward + backward"
+            taken = row["steps_ms"].get(name)
+            if taken is None:
+                cells.append("out of memory")
+                continue
+            tensors = row["steps_extra_bytes"][name] / row["tensor_bytes"]
+            cells.append(f"{taken['median'] / ours:.2f}x, {tensors:.2f}")
+        yield [*of_batch(row), *cells]
+
+
+def gpu_section(report: Report) -> list[str]:
+    passes = ["forward", "backward, any", "backward, tdpo1", "backward, tdpo2"]
+    steps = [name for row in report["measurements"] for name in row["steps_ms"]]
+    peers = list(dict.fromkeys(name.split(": ")[0] for name in steps if "backward" in name))
+    return [
+        f"## On a GPU: {report['device']}",
+        "",
+        f"Made by `benchmarks/gpu_check.sh`: torch {report['torch']}, {report['dtype']}, "
+        f"{report['rows']} rows, medians of {report['rounds']} interleaved rounds.",
+        "",
+        "Bandwidth of each pass, bytes counted as the algebra needs them, as a share of what a "
+        "device-to-device copy of one logits tensor reaches in the same rounds:",
+        *table(
+            ["V", "ignored", "copy, TB/s", *passes],
+            bandwidth_rows(report, passes),
+        ),
+        "",
+        "Forward + backward: ours in place in milliseconds; for each the time as a multiple of "
+        "that, and the extra memory at its peak in logits tensors:",
+        *table(["V", "ignored", "ours in place, ms", *peers], peer_rows(report, peers)),
+    ]
+
+
+def load(name: str) -> Report | None:
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def page() -> str:
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `benchmarks/render.py` from `benchmarks/results/`.",
+        "",
+    ]
+    gpu = load("gpu-against-copy.json")
+    lines += gpu_section(gpu) if gpu else ["No measurements on a GPU are committed yet."]
+    cpu = load("cpu-against-eager.json")
+    lines += ["", *cpu_section(cpu)] if cpu else []
+    return "\n".join(lines) + "\n"
+
+
+def write_page() -> None:
+    PAGE.write_text(page())
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    write_page()

@@ -77,6 +77,19 @@ def test_the_stored_gradient_of_the_kl_alone_is_only_rounded(backend, dtype):
     assert np.all(np.abs(numpy64(gradient) - wanted) <= allowed + 1e-9)
 
 
+@pytest.mark.parametrize("shift", [3000.0, -3000.0])
+def test_logits_shifted_far_against_each_other(backend, shift):
+    """z - r has lost the digits that log p - log q would keep; p and q have not."""
+    policy, reference = pair_of_logits(4, 3001, gap=0.1)
+    policy += shift
+    labels, upstream = labels_for(policy), (torch.full((4,), 1e-3), torch.ones(4))
+    _, gradient = stats_and_gradient(policy, reference, labels, *upstream)
+    assert (
+        relative_error(gradient, truth_and_gradient(policy, reference, labels, *upstream)[1])
+        <= 3e-6
+    )
+
+
 @pytest.mark.parametrize("gap", [103.0, 104.0, 200.0, 300.0])
 @pytest.mark.parametrize("vocabulary", [3, 40, 4099])
 def test_reference_logits_far_below_the_maximum(backend, vocabulary, gap):

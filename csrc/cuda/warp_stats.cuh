@@ -3,8 +3,9 @@
 // All lanes share the base; each has sums of its own, which `collect` adds up. A vector takes one
 // of three ways, always the same for all lanes of the warp:
 //
-//   close   every |z - r - c| < 1. Then e^z = k w (1 + d + excess) follows from one exponential and
-//           a polynomial, which has the digits of small divergences.
+//   close   every |z - r - c| < 1, and c small enough for z - r to have its digits. Then e^z =
+//           k w (1 + d + excess) follows from one exponential and a polynomial, which has the
+//           digits of small divergences.
 //   far     the sums of two exponentials, and the excess as their difference. It is exact enough
 //           if the excess so far is a good part of the mass so far.
 //   mixed   otherwise, after the sums of the far way: entry by entry, as its own |d| asks for.
@@ -32,6 +33,8 @@ class WarpStats {
   static constexpr Real kHeadroom = 65536;
   // The excess may come from a difference of masses if it is at least this part of the mass.
   static constexpr Real kFarPart = Real(0.25);
+  // From this centre on z - r, rounded, tells less of e^z than z does.
+  static constexpr Real kLargeCentre = 8;
   static constexpr Real kLowest = sizeof(Real) == 4 ? Real(-3.402823466e38) : Real(-1.7e308);
 
  public:
@@ -63,7 +66,7 @@ class WarpStats {
   __device__ __forceinline__ bool add(Pair<T>& vectors, bool base_is_right) {
     Values z, r, d;
     unpack(vectors, z, r);
-    bool close = vectors.present && k > Real(0);
+    bool close = vectors.present && k > Real(0) && fabs(stats.base.centre) < kLargeCentre;
     for (int i = 0; i < kPerVector; ++i) {
       d[i] = (z[i] - r[i]) - stats.base.centre;
       close = close && fabs(d[i]) < Real(1);

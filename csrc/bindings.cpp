@@ -52,6 +52,26 @@ tdpo::TokenStatsProblem problem(int dtype, int64_t rows, int64_t vocabulary, int
           static_cast<const int64_t*>(pointer(labels))};
 }
 
+tdpo::TokenStatsOutputs outputs(uintptr_t policy_logps, uintptr_t reference_logps,
+                                uintptr_t forward_kl, uintptr_t normalizers) {
+  return {pointer(policy_logps), pointer(reference_logps), pointer(forward_kl),
+          pointer(normalizers)};
+}
+
+tdpo::TokenStatsFinish finish(int dtype, int64_t rows, int64_t vocabulary, int64_t ignore_index,
+                              uintptr_t labels, int64_t sets, uintptr_t records,
+                              uintptr_t policy_logps, uintptr_t reference_logps,
+                              uintptr_t forward_kl, uintptr_t normalizers) {
+  return {dtype_of(dtype),
+          rows,
+          vocabulary,
+          ignore_index,
+          static_cast<const int64_t*>(pointer(labels)),
+          sets,
+          pointer(records),
+          outputs(policy_logps, reference_logps, forward_kl, normalizers)};
+}
+
 int64_t token_stats_forward(const std::string& instruction_set, int threads, int dtype,
                             int64_t rows, int64_t vocabulary, int64_t ignore_index,
                             uintptr_t policy, const Sizes& policy_sizes,
@@ -62,10 +82,35 @@ int64_t token_stats_forward(const std::string& instruction_set, int threads, int
   const tdpo::TokenStatsForward work = {
       problem(dtype, rows, vocabulary, ignore_index, policy, policy_sizes, policy_strides,
               reference, reference_sizes, reference_strides, labels),
-      pointer(policy_logps), pointer(reference_logps), pointer(forward_kl), pointer(normalizers)};
+      outputs(policy_logps, reference_logps, forward_kl, normalizers)};
   const tdpo::cpu::RowKernels& kernels = tdpo::cpu::kernels_of(instruction_set);
   const py::gil_scoped_release unlocked;
   return tdpo::cpu::token_stats_forward(work, kernels, threads);
+}
+
+void token_stats_tile(const std::string& instruction_set, int threads, int dtype, int64_t rows,
+                      int64_t vocabulary, int64_t ignore_index, uintptr_t policy,
+                      const Sizes& policy_sizes, const Sizes& policy_strides, uintptr_t reference,
+                      const Sizes& reference_sizes, const Sizes& reference_strides,
+                      uintptr_t labels, uintptr_t records) {
+  const tdpo::TokenStatsTile work = {
+      problem(dtype, rows, vocabulary, ignore_index, policy, policy_sizes, policy_strides,
+              reference, reference_sizes, reference_strides, labels),
+      pointer(records)};
+  const tdpo::cpu::RowKernels& kernels = tdpo::cpu::kernels_of(instruction_set);
+  const py::gil_scoped_release unlocked;
+  tdpo::cpu::token_stats_tile(work, kernels, threads);
+}
+
+void token_stats_finish(const std::string&, int threads, int dtype, int64_t rows,
+                        int64_t vocabulary, int64_t ignore_index, uintptr_t labels, int64_t sets,
+                        uintptr_t records, uintptr_t policy_logps, uintptr_t reference_logps,
+                        uintptr_t forward_kl, uintptr_t normalizers) {
+  const tdpo::TokenStatsFinish work =
+      finish(dtype, rows, vocabulary, ignore_index, labels, sets, records, policy_logps,
+             reference_logps, forward_kl, normalizers);
+  const py::gil_scoped_release unlocked;
+  tdpo::cpu::token_stats_finish(work, threads);
 }
 
 void token_stats_backward(const std::string& instruction_set, int threads, int dtype, int64_t rows,
@@ -109,9 +154,34 @@ void cuda_token_stats_forward(int device, uintptr_t stream, uintptr_t workspace,
   const tdpo::TokenStatsForward work = {
       problem(dtype, rows, vocabulary, ignore_index, policy, policy_sizes, policy_strides,
               reference, reference_sizes, reference_strides, labels),
-      pointer(policy_logps), pointer(reference_logps), pointer(forward_kl), pointer(normalizers)};
+      outputs(policy_logps, reference_logps, forward_kl, normalizers)};
   const py::gil_scoped_release unlocked;
   tdpo::cuda::token_stats_forward(work, pointer(workspace), {device, pointer(stream)});
+}
+
+void cuda_token_stats_tile(int device, uintptr_t stream, uintptr_t workspace, int dtype,
+                           int64_t rows, int64_t vocabulary, int64_t ignore_index, uintptr_t policy,
+                           const Sizes& policy_sizes, const Sizes& policy_strides,
+                           uintptr_t reference, const Sizes& reference_sizes,
+                           const Sizes& reference_strides, uintptr_t labels, uintptr_t records) {
+  const tdpo::TokenStatsTile work = {
+      problem(dtype, rows, vocabulary, ignore_index, policy, policy_sizes, policy_strides,
+              reference, reference_sizes, reference_strides, labels),
+      pointer(records)};
+  const py::gil_scoped_release unlocked;
+  tdpo::cuda::token_stats_tile(work, pointer(workspace), {device, pointer(stream)});
+}
+
+void cuda_token_stats_finish(int device, uintptr_t stream, int dtype, int64_t rows,
+                             int64_t vocabulary, int64_t ignore_index, uintptr_t labels,
+                             int64_t sets, uintptr_t records, uintptr_t policy_logps,
+                             uintptr_t reference_logps, uintptr_t forward_kl,
+                             uintptr_t normalizers) {
+  const tdpo::TokenStatsFinish work =
+      finish(dtype, rows, vocabulary, ignore_index, labels, sets, records, policy_logps,
+             reference_logps, forward_kl, normalizers);
+  const py::gil_scoped_release unlocked;
+  tdpo::cuda::token_stats_finish(work, {device, pointer(stream)});
 }
 
 void cuda_token_stats_backward(int device, uintptr_t stream, int dtype, int64_t rows,
@@ -179,11 +249,15 @@ py::dict build_info() {
 PYBIND11_MODULE(_core, module) {
   module.doc() = "Compiled kernels of tdpo_ext; called by tdpo_ext.ops with checked arguments.";
   module.def("token_stats_forward", &token_stats_forward);
+  module.def("token_stats_tile", &token_stats_tile);
+  module.def("token_stats_finish", &token_stats_finish);
   module.def("token_stats_backward", &token_stats_backward);
   module.def("instruction_sets", &instruction_sets);
 #if defined(TDPO_CUDA)
   module.def("cuda_forward_workspace_bytes", &cuda_forward_workspace_bytes);
   module.def("cuda_token_stats_forward", &cuda_token_stats_forward);
+  module.def("cuda_token_stats_tile", &cuda_token_stats_tile);
+  module.def("cuda_token_stats_finish", &cuda_token_stats_finish);
   module.def("cuda_token_stats_backward", &cuda_token_stats_backward);
   module.def("cuda_runtime", &cuda_runtime);
   module.def("cuda_cannot_run_because", &tdpo::cuda::cannot_run_because);

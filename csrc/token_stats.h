@@ -1,6 +1,6 @@
-// The whole interface of the compiled core: plain parameter structs and two entry points. Pointers,
-// sizes, strides and a dtype code; no torch, no Python. Strides and offsets are 64-bit and count
-// elements, not bytes.
+// The whole interface of the compiled core: plain parameter structs and four entry points.
+// Pointers, sizes, strides and a dtype code; no torch, no Python. Strides and offsets are 64-bit
+// and count elements, not bytes.
 #pragma once
 
 #include <cstdint>
@@ -48,17 +48,41 @@ struct TokenStatsProblem {
   const int64_t* labels;  // [rows]
 };
 
-// Outputs are contiguous, in the accumulation type; 0 where the label is ignored.
-struct TokenStatsForward {
-  TokenStatsProblem problem;
+// Contiguous, in the accumulation type; 0 where the label is ignored.
+struct TokenStatsOutputs {
   void* policy_logps;     // [rows]
   void* reference_logps;  // [rows]
   void* forward_kl;       // [rows]
   void* normalizers;      // [rows] of Normalizers (vocab_stats.h)
 };
 
-// dz = grad_policy_logps (onehot(label) - p) + grad_forward_kl (p - q). The gradient may be stored
-// over the policy's logits.
+struct TokenStatsForward {
+  TokenStatsProblem problem;
+  TokenStatsOutputs outputs;
+};
+
+// Forward over tiles of the vocabulary. The logits are a tile's, `vocabulary` its width, and labels
+// count from its first entry: one that lies outside is another tile's. No row is ignored.
+struct TokenStatsTile {
+  TokenStatsProblem problem;
+  void* records;  // [rows] of LabelledStats (vocab_stats.h); the tile's are merged into them
+};
+
+// The end of it: outputs from the records of all tiles, in one set or in several. Labels count from
+// the first entry of the vocabulary.
+struct TokenStatsFinish {
+  DType dtype;
+  int64_t rows;
+  int64_t vocabulary;
+  int64_t ignore_index;
+  const int64_t* labels;  // [rows]
+  int64_t sets;
+  const void* records;  // [sets, rows] of LabelledStats, disjoint tiles in each set
+  TokenStatsOutputs outputs;
+};
+
+// dz = grad_policy_logps (onehot(label) - p) + grad_forward_kl (p - q), of whole rows or of a tile
+// (labels and vocabulary are its own then). The gradient may be stored over the policy's logits.
 struct TokenStatsBackward {
   TokenStatsProblem problem;
   const void* normalizers;        // [rows] of Normalizers
@@ -78,6 +102,11 @@ struct RowKernels;  // of one instruction set: csrc/cpu/row_kernels.h
 // ignore_index; nothing has been written then.
 int64_t token_stats_forward(const TokenStatsForward& work, const RowKernels& kernels, int threads);
 
+void token_stats_tile(const TokenStatsTile& work, const RowKernels& kernels, int threads);
+
+// Rows whose label is neither in [0, vocabulary) nor ignore_index come out as NaN.
+void token_stats_finish(const TokenStatsFinish& work, int threads);
+
 void token_stats_backward(const TokenStatsBackward& work, const RowKernels& kernels, int threads);
 
 }  // namespace cpu
@@ -96,11 +125,12 @@ struct Launch {
 constexpr int64_t kMaxVocabulary = int64_t(1) << 30;
 constexpr int64_t kMaxRows = (int64_t(1) << 31) - 1;
 
-// Device memory that forward needs beside its outputs: records of parts of rows where rows are few,
-// else none.
+// Device memory that forward, or a tile of it, needs beside its outputs: a record of each warp.
 int64_t forward_workspace_bytes(const TokenStatsProblem& problem);
 
 void token_stats_forward(const TokenStatsForward& work, void* workspace, const Launch& launch);
+void token_stats_tile(const TokenStatsTile& work, void* workspace, const Launch& launch);
+void token_stats_finish(const TokenStatsFinish& work, const Launch& launch);
 void token_stats_backward(const TokenStatsBackward& work, const Launch& launch);
 
 // What is built in and what this machine has; `error` is empty if its devices can be used.

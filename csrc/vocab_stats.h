@@ -59,6 +59,14 @@ struct VocabStats {
                     //   = sum k w (e^d - 1 - d), and it counts policy mass where q = 0 as well
 };
 
+// A row over several tiles of the vocabulary, one of which holds the label: the record of all other
+// entries, and the label's logits, -inf until its tile has come.
+template <class Real>
+struct LabelledStats {
+  VocabStats<Real> rest;
+  Real label_policy, label_reference;
+};
+
 // What forward saves for backward: eight numbers per row. p = e^(z - policy_max) policy_scale, q
 // likewise, and log p - log q = z - r - log_sum_gap, which keeps its digits when p and q are close.
 template <class Real>
@@ -196,6 +204,19 @@ TDPO_ALGEBRA VocabStats<Real> merge(const VocabStats<Real>& a, const VocabStats<
   return sum;
 }
 
+template <class Real>
+TDPO_ALGEBRA LabelledStats<Real> empty_labelled_stats() {
+  return {empty_stats<Real>(), -Real(INFINITY), -Real(INFINITY)};
+}
+
+// The same of two disjoint sets of tiles.
+template <class Real>
+TDPO_ALGEBRA LabelledStats<Real> merge(const LabelledStats<Real>& a, const LabelledStats<Real>& b) {
+  const Real nothing = -Real(INFINITY);
+  return {merge(a.rest, b.rest), a.label_policy == nothing ? b.label_policy : a.label_policy,
+          a.label_reference == nothing ? b.label_reference : a.label_reference};
+}
+
 // ---- from the record to the results: once per row, so it is done in double ----
 
 // A part of the vocabulary as a whole.
@@ -273,8 +294,9 @@ TDPO_ALGEBRA double mass_excess(double p, double q, double u) {
 //   KL = sum over {label, rest} of q (e^u - 1 - u) + q(rest) KL(rest),   u = log p - log q,
 // where every term is at least 0.
 template <class Real>
-TDPO_ALGEBRA RowSummary<Real> finalise(const VocabStats<Real>& rest, Real label_policy,
-                                       Real label_reference) {
+TDPO_ALGEBRA RowSummary<Real> finalise(const LabelledStats<Real>& stats) {
+  const VocabStats<Real>& rest = stats.rest;
+  const Real label_policy = stats.label_policy, label_reference = stats.label_reference;
   const double z = label_policy, r = label_reference;
   const PartSummary part = summarise(rest);
   const Shares p = shares_of(z, part.policy_log_sum), q = shares_of(r, part.reference_log_sum);

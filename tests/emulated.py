@@ -55,8 +55,8 @@ def _compile(folder: Path) -> Path:
 def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="cuda_on_cpu") as folder:
         loaded = ctypes.CDLL(str(_compile(Path(folder))))
-    for name in ("emulated_forward", "emulated_backward", "emulated_path"):
-        getattr(loaded, name).restype = c_char_p
+    for name in ("forward", "tile", "finish", "backward", "path"):
+        getattr(loaded, f"emulated_{name}").restype = c_char_p
     loaded.emulated_launches.restype = c_long
     return loaded
 
@@ -95,13 +95,33 @@ class Problem(Structure):
 PROBLEM_ARGUMENTS = 11
 
 
-class Forward(Structure):
+class Outputs(Structure):
     _fields_ = (
-        ("problem", Problem),
         ("policy_logps", c_void_p),
         ("reference_logps", c_void_p),
         ("forward_kl", c_void_p),
         ("normalizers", c_void_p),
+    )
+
+
+class Forward(Structure):
+    _fields_ = (("problem", Problem), ("outputs", Outputs))
+
+
+class Tile(Structure):
+    _fields_ = (("problem", Problem), ("records", c_void_p))
+
+
+class Finish(Structure):
+    _fields_ = (
+        ("dtype", c_int),
+        ("rows", c_int64),
+        ("vocabulary", c_int64),
+        ("ignore_index", c_int64),
+        ("labels", c_void_p),
+        ("sets", c_int64),
+        ("records", c_void_p),
+        ("outputs", Outputs),
     )
 
 
@@ -123,7 +143,7 @@ def _run(function, work: Structure) -> None:
 
 
 class EmulatedCore:
-    """``token_stats_forward`` and ``_backward`` of the compiled core, by the CUDA kernels."""
+    """The compiled core's functions for the CPU, done by the CUDA kernels."""
 
     def __init__(self, *, check_labels: bool = True):
         self.check_labels = check_labels
@@ -138,8 +158,17 @@ class EmulatedCore:
         problem = Problem.of(*arguments[:PROBLEM_ARGUMENTS])
         wrong = _first_wrong_label(problem) if self.check_labels else -1
         if wrong < 0:
-            _run(library().emulated_forward, Forward(problem, *arguments[PROBLEM_ARGUMENTS:]))
+            outputs = Outputs(*arguments[PROBLEM_ARGUMENTS:])
+            _run(library().emulated_forward, Forward(problem, outputs))
         return wrong
+
+    def token_stats_tile(self, _instruction_set, _threads, *arguments) -> None:
+        problem = Problem.of(*arguments[:PROBLEM_ARGUMENTS])
+        _run(library().emulated_tile, Tile(problem, *arguments[PROBLEM_ARGUMENTS:]))
+
+    def token_stats_finish(self, _instruction_set, _threads, *arguments) -> None:
+        *shape_and_records, a, b, c, d = arguments
+        _run(library().emulated_finish, Finish(*shape_and_records, Outputs(a, b, c, d)))
 
     def token_stats_backward(self, _instruction_set, _threads, *arguments) -> None:
         problem = Problem.of(*arguments[:PROBLEM_ARGUMENTS])

@@ -32,7 +32,7 @@ tdpo::VocabStats<Real> record_of(const Real* z, const Real* r, long count) {
   }                                                                                                \
   extern "C" void finalise_##suffix(const tdpo::VocabStats<Real>* rest, Real z, Real r,            \
                                     tdpo::RowSummary<Real>* row) {                                 \
-    *row = tdpo::finalise(*rest, z, r);                                                            \
+    *row = tdpo::finalise<Real>({*rest, z, r});                                                    \
   }
 
 TDPO_HARNESS(float, float32)

@@ -1,4 +1,4 @@
-// What one instruction set offers: a kernel per dtype for one row forward and one row backward.
+// What one instruction set offers: a kernel per dtype for a row forward, and one backward.
 #pragma once
 
 #include <string>
@@ -8,15 +8,13 @@
 
 namespace tdpo::cpu {
 
+// A row, or a tile of one, whose label may lie outside.
 struct RowForward {
   const void* policy;
   const void* reference;
   int64_t vocabulary;
   int64_t label;
-  void* policy_logp;
-  void* reference_logp;
-  void* forward_kl;
-  void* normalizers;
+  void* record;  // a LabelledStats, to which the row is added
 };
 
 struct RowBackward {

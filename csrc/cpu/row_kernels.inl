@@ -160,15 +160,15 @@ void forward(const RowForward& row) {
   using Real = typename Storage<T>::Accumulator;
   const T* policy = static_cast<const T*>(row.policy);
   const T* reference = static_cast<const T*>(row.reference);
-  VocabStats<Real> rest = empty_stats<Real>();  // of everything but the label
-  add_range(rest, policy, reference, 0, row.label);
-  add_range(rest, policy, reference, row.label + 1, row.vocabulary);
-  const RowSummary<Real> summary =
-      finalise(rest, element(policy + row.label), element(reference + row.label));
-  *static_cast<Real*>(row.policy_logp) = summary.policy_logp;
-  *static_cast<Real*>(row.reference_logp) = summary.reference_logp;
-  *static_cast<Real*>(row.forward_kl) = summary.forward_kl;
-  *static_cast<Normalizers<Real>*>(row.normalizers) = summary.normalizers;
+  LabelledStats<Real>& stats = *static_cast<LabelledStats<Real>*>(row.record);
+  if (row.label < 0 || row.label >= row.vocabulary) {
+    add_range(stats.rest, policy, reference, 0, row.vocabulary);
+    return;
+  }
+  add_range(stats.rest, policy, reference, 0, row.label);
+  add_range(stats.rest, policy, reference, row.label + 1, row.vocabulary);
+  stats.label_policy = element(policy + row.label);
+  stats.label_reference = element(reference + row.label);
 }
 
 // ---- backward ----
@@ -239,7 +239,9 @@ TDPO_INLINE void write_gradient(const RowBackward& row, const Kind& kind) {
     if (Kind::kReadsReference) r = load_some(reference + at, left);
     store_some(gradient + at, kind.gradient(z, r), left);
   }
-  store_some(gradient + row.label, broadcast(kind.label_gradient()), 1);
+  if (row.label >= 0 && row.label < row.vocabulary) {
+    store_some(gradient + row.label, broadcast(kind.label_gradient()), 1);
+  }
 }
 
 template <class T>

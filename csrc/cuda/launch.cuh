@@ -49,11 +49,15 @@ void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, i
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 
-inline void check_sizes(const TokenStatsProblem& problem) {
-  if (problem.rows > kMaxRows) {
+inline void check_rows(int64_t rows) {
+  if (rows > kMaxRows) {
     throw std::runtime_error("the CUDA kernels take at most 2^31 - 1 rows, got " +
-                             std::to_string(problem.rows));
+                             std::to_string(rows));
   }
+}
+
+inline void check_sizes(const TokenStatsProblem& problem) {
+  check_rows(problem.rows);
   if (problem.vocabulary > kMaxVocabulary) {
     throw std::runtime_error("the CUDA kernels take at most 2^30 vocabulary entries, got " +
                              std::to_string(problem.vocabulary));
@@ -63,6 +67,8 @@ inline void check_sizes(const TokenStatsProblem& problem) {
 inline unsigned blocks_for(int64_t items, int items_of_a_block) {
   return static_cast<unsigned>((items + items_of_a_block - 1) / items_of_a_block);
 }
+
+inline dim3 a_thread_per_row(int64_t rows) { return dim3(blocks_for(rows, kThreads)); }
 
 // A row of at most this many vectors is one warp's; a longer one a block's.
 constexpr int kVectorsOfAWarp = 512;

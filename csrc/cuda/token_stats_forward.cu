@@ -12,7 +12,8 @@
 // Decomposition: a row is one warp's (short rows), one block's, or several blocks' (few long rows).
 // Lanes take vectors of 16 bytes in turn; the next vector is on its way while one is worked on. The
 // base of a block's sums comes from the first vector of each thread, so that it seldom moves. Each
-// warp leaves its record; a second kernel, a thread per row, merges them and computes the results.
+// warp leaves its record; a second kernel, a thread per row, merges them and computes the results,
+// or adds them to those of other tiles of the vocabulary.
 #include "launch.cuh"
 #include "warp_stats.cuh"
 
@@ -39,44 +40,50 @@ __device__ RealOf<T> value_of(T entry) {
 
 enum class LabelKind { kIgnored, kOutside, kEntry };
 
-__device__ __forceinline__ LabelKind label_kind(const TokenStatsProblem& problem, uint32_t row) {
-  const int64_t label = problem.labels[row];
-  if (label == problem.ignore_index) return LabelKind::kIgnored;
-  return label >= 0 && label < problem.vocabulary ? LabelKind::kEntry : LabelKind::kOutside;
+// Work: what has labels, ignore_index and vocabulary.
+template <class Work>
+__device__ __forceinline__ LabelKind label_kind(const Work& work, uint32_t row) {
+  const int64_t label = work.labels[row];
+  if (label == work.ignore_index) return LabelKind::kIgnored;
+  return label >= 0 && label < work.vocabulary ? LabelKind::kEntry : LabelKind::kOutside;
 }
 
 template <class Real>
-__device__ void write_outputs(const TokenStatsForward& work, uint32_t row,
+__device__ void write_outputs(const TokenStatsOutputs& outputs, uint32_t row,
                               const RowSummary<Real>& summary) {
-  static_cast<Real*>(work.policy_logps)[row] = summary.policy_logp;
-  static_cast<Real*>(work.reference_logps)[row] = summary.reference_logp;
-  static_cast<Real*>(work.forward_kl)[row] = summary.forward_kl;
-  static_cast<Normalizers<Real>*>(work.normalizers)[row] = summary.normalizers;
+  static_cast<Real*>(outputs.policy_logps)[row] = summary.policy_logp;
+  static_cast<Real*>(outputs.reference_logps)[row] = summary.reference_logp;
+  static_cast<Real*>(outputs.forward_kl)[row] = summary.forward_kl;
+  static_cast<Normalizers<Real>*>(outputs.normalizers)[row] = summary.normalizers;
 }
 
-// For rows that are not read: 0 where the label is ignored, NaN where there is no such label.
+// For rows without results: 0 where the label is ignored, NaN where there is no such label.
 template <class Real>
-__device__ void fill_outputs(const TokenStatsForward& work, uint32_t row, Real x) {
-  write_outputs<Real>(work, row, {x, x, x, {x, x, x, x, x, x, x, x}});
+__device__ void fill_outputs(const TokenStatsOutputs& outputs, uint32_t row, LabelKind kind) {
+  const Real x = kind == LabelKind::kIgnored ? Real(0) : Real(NAN);
+  write_outputs<Real>(outputs, row, {x, x, x, {x, x, x, x, x, x, x, x}});
 }
 
 // Records of everything but the label: one of each warp that has worked on the row.
-// kShifted: some rows of the reference are aligned otherwise than the policy's.
+// kShifted: some rows of the reference are aligned otherwise than the policy's. `tile`: the rows
+// are those of a tile, of which a label outside leaves nothing out.
 template <class T, int kWarps, bool kShifted>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>)
-    row_records_kernel(const TokenStatsForward work, VocabStats<RealOf<T>>* records) {
+    row_records_kernel(const TokenStatsProblem problem, bool tile, VocabStats<RealOf<T>>* records) {
   using Scope = Team<kWarps>;
   const uint32_t row = blockIdx.x * Scope::kTeams + Scope::index();
   const int part = blockIdx.y, parts = gridDim.y;
-  const TokenStatsProblem& problem = work.problem;
-  if (row >= problem.rows || label_kind(problem, row) != LabelKind::kEntry) return;
+  if (row >= problem.rows) return;
+  const bool has_label = label_kind(problem, row) == LabelKind::kEntry;
+  if (!has_label && !tile) return;
 
   const T* policy = start_of_row<T>(problem.policy, row);
   const int before = entries_before(policy), vocabulary = static_cast<int>(problem.vocabulary);
   const T* reference = start_of_row<T>(problem.reference, row);
   const Side<T> z(policy), r = kShifted ? Side<T>(reference, before) : Side<T>(reference);
   const RowVectors<T> vectors(before, vocabulary, r.shift == 0);
-  const int label = static_cast<int>(problem.labels[row]), label_vector = vectors.of_entry(label);
+  const int label = has_label ? static_cast<int>(problem.labels[row]) : -1;
+  const int label_vector = has_label ? vectors.of_entry(label) : -1;
   const int begin = vectors.part_begin(part, parts), end = vectors.part_begin(part + 1, parts);
 
   const auto load_inner = [&](int index) {
@@ -127,7 +134,25 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>
   records[block * kBlockWarps + warp_index()] = of_warp;
 }
 
-// One thread per row: merges the row's records and writes its results.
+// A row's label, and what its warps have left, beside what was there before.
+template <class T>
+__device__ LabelledStats<RealOf<T>> labelled_stats(const TokenStatsProblem& problem, uint32_t row,
+                                                   LabelledStats<RealOf<T>> stats,
+                                                   const VocabStats<RealOf<T>>* records,
+                                                   int records_of_row) {
+  records += uint64_t(row) * records_of_row;
+#pragma unroll 1
+  for (int i = 0; i < records_of_row; ++i) stats.rest = merge(stats.rest, records[i]);
+  const int64_t label = problem.labels[row];
+  if (label >= 0 && label < problem.vocabulary) {
+    stats.label_policy = value_of<T>(start_of_row<T>(problem.policy, row)[label]);
+    stats.label_reference = value_of<T>(start_of_row<T>(problem.reference, row)[label]);
+  }
+  return stats;
+}
+
+// The kernels below take a thread per row.
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     finish_rows_kernel(const TokenStatsForward work, int records_of_row,
@@ -138,17 +163,38 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (row >= problem.rows) return;
   const LabelKind kind = label_kind(problem, row);
   if (kind != LabelKind::kEntry) {
-    fill_outputs<Real>(work, row, kind == LabelKind::kIgnored ? Real(0) : Real(NAN));
+    fill_outputs<Real>(work.outputs, row, kind);
     return;
   }
-  VocabStats<Real> rest = empty_stats<Real>();
-  records += uint64_t(row) * records_of_row;
+  const LabelledStats<Real> nothing = empty_labelled_stats<Real>();
+  const auto stats = labelled_stats<T>(problem, row, nothing, records, records_of_row);
+  write_outputs(work.outputs, row, finalise(stats));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    merge_tile_kernel(const TokenStatsTile work, int records_of_row,
+                      const VocabStats<RealOf<T>>* records) {
+  const uint32_t row = blockIdx.x * kThreads + threadIdx.x;
+  if (row >= work.problem.rows) return;
+  auto& stats = static_cast<LabelledStats<RealOf<T>>*>(work.records)[row];
+  stats = labelled_stats<T>(work.problem, row, stats, records, records_of_row);
+}
+
+template <class Real>
+__global__ void __launch_bounds__(kThreads, 1) finish_tiles_kernel(const TokenStatsFinish work) {
+  const uint32_t row = blockIdx.x * kThreads + threadIdx.x;
+  if (row >= work.rows) return;
+  const LabelKind kind = label_kind(work, row);
+  if (kind != LabelKind::kEntry) {
+    fill_outputs<Real>(work.outputs, row, kind);
+    return;
+  }
+  const auto* records = static_cast<const LabelledStats<Real>*>(work.records) + row;
+  LabelledStats<Real> stats = *records;
 #pragma unroll 1
-  for (int i = 0; i < records_of_row; ++i) rest = merge(rest, records[i]);
-  const int64_t label = problem.labels[row];
-  const Real z = value_of<T>(start_of_row<T>(problem.policy, row)[label]);
-  const Real r = value_of<T>(start_of_row<T>(problem.reference, row)[label]);
-  write_outputs(work, row, finalise(rest, z, r));
+  for (int64_t set = 1; set < work.sets; ++set) stats = merge(stats, records[set * work.rows]);
+  write_outputs(work.outputs, row, finalise(stats));
 }
 
 template <class T>
@@ -157,28 +203,25 @@ int warps_of_row(const TokenStatsProblem& problem) {
 }
 
 template <class T, int kWarps>
-void launch_row_records(const TokenStatsForward& work, int parts, VocabStats<RealOf<T>>* records,
-                        const Launch& launch) {
+void launch_row_records(const TokenStatsProblem& problem, bool tile, int parts,
+                        VocabStats<RealOf<T>>* records, const Launch& launch) {
   using Scope = Team<kWarps>;
-  const bool shifted = !same_alignment(work.problem, sizeof(T));
+  const bool shifted = !same_alignment(problem, sizeof(T));
   launch_kernel(
       "row_records_kernel",
       shifted ? row_records_kernel<T, kWarps, true> : row_records_kernel<T, kWarps, false>,
-      dim3(blocks_for(work.problem.rows, Scope::kTeams), parts),
-      Scope::template kSharedBytes<RealOf<T>>, launch, work, records);
+      dim3(blocks_for(problem.rows, Scope::kTeams), parts), Scope::template kSharedBytes<RealOf<T>>,
+      launch, problem, tile, records);
 }
 
 template <class T>
-void forward(const TokenStatsForward& work, void* workspace, const Launch& launch) {
-  auto* records = static_cast<VocabStats<RealOf<T>>*>(workspace);
-  if (one_warp_per_row<T>(work.problem)) {
-    launch_row_records<T, 1>(work, 1, records, launch);
+void launch_row_records(const TokenStatsProblem& problem, bool tile, VocabStats<RealOf<T>>* records,
+                        const Launch& launch) {
+  if (one_warp_per_row<T>(problem)) {
+    launch_row_records<T, 1>(problem, tile, 1, records, launch);
   } else {
-    launch_row_records<T, kBlockWarps>(work, parts_of_row<T>(work.problem), records, launch);
+    launch_row_records<T, kBlockWarps>(problem, tile, parts_of_row<T>(problem), records, launch);
   }
-  launch_kernel("finish_rows_kernel", finish_rows_kernel<T>,
-                dim3(blocks_for(work.problem.rows, kThreads)), 0, launch, work,
-                warps_of_row<T>(work.problem), records);
 }
 
 }  // namespace
@@ -191,11 +234,41 @@ int64_t forward_workspace_bytes(const TokenStatsProblem& problem) {
 }
 
 void token_stats_forward(const TokenStatsForward& work, void* workspace, const Launch& launch) {
-  if (work.problem.rows == 0) return;
-  check_sizes(work.problem);
+  const TokenStatsProblem& problem = work.problem;
+  if (problem.rows == 0) return;
+  check_sizes(problem);
   const OnDevice guard(launch.device);
-  with_storage(work.problem.dtype,
-               [&](auto storage) { forward<decltype(storage)>(work, workspace, launch); });
+  with_storage(problem.dtype, [&](auto storage) {
+    using T = decltype(storage);
+    auto* records = static_cast<VocabStats<RealOf<T>>*>(workspace);
+    launch_row_records<T>(problem, false, records, launch);
+    launch_kernel("finish_rows_kernel", finish_rows_kernel<T>, a_thread_per_row(problem.rows), 0,
+                  launch, work, warps_of_row<T>(problem), records);
+  });
+}
+
+void token_stats_tile(const TokenStatsTile& work, void* workspace, const Launch& launch) {
+  const TokenStatsProblem& problem = work.problem;
+  if (problem.rows == 0) return;
+  check_sizes(problem);
+  const OnDevice guard(launch.device);
+  with_storage(problem.dtype, [&](auto storage) {
+    using T = decltype(storage);
+    auto* records = static_cast<VocabStats<RealOf<T>>*>(workspace);
+    launch_row_records<T>(problem, true, records, launch);
+    launch_kernel("merge_tile_kernel", merge_tile_kernel<T>, a_thread_per_row(problem.rows), 0,
+                  launch, work, warps_of_row<T>(problem), records);
+  });
+}
+
+void token_stats_finish(const TokenStatsFinish& work, const Launch& launch) {
+  if (work.rows == 0) return;
+  check_rows(work.rows);
+  const OnDevice guard(launch.device);
+  const bool wide = work.dtype == DType::kFloat64;
+  launch_kernel("finish_tiles_kernel",
+                wide ? finish_tiles_kernel<double> : finish_tiles_kernel<float>,
+                a_thread_per_row(work.rows), 0, launch, work);
 }
 
 }  // namespace tdpo::cuda

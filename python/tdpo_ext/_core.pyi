@@ -40,6 +40,41 @@ def token_stats_forward(
 ) -> int:
     """-1, or the first row whose label is neither valid nor ignored; nothing is written then."""
 
+def token_stats_tile(
+    instruction_set: str,
+    threads: int,
+    dtype: int,
+    rows: int,
+    vocabulary: int,
+    ignore_index: int,
+    policy: int,
+    policy_sizes: list[int],
+    policy_strides: list[int],
+    reference: int,
+    reference_sizes: list[int],
+    reference_strides: list[int],
+    labels: int,
+    records: int,
+) -> None:
+    """Merge a tile's records into ``records``, nine numbers a row; labels count from the tile."""
+
+def token_stats_finish(
+    instruction_set: str,
+    threads: int,
+    dtype: int,
+    rows: int,
+    vocabulary: int,
+    ignore_index: int,
+    labels: int,
+    sets: int,
+    records: int,
+    policy_logps: int,
+    reference_logps: int,
+    forward_kl: int,
+    normalizers: int,
+) -> None:
+    """Outputs from ``sets`` sets of records; NaN for labels outside the vocabulary."""
+
 def token_stats_backward(
     instruction_set: str,
     threads: int,
@@ -86,6 +121,38 @@ def cuda_token_stats_forward(
     reference_sizes: list[int],
     reference_strides: list[int],
     labels: int,
+    policy_logps: int,
+    reference_logps: int,
+    forward_kl: int,
+    normalizers: int,
+) -> None: ...
+def cuda_token_stats_tile(
+    device: int,
+    stream: int,
+    workspace: int,
+    dtype: int,
+    rows: int,
+    vocabulary: int,
+    ignore_index: int,
+    policy: int,
+    policy_sizes: list[int],
+    policy_strides: list[int],
+    reference: int,
+    reference_sizes: list[int],
+    reference_strides: list[int],
+    labels: int,
+    records: int,
+) -> None: ...
+def cuda_token_stats_finish(
+    device: int,
+    stream: int,
+    dtype: int,
+    rows: int,
+    vocabulary: int,
+    ignore_index: int,
+    labels: int,
+    sets: int,
+    records: int,
     policy_logps: int,
     reference_logps: int,
     forward_kl: int,

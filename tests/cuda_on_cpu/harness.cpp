@@ -32,15 +32,28 @@ const char* message_of(const Body& body) {
 
 }  // namespace
 
+// As it comes from an allocator: full of something else. NaN shows where it is read unwritten.
+std::vector<uint64_t> workspace_for(const tdpo::TokenStatsProblem& problem) {
+  const size_t bytes = static_cast<size_t>(tdpo::cuda::forward_workspace_bytes(problem));
+  return std::vector<uint64_t>(bytes / sizeof(uint64_t) + 1, ~uint64_t(0));
+}
+
 // Each returns an error message, empty if all is well.
 
 extern "C" const char* emulated_forward(const tdpo::TokenStatsForward* work) {
   return message_of([&] {
-    // As it comes from an allocator: full of something else. NaN shows where it is read unwritten.
-    const size_t bytes = static_cast<size_t>(tdpo::cuda::forward_workspace_bytes(work->problem));
-    std::vector<uint64_t> workspace(bytes / sizeof(uint64_t) + 1, ~uint64_t(0));
-    tdpo::cuda::token_stats_forward(*work, workspace.data(), {0, nullptr});
+    tdpo::cuda::token_stats_forward(*work, workspace_for(work->problem).data(), {0, nullptr});
   });
+}
+
+extern "C" const char* emulated_tile(const tdpo::TokenStatsTile* work) {
+  return message_of([&] {
+    tdpo::cuda::token_stats_tile(*work, workspace_for(work->problem).data(), {0, nullptr});
+  });
+}
+
+extern "C" const char* emulated_finish(const tdpo::TokenStatsFinish* work) {
+  return message_of([&] { tdpo::cuda::token_stats_finish(*work, {0, nullptr}); });
 }
 
 extern "C" const char* emulated_backward(const tdpo::TokenStatsBackward* work) {

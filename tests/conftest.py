@@ -30,9 +30,9 @@ def pytest_report_header() -> str:
 @contextlib.contextmanager
 def use_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[str]:
     if name == "fallback":
-        monkeypatch.setattr("tdpo_ext.ops.core", None)
+        monkeypatch.setattr("tdpo_ext.kernels.core", None)
     elif name == "cuda-on-cpu":
-        monkeypatch.setattr("tdpo_ext.ops.core", emulated.EmulatedCore())
+        monkeypatch.setattr("tdpo_ext.kernels.core", emulated.EmulatedCore())
     elif name != "cuda":
         monkeypatch.setenv("TDPO_EXT_INSTRUCTION_SET", name)
     # On a card the tests make their tensors there.
@@ -87,7 +87,7 @@ def emulated_core(monkeypatch: pytest.MonkeyPatch) -> emulated.EmulatedCore:
     if not emulated.compiler():
         pytest.skip("no C++ compiler on the path")
     core = emulated.EmulatedCore()
-    monkeypatch.setattr("tdpo_ext.ops.core", core)
+    monkeypatch.setattr("tdpo_ext.kernels.core", core)
     return core
 
 
@@ -95,7 +95,7 @@ def emulated_core(monkeypatch: pytest.MonkeyPatch) -> emulated.EmulatedCore:
 def cuda_unchecked(cuda: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same, where nobody looks at the labels first."""
     if cuda == "cuda-on-cpu":
-        monkeypatch.setattr("tdpo_ext.ops.core", emulated.EmulatedCore(check_labels=False))
+        monkeypatch.setattr("tdpo_ext.kernels.core", emulated.EmulatedCore(check_labels=False))
     return cuda
 
 

@@ -1,8 +1,8 @@
 """The CUDA kernels on the CPU: their own source, compiled by the C++ compiler (tests/cuda_on_cpu).
 
-``EmulatedCore`` stands in for ``tdpo_ext.ops.core``. Environment variables, for tests that start
-other test runs: TDPO_EXT_TEST_CSRC, another folder of sources; TDPO_EXT_TEST_SANITIZE, to compile
-with the address and undefined-behaviour sanitizers (libasan must be preloaded then).
+``EmulatedCore`` stands in for ``tdpo_ext.kernels.core``. Environment variables, for tests that
+start other test runs: TDPO_EXT_TEST_CSRC, another folder of sources; TDPO_EXT_TEST_SANITIZE, to
+compile with the address and undefined-behaviour sanitizers (libasan must be preloaded then).
 """
 
 from __future__ import annotations

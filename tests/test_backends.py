@@ -63,7 +63,7 @@ def another_core(monkeypatch):
 
     def put(core):
         monkeypatch.setattr(native, "core", core)
-        monkeypatch.setattr("tdpo_ext.ops.core", core)
+        monkeypatch.setattr("tdpo_ext.kernels.core", core)
         forget()
 
     yield put
@@ -135,7 +135,7 @@ def test_a_forced_instruction_set_is_used(on_processor):
 
 
 def test_the_fallback_says_so_once(monkeypatch):
-    monkeypatch.setattr("tdpo_ext.ops.core", None)
+    monkeypatch.setattr("tdpo_ext.kernels.core", None)
     monkeypatch.setattr(fallback, "_warned", set())
     policy, reference = pair_of_logits(2, 7)
     with warnings.catch_warnings(record=True) as caught:

@@ -1,0 +1,215 @@
+"""Calls of the compiled core: here tensors become integers. Where it is absent, plain PyTorch.
+
+Arguments have been checked. ``add_tile`` has no plain version: ask ``serves`` first.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdpo_ext import checks, fallback
+from tdpo_ext.native import core, core_absent_because, cuda_absent_because
+
+INSTRUCTION_SET_VARIABLE = "TDPO_EXT_INSTRUCTION_SET"
+RECORD = 9
+"""Numbers in the record of a row (LabelledStats in csrc/vocab_stats.h)."""
+
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(checks.LOGIT_DTYPES)}
+_NONE_IGNORED = -(2**63)
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def instruction_set() -> str:
+    """The instruction set the CPU kernels use: the best one here, or what the variable asks for."""
+    assert core is not None
+    present: list[str] = core.instruction_sets()
+    asked = os.environ.get(INSTRUCTION_SET_VARIABLE)
+    if asked is None:
+        return present[-1]
+    if asked not in present:
+        raise ValueError(
+            f"{INSTRUCTION_SET_VARIABLE} must be one of {present} on this processor, got {asked!r}"
+        )
+    return asked
+
+
+def _absent_because(device: torch.device) -> str:
+    if device.type == "cpu":
+        return core_absent_because if core is None else ""
+    if device.type == "cuda":
+        return cuda_absent_because(device)
+    return "no compiled kernel serves this device"
+
+
+def serves(device: torch.device) -> bool:
+    """Whether compiled kernels serve a device."""
+    return core is not None and not _absent_because(device)
+
+
+def _warn_of_fallback(device: torch.device) -> None:
+    fallback.warn_once(device.type, _absent_because(device) or core_absent_because)
+
+
+def _run(name: str, device: torch.device, *arguments: Any) -> Any:
+    """A function of the core, where tensors of a device are: on the CPU its instruction set and
+    threads, on CUDA the device and the caller's stream."""
+    if device.type == "cpu":
+        where: tuple[Any, Any] = instruction_set(), torch.get_num_threads()
+        return getattr(core, name)(*where, *arguments)
+    stream = torch.cuda.current_stream(device)
+    return getattr(core, f"cuda_{name}")(stream.device.index, stream.cuda_stream, *arguments)
+
+
+def _row_layout(logits: Tensor) -> tuple[list[int], list[int]]:
+    """Sizes and strides of the leading dimensions, merged where one stride serves several."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == size * stride:
+            sizes[-1] *= size
+            strides[-1] = stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    if len(sizes) > 4:
+        raise ValueError(
+            "logits may have at most 4 leading dimensions that strides keep apart, got shape "
+            f"{list(logits.shape)} with strides {list(logits.stride())}; call .contiguous()"
+        )
+    return sizes, strides
+
+
+def _problem(
+    policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, ignore_index: int
+) -> tuple[Any, ...]:
+    """What all passes over logits take (``_core.pyi``)."""
+    if policy_logits.device.type == "cuda":
+        checks.check_cuda_vocabulary(policy_logits)
+    return (
+        _DTYPE_CODES[policy_logits.dtype],
+        labels.numel(),
+        policy_logits.shape[-1],
+        ignore_index,
+        policy_logits.data_ptr(),
+        *_row_layout(policy_logits),
+        reference_logits.data_ptr(),
+        *_row_layout(reference_logits),
+        labels.data_ptr(),
+    )
+
+
+def _workspace(device: torch.device, problem: tuple[Any, ...]) -> list[Tensor]:
+    """On CUDA the memory that forward needs beside its outputs, from torch's allocator."""
+    if device.type == "cpu":
+        return []
+    size = core.cuda_forward_workspace_bytes(*problem[:3])
+    return [torch.empty(size, dtype=torch.uint8, device=device)]
+
+
+def contiguous_int64(labels: Tensor) -> Tensor:
+    return labels.to(torch.int64).contiguous()
+
+
+def empty_outputs(like: Tensor, shape: torch.Size) -> Outputs:
+    """policy_logps, reference_logps, forward_kl ``[...]`` and normalizers ``[..., 8]``."""
+    dtype = fallback.accumulation_dtype(like)
+    logps, reference_logps, kl = (like.new_empty(shape, dtype=dtype) for _ in range(3))
+    return logps, reference_logps, kl, like.new_empty((*shape, fallback.NORMALIZERS), dtype=dtype)
+
+
+def _addresses(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def token_stats(
+    policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, ignore_index: int
+) -> Outputs:
+    """Of whole rows. On the CPU a label outside the vocabulary raises IndexError."""
+    device, vocabulary = policy_logits.device, policy_logits.shape[-1]
+    if not serves(device):
+        _warn_of_fallback(device)
+        if device.type == "cpu":
+            checks.check_label_range(labels, vocabulary, ignore_index)
+        return fallback.forward(policy_logits, reference_logits, labels, ignore_index)
+    outputs = empty_outputs(policy_logits, labels.shape)
+    labels = contiguous_int64(labels)
+    problem = _problem(policy_logits, reference_logits, labels, ignore_index)
+    workspace = _workspace(device, problem)
+    wrong_label = _run(
+        "token_stats_forward", device, *_addresses(workspace), *problem, *_addresses(outputs)
+    )
+    if device.type == "cpu" and wrong_label >= 0:
+        label = int(labels.view(-1)[wrong_label])
+        raise checks.label_range_error(label, vocabulary, ignore_index)
+    return outputs
+
+
+def empty_records(rows: int, like: Tensor) -> Tensor:
+    """The records of no entry."""
+    records = like.new_zeros(rows, RECORD, dtype=fallback.accumulation_dtype(like))
+    records[:, :2] = -torch.inf  # maxima
+    records[:, 7:] = -torch.inf  # the label's logits
+    return records
+
+
+def add_tile(records: Tensor, policy_tile: Tensor, reference_tile: Tensor, labels: Tensor) -> None:
+    """Merge the records of a tile ``[rows, columns]`` into ``records``; labels count from it."""
+    problem = _problem(policy_tile, reference_tile, labels, _NONE_IGNORED)
+    workspace = _workspace(records.device, problem)
+    _run("token_stats_tile", records.device, *_addresses(workspace), *problem, records.data_ptr())
+
+
+def finish(records: Tensor, labels: Tensor, vocabulary: int, ignore_index: int) -> Outputs:
+    """Outputs ``[rows]`` from records ``[sets, rows, 9]``; NaN for labels outside."""
+    outputs = empty_outputs(records, labels.shape)
+    _run(
+        "token_stats_finish",
+        records.device,
+        _DTYPE_CODES[records.dtype],
+        labels.numel(),
+        vocabulary,
+        ignore_index,
+        labels.data_ptr(),
+        records.shape[0],
+        records.data_ptr(),
+        *_addresses(outputs),
+    )
+    return outputs
+
+
+def write_gradient(
+    gradient: Tensor,
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor,
+    normalizers: Tensor,
+    grad_logps: Tensor,
+    grad_kl: Tensor,
+    ignore_index: int = _NONE_IGNORED,
+) -> None:
+    """dz = g_m (onehot(y) - p) + g_k (p - q) of whole rows, or of tiles (labels count from them).
+
+    ``gradient`` may be the policy's logits. It may be the reference's where g_m = g_k in all rows.
+    """
+    if not serves(gradient.device):
+        arguments = (labels, normalizers, grad_logps, grad_kl, ignore_index)
+        fallback.backward(gradient, policy_logits, reference_logits, *arguments)
+        return
+    # Incoming gradients are often expanded scalars, whose rows have no addresses of their own.
+    labels = contiguous_int64(labels)
+    saved = [x.contiguous() for x in (normalizers, grad_logps, grad_kl)]
+    _run(
+        "token_stats_backward",
+        gradient.device,
+        *_problem(policy_logits, reference_logits, labels, ignore_index),
+        *_addresses(saved),
+        gradient.data_ptr(),
+        *_row_layout(gradient),
+    )

@@ -1,18 +1,27 @@
 """Token-level Direct Preference Optimization: the loss, its per-token statistics, their kernels."""
 
 from tdpo_ext import reference
-from tdpo_ext.functional import pair_loss, tdpo_loss, token_stats
-from tdpo_ext.modules import TDPOLoss
+from tdpo_ext.functional import (
+    linear_tdpo_loss,
+    linear_token_stats,
+    pair_loss,
+    tdpo_loss,
+    token_stats,
+)
+from tdpo_ext.modules import LinearTDPOLoss, TDPOLoss
 from tdpo_ext.native import backends
 from tdpo_ext.outputs import TDPOOutput, TokenStats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LinearTDPOLoss",
     "TDPOLoss",
     "TDPOOutput",
     "TokenStats",
     "backends",
+    "linear_tdpo_loss",
+    "linear_token_stats",
     "pair_loss",
     "reference",
     "tdpo_loss",

@@ -84,12 +84,13 @@ def check_labels(name: str, labels: Tensor, logits: Tensor) -> None:
         )
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
-            f"{name} must have the shape of the logits without their last dimension, "
+            f"{name} must have the shape of logits or hidden states without their last dimension, "
             f"{list(logits.shape[:-1])}, got {list(labels.shape)}"
         )
     if labels.device != logits.device:
         raise ValueError(
-            f"{name} must be on the logits' device {logits.device}, got {labels.device}"
+            f"{name} must be on the device of logits or hidden states ({logits.device}), "
+            f"got {labels.device}"
         )
 
 
@@ -173,27 +174,29 @@ def check_pair_sums(logps_margin: Tensor, seq_kl: Tensor) -> None:
         )
 
 
-def check_batch(policy_logits: Tensor) -> None:
-    """``[2B, T, V]``: chosen stacked on rejected."""
-    if policy_logits.dim() != 3:
+def check_batch(name: str, batch: Tensor) -> None:
+    """``[2B, T, ...]``: chosen stacked on rejected."""
+    width = "H" if "hidden" in name else "V"
+    if batch.dim() != 3:
         raise ValueError(
-            "policy_logits must have shape [2B, T, V] (or [total, V] together with cu_seqlens), "
-            f"got {list(policy_logits.shape)}"
+            f"{name} must have shape [2B, T, {width}] (or [total, {width}] together with "
+            f"cu_seqlens), got {list(batch.shape)}"
         )
-    if policy_logits.shape[0] % 2:
+    if batch.shape[0] % 2:
         raise ValueError(
-            "policy_logits must stack chosen on rejected along dimension 0, an even number of "
-            f"sequences, got {policy_logits.shape[0]}"
+            f"{name} must stack chosen on rejected along dimension 0, an even number of "
+            f"sequences, got {batch.shape[0]}"
         )
 
 
-def check_packed_batch(policy_logits: Tensor, cu_seqlens: Tensor) -> None:
-    """Logits ``[total, V]`` and boundaries ``[2B + 1]``; their values are checked later."""
+def check_packed_batch(name: str, batch: Tensor, cu_seqlens: Tensor) -> None:
+    """``[total, ...]`` and boundaries ``[2B + 1]``; their values are checked later."""
     check_tensor("cu_seqlens", cu_seqlens)
-    if policy_logits.dim() != 2:
+    width = "H" if "hidden" in name else "V"
+    if batch.dim() != 2:
         raise ValueError(
-            "policy_logits must have shape [total, V] when cu_seqlens is given, "
-            f"got {list(policy_logits.shape)}"
+            f"{name} must have shape [total, {width}] when cu_seqlens is given, "
+            f"got {list(batch.shape)}"
         )
     if cu_seqlens.dtype not in LABEL_DTYPES:
         raise TypeError(
@@ -204,10 +207,9 @@ def check_packed_batch(policy_logits: Tensor, cu_seqlens: Tensor) -> None:
             "cu_seqlens must have shape [2B + 1], chosen sequences before rejected ones, "
             f"got {list(cu_seqlens.shape)}"
         )
-    if cu_seqlens.device != policy_logits.device:
+    if cu_seqlens.device != batch.device:
         raise ValueError(
-            f"cu_seqlens must be on the logits' device {policy_logits.device}, "
-            f"got {cu_seqlens.device}"
+            f"cu_seqlens must be on the device of {name} ({batch.device}), got {cu_seqlens.device}"
         )
 
 
@@ -216,3 +218,99 @@ def labels_error(came: str) -> ValueError:
         "give exactly one of labels (as the model saw them, shifted inside) and shift_labels "
         f"(already aligned with the logits), got {came}"
     )
+
+
+# --- the fused head -------------------------------------------------------------------------------
+
+
+def _check_head(which: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Hidden states ``[..., H]``, weight ``[V, H]``, bias ``[V]``: one dtype, one device."""
+    given = {f"{which}_hidden": hidden, f"{which}_weight": weight}
+    if bias is not None:
+        given[f"{which}_bias"] = bias
+    for name, value in given.items():
+        check_tensor(name, value)
+        if value.dtype not in LOGIT_DTYPES:
+            raise TypeError(
+                f"{name} must have dtype {_names(LOGIT_DTYPES)}, got {_names((value.dtype,))}"
+            )
+        if value.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {which}_hidden ({_names((hidden.dtype,))}), got "
+                f"{_names((value.dtype,))}; cast one of them, or run under torch.autocast"
+            )
+        if value.device != hidden.device:
+            raise ValueError(
+                f"{name} must be on the device of {which}_hidden ({hidden.device}), "
+                f"got {value.device}"
+            )
+    if hidden.dim() < 1 or weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"{which}_hidden must have shape [..., H] and {which}_weight [V, H] with V, H >= 1, "
+            f"got {list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{which}_weight must have shape [V, H] with the H of {which}_hidden "
+            f"({hidden.shape[-1]}), got {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{which}_bias must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}"
+        )
+
+
+def check_heads(
+    policy: tuple[Tensor, Tensor, Tensor | None], reference: tuple[Tensor, Tensor, Tensor | None]
+) -> None:
+    """Hidden states, weight and bias of each; H may differ, all else fits together."""
+    _check_head("policy", *policy)
+    _check_head("reference", *reference)
+    (hidden, weight, _), (reference_hidden, reference_weight, _) = policy, reference
+    if reference_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            "reference_hidden must have the shape of policy_hidden but for its last dimension, "
+            f"{list(hidden.shape[:-1])}, got {list(reference_hidden.shape)}"
+        )
+    if reference_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            "reference_weight must have as many rows as policy_weight, the vocabulary "
+            f"({weight.shape[0]}), got {reference_weight.shape[0]}"
+        )
+    if reference_hidden.device != hidden.device:
+        raise ValueError(
+            f"reference_hidden must be on the device of policy_hidden ({hidden.device}), "
+            f"got {reference_hidden.device}"
+        )
+    if (reference_hidden.dtype == torch.float64) != (hidden.dtype == torch.float64):
+        raise TypeError(
+            "reference_hidden and policy_hidden must both be float64 or neither, got "
+            f"{_names((reference_hidden.dtype, hidden.dtype))}"
+        )
+    for name, value in zip(("hidden", "weight", "bias"), reference, strict=True):
+        if value is not None and value.requires_grad:
+            raise ValueError(
+                f"reference_{name} must not require grad: the reference is a constant of the "
+                f"loss; compute it under torch.no_grad() or pass reference_{name}.detach()"
+            )
+
+
+def check_logit_options(scale: float, softcap: float | None, prefix: str = "") -> None:
+    _check_number(f"{prefix}logit_scale", scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"{prefix}logit_scale must be finite, got {scale}")
+    if softcap is not None:
+        _check_number(f"{prefix}logit_softcap", softcap)
+        if not 0 < softcap < math.inf:
+            raise ValueError(
+                f"{prefix}logit_softcap must be positive and finite, or None, got {softcap}"
+            )
+
+
+def check_chunk_bytes(chunk_bytes: int | None) -> None:
+    if chunk_bytes is None:
+        return
+    if not isinstance(chunk_bytes, int) or isinstance(chunk_bytes, bool):
+        raise TypeError(f"chunk_bytes must be an int or None, got {type(chunk_bytes).__name__}")
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be positive, or None, got {chunk_bytes}")

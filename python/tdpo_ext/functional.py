@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from tdpo_ext import checks, ops
+from tdpo_ext.linear import linear_tdpo_loss, linear_token_stats
 from tdpo_ext.outputs import TDPOOutput, TokenStats
 from tdpo_ext.reference import aligned_labels, check_token_stats, loss_from_stats, pair_loss
 
-__all__ = ["pair_loss", "tdpo_loss", "token_stats"]
+__all__ = ["linear_tdpo_loss", "linear_token_stats", "pair_loss", "tdpo_loss", "token_stats"]
 
 
 def token_stats(

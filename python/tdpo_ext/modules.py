@@ -1,15 +1,57 @@
-"""The loss as a module, for those who keep their options in one."""
+"""The losses as modules, for those who keep their options in one."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
 from tdpo_ext import checks
-from tdpo_ext.functional import tdpo_loss
+from tdpo_ext.functional import linear_tdpo_loss, tdpo_loss
 from tdpo_ext.outputs import TDPOOutput
 
 
-class TDPOLoss(nn.Module):
+class _LossModule(nn.Module):
+    """The options that both losses have; no parameters."""
+
+    def __init__(
+        self,
+        beta: float,
+        alpha: float,
+        variant: str,
+        *,
+        label_smoothing: float,
+        average_log_prob: bool,
+        reduction: str,
+        ignore_index: int,
+    ) -> None:
+        super().__init__()
+        checks.check_loss_options(beta, alpha, variant, label_smoothing, reduction)
+        checks.check_ignore_index(ignore_index)
+        self.beta = beta
+        self.alpha = alpha
+        self.variant = variant
+        self.label_smoothing = label_smoothing
+        self.average_log_prob = average_log_prob
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "beta": self.beta,
+            "alpha": self.alpha,
+            "variant": self.variant,
+            "label_smoothing": self.label_smoothing,
+            "average_log_prob": self.average_log_prob,
+            "reduction": self.reduction,
+            "ignore_index": self.ignore_index,
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+
+
+class TDPOLoss(_LossModule):
     """``tdpo_ext.tdpo_loss`` with its options fixed at construction; it has no parameters.
 
     Args:
@@ -32,17 +74,19 @@ class TDPOLoss(nn.Module):
         ignore_index: int = -100,
         inplace_backward: bool = False,
     ) -> None:
-        super().__init__()
-        checks.check_loss_options(beta, alpha, variant, label_smoothing, reduction)
-        checks.check_ignore_index(ignore_index)
-        self.beta = beta
-        self.alpha = alpha
-        self.variant = variant
-        self.label_smoothing = label_smoothing
-        self.average_log_prob = average_log_prob
-        self.reduction = reduction
-        self.ignore_index = ignore_index
+        super().__init__(
+            beta,
+            alpha,
+            variant,
+            label_smoothing=label_smoothing,
+            average_log_prob=average_log_prob,
+            reduction=reduction,
+            ignore_index=ignore_index,
+        )
         self.inplace_backward = inplace_backward
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "inplace_backward": self.inplace_backward}
 
     def forward(
         self,
@@ -60,20 +104,91 @@ class TDPOLoss(nn.Module):
             labels,
             shift_labels=shift_labels,
             cu_seqlens=cu_seqlens,
-            beta=self.beta,
-            alpha=self.alpha,
-            variant=self.variant,
-            label_smoothing=self.label_smoothing,
-            average_log_prob=self.average_log_prob,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            inplace_backward=self.inplace_backward,
+            **self.options(),
         )
 
-    def extra_repr(self) -> str:
-        return (
-            f"beta={self.beta}, alpha={self.alpha}, variant={self.variant!r}, "
-            f"label_smoothing={self.label_smoothing}, average_log_prob={self.average_log_prob}, "
-            f"reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
-            f"inplace_backward={self.inplace_backward}"
+
+class LinearTDPOLoss(_LossModule):
+    """``tdpo_ext.linear_tdpo_loss`` with its options fixed at construction; it has no parameters.
+
+    Args:
+        beta, alpha, variant, label_smoothing, average_log_prob, reduction, ignore_index,
+        logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap, chunk_bytes: as
+        ``tdpo_ext.linear_tdpo_loss``.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong type or outside its range.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        alpha: float = 0.5,
+        variant: str = "tdpo2",
+        *,
+        label_smoothing: float = 0.0,
+        average_log_prob: bool = False,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        reference_logit_scale: float | None = None,
+        reference_logit_softcap: float | None = None,
+        chunk_bytes: int | None = None,
+    ) -> None:
+        super().__init__(
+            beta,
+            alpha,
+            variant,
+            label_smoothing=label_smoothing,
+            average_log_prob=average_log_prob,
+            reduction=reduction,
+            ignore_index=ignore_index,
+        )
+        checks.check_logit_options(logit_scale, logit_softcap)
+        if reference_logit_scale is not None:
+            checks.check_logit_options(reference_logit_scale, None, "reference_")
+        checks.check_logit_options(1.0, reference_logit_softcap, "reference_")
+        checks.check_chunk_bytes(chunk_bytes)
+        self.logit_scale = logit_scale
+        self.logit_softcap = logit_softcap
+        self.reference_logit_scale = reference_logit_scale
+        self.reference_logit_softcap = reference_logit_softcap
+        self.chunk_bytes = chunk_bytes
+
+    def options(self) -> dict[str, Any]:
+        return {
+            **super().options(),
+            "logit_scale": self.logit_scale,
+            "logit_softcap": self.logit_softcap,
+            "reference_logit_scale": self.reference_logit_scale,
+            "reference_logit_softcap": self.reference_logit_softcap,
+            "chunk_bytes": self.chunk_bytes,
+        }
+
+    def forward(
+        self,
+        policy_hidden: Tensor,
+        policy_weight: Tensor,
+        reference_hidden: Tensor,
+        reference_weight: Tensor,
+        labels: Tensor | None = None,
+        *,
+        shift_labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        policy_bias: Tensor | None = None,
+        reference_bias: Tensor | None = None,
+    ) -> TDPOOutput:
+        """Shapes and errors as ``tdpo_ext.linear_tdpo_loss``."""
+        return linear_tdpo_loss(
+            policy_hidden,
+            policy_weight,
+            reference_hidden,
+            reference_weight,
+            labels,
+            shift_labels=shift_labels,
+            cu_seqlens=cu_seqlens,
+            policy_bias=policy_bias,
+            reference_bias=reference_bias,
+            **self.options(),
         )

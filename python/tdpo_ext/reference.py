@@ -17,6 +17,8 @@ with alpha = 0 is DPO.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -143,20 +145,36 @@ def pair_loss(
     """
     checks.check_pair_sums(logps_margin, seq_kl)
     checks.check_pair_options(beta, alpha, variant, label_smoothing)
+    logit = beta * pair_difference(logps_margin, seq_kl, alpha, variant)
+    losses = -F.logsigmoid(logit)
+    if label_smoothing > 0:
+        losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-logit)
+    return losses
+
+
+def pair_difference(logps_margin: Tensor, seq_kl: Tensor, alpha: float, variant: str) -> Tensor:
+    """What beta is multiplied with: the difference of the margins less that of the KLs, ``[B]``."""
     chosen_margin, rejected_margin = logps_margin.chunk(2)
     chosen_kl, rejected_kl = seq_kl.chunk(2)
     difference = chosen_margin - rejected_margin
     if variant == "tdpo1":
-        logit = difference - (rejected_kl - chosen_kl)
-    elif alpha == 0:
+        return difference - (rejected_kl - chosen_kl)
+    if alpha == 0:
         # DPO, also where a KL is infinite and 0 * inf would be NaN.
-        logit = difference
-    else:
-        logit = difference - alpha * (rejected_kl - chosen_kl.detach())
-    losses = -F.logsigmoid(beta * logit)
-    if label_smoothing > 0:
-        losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-beta * logit)
-    return losses
+        return difference
+    return difference - alpha * (rejected_kl - chosen_kl.detach())
+
+
+def pair_slopes(difference: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """The derivative of each pair's loss by its ``pair_difference``."""
+    logit = beta * difference
+    slopes = -(1 - label_smoothing) * torch.sigmoid(-logit)
+    return beta * (slopes + label_smoothing * torch.sigmoid(logit))
+
+
+def kl_ratios(alpha: float, variant: str) -> tuple[float, float]:
+    """The gradient of a token's KL over that of its margin, in chosen and in rejected responses."""
+    return (1.0, 1.0) if variant == "tdpo1" else (0.0, float(alpha))
 
 
 def tdpo_loss(
@@ -211,18 +229,58 @@ def aligned_labels(
 ) -> Tensor:
     """Check the batch's tensors against each other; labels aligned with the logits."""
     checks.check_logits(policy_logits, reference_logits)
+    return aligned_labels_of(
+        "policy_logits", policy_logits, labels, shift_labels, cu_seqlens, ignore_index
+    )
+
+
+def aligned_labels_of(
+    name: str,
+    batch: Tensor,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """Labels aligned with a batch of logits or of hidden states, ``[2B, T, ...]`` or packed."""
     checks.check_ignore_index(ignore_index)
     if cu_seqlens is None:
-        checks.check_batch(policy_logits)
+        checks.check_batch(name, batch)
     else:
-        checks.check_packed_batch(policy_logits, cu_seqlens)
+        checks.check_packed_batch(name, batch, cu_seqlens)
     if labels is not None and shift_labels is None:
-        checks.check_labels("labels", labels, policy_logits)
+        checks.check_labels("labels", labels, batch)
         return align_labels(labels, cu_seqlens, ignore_index)
     if shift_labels is not None and labels is None:
-        checks.check_labels("shift_labels", shift_labels, policy_logits)
+        checks.check_labels("shift_labels", shift_labels, batch)
         return shift_labels
     raise checks.labels_error("neither" if labels is None else "both")
+
+
+class SequenceTerms(NamedTuple):
+    """Sums (or means) over the kept tokens of each sequence, ``[2B]``."""
+
+    logps: Tensor
+    margin: Tensor
+    kl: Tensor
+    kept: Tensor | None
+    """How many, for means."""
+
+
+def sequence_terms(
+    stats: TokenStats,
+    aligned: Tensor,
+    cu_seqlens: Tensor | None,
+    average_log_prob: bool,
+    ignore_index: int,
+) -> SequenceTerms:
+    logps = sequence_sums(stats.policy_logps, cu_seqlens)
+    margin = sequence_sums(stats.policy_logps - stats.reference_logps, cu_seqlens)
+    kl = sequence_sums(stats.forward_kl, cu_seqlens)
+    if not average_log_prob:
+        return SequenceTerms(logps, margin, kl, None)
+    kept = kept_counts(aligned, cu_seqlens, ignore_index)
+    return SequenceTerms(logps / kept, margin / kept, kl / kept, kept)
 
 
 def loss_from_stats(
@@ -239,12 +297,9 @@ def loss_from_stats(
     ignore_index: int,
 ) -> TDPOOutput:
     """Token statistics -> sequence sums -> pairs -> loss; the labels mask KL and margin alike."""
-    logps = sequence_sums(stats.policy_logps, cu_seqlens)
-    margin = sequence_sums(stats.policy_logps - stats.reference_logps, cu_seqlens)
-    seq_kl = sequence_sums(stats.forward_kl, cu_seqlens)
-    if average_log_prob:
-        kept = kept_counts(aligned, cu_seqlens, ignore_index)
-        logps, margin, seq_kl = logps / kept, margin / kept, seq_kl / kept
+    logps, margin, seq_kl, _ = sequence_terms(
+        stats, aligned, cu_seqlens, average_log_prob, ignore_index
+    )
     losses = pair_loss(
         margin,
         seq_kl,

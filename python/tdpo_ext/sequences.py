@@ -77,6 +77,15 @@ def sequence_sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.where(usable & (cu_seqlens[0] == 0), sums, torch.nan)
 
 
+def sequence_of_tokens(labels: Tensor, cu_seqlens: Tensor | None, sequences: int) -> Tensor:
+    """The sequence ``[N]`` of each token, of ``[2B, T]`` flattened or of packed ones."""
+    position = torch.arange(labels.numel(), device=labels.device)
+    if cu_seqlens is None:
+        return position // max(1, labels.numel() // max(1, sequences))
+    bounds = torch.ops.tdpo_ext.sequence_bounds(cu_seqlens, labels.numel())
+    return torch.searchsorted(bounds[1:-1], position, right=True)
+
+
 def kept_counts(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
     """How many labels of each sequence are not ignored, at least 1, as float32 ``[2B]``."""
     kept = (labels != ignore_index).to(torch.float32)

@@ -1,0 +1,308 @@
+"""Token statistics and their gradients from hidden states: [N, V] logits never exist.
+
+One GEMM unit is 2 N V H operations, of the N tokens that are kept. Forward makes a tile of policy
+logits and one of reference logits, adds both to the records of their rows, and forgets them: 2
+units. The gradient of the policy's logits, dz, gives two more products, dh = dz W and dW = dz^T h.
+Three ways to them:
+
+    recompute   tiles are made anew in backward, those that a row's upstream gradients need:
+                TDPO1 2 + 1 + 2 = 5 units, TDPO2 2 + 1.5 + 2 = 5.5, any gradients 2 + 2 + 2 = 6
+    direction   frozen head: dh up to the pair's scalar, in forward, from whole rows: 2 + 1 = 3
+    whole pairs the logits of a pair exist at once, so its scalar is known: 2 + 2 = 4
+
+See docs/fused-head.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tdpo_ext import kernels
+from tdpo_ext.head import Head, HeadGradients, Rows, Wanted
+from tdpo_ext.tiles import (
+    Plan,
+    Scratch,
+    column_ranges,
+    costs,
+    plan_tiles,
+    plan_whole_rows,
+    row_chunks,
+    row_count,
+    rows_of_groups,
+)
+
+DEFAULT_CHUNK_BYTES = 256 * 2**20
+
+
+def captured(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+class Problem(NamedTuple):
+    """Of checked arguments."""
+
+    policy: Head
+    reference: Head
+    labels: Tensor
+    """[N] int64"""
+    ignore_index: int
+    chunk_bytes: int
+
+    @property
+    def heads(self) -> tuple[Head, Head]:
+        return self.policy, self.reference
+
+    @property
+    def kept(self) -> Tensor:
+        return self.labels != self.ignore_index
+
+    @property
+    def captured(self) -> bool:
+        """In a CUDA graph the host cannot learn which rows are kept: all are then."""
+        return captured(self.labels)
+
+    def kept_rows(self) -> Rows:
+        if self.captured:
+            return slice(0, self.labels.numel())
+        return rows_of_groups((~self.kept).long(), 1)[0]
+
+    def plan(self, rows: Rows, tiles: int, *, whole_rows: bool) -> Plan:
+        cost = costs(self.heads, tiles, gathers=not isinstance(rows, slice))
+        planned = plan_whole_rows if whole_rows else plan_tiles
+        vocabulary = self.policy.vocabulary
+        return planned(cost, row_count(rows), vocabulary, self.chunk_bytes)
+
+
+def empty_outputs(problem: Problem) -> kernels.Outputs:
+    """Zeros: what rows that are left out have."""
+    like = problem.policy.hidden
+    outputs = kernels.empty_outputs(like, problem.labels.shape)
+    for output in outputs:
+        output.zero_()
+    return outputs
+
+
+def put(outputs: kernels.Outputs, rows: Rows, values: kernels.Outputs) -> None:
+    for output, value in zip(outputs, values, strict=True):
+        output[rows] = value
+
+
+# --- forward: 2 units -----------------------------------------------------------------------------
+
+
+def forward(problem: Problem) -> kernels.Outputs:
+    rows, outputs = problem.kept_rows(), empty_outputs(problem)
+    tiled = kernels.serves(problem.labels.device)
+    plan = problem.plan(rows, tiles=2, whole_rows=not tiled)
+    scratch = Scratch(plan, problem.heads, tiles=2)
+    of_chunk = stats_by_tiles if tiled else stats_of_whole_rows
+    for chunk in row_chunks(rows, plan.rows):
+        put(outputs, chunk, of_chunk(problem, chunk, scratch))
+    return outputs
+
+
+def stats_by_tiles(problem: Problem, rows: Rows, scratch: Scratch) -> kernels.Outputs:
+    """Tile after tile of the vocabulary is added to the rows' records."""
+    policy, reference = problem.heads
+    states, reference_states = policy.states_of(rows), reference.states_of(rows)
+    labels = problem.labels[rows]
+    records = kernels.empty_records(labels.numel(), states)
+    for columns in column_ranges(policy.vocabulary, scratch.plan.columns):
+        z, r = (scratch.tile(number, labels.numel(), len(columns)) for number in (0, 1))
+        policy.write_logits(states, columns, z, scratch.cast)
+        reference.write_logits(reference_states, columns, r, scratch.cast)
+        kernels.add_tile(records, z, r, labels - columns.start)
+    return kernels.finish(records[None], labels, policy.vocabulary, problem.ignore_index)
+
+
+def whole_logits(
+    problem: Problem, states: Tensor, reference_states: Tensor, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
+    columns = range(problem.policy.vocabulary)
+    z, r = (scratch.tile(number, states.shape[0], len(columns)) for number in (0, 1))
+    problem.policy.write_logits(states, columns, z, scratch.cast)
+    problem.reference.write_logits(reference_states, columns, r, scratch.cast)
+    return z, r
+
+
+def stats_of_whole_rows(problem: Problem, rows: Rows, scratch: Scratch) -> kernels.Outputs:
+    states = [head.states_of(rows) for head in problem.heads]
+    z, r = whole_logits(problem, states[0], states[1], scratch)
+    return kernels.token_stats(z, r, problem.labels[rows], problem.ignore_index)
+
+
+# --- gradients of tiles ---------------------------------------------------------------------------
+
+
+class Upstream(NamedTuple):
+    """Per token, ``[N]``, and what forward has saved, ``[N, 8]``."""
+
+    normalizers: Tensor
+    grad_logps: Tensor
+    grad_kl: Tensor
+
+    def of_rows(self, rows: Rows) -> Upstream:
+        return Upstream(*(x[rows] for x in self))
+
+
+def add_tile_gradient(
+    problem: Problem,
+    tiles: tuple[Tensor, Tensor],
+    columns: range,
+    labels: Tensor,
+    upstream: Upstream,
+    gradients: HeadGradients,
+    scratch: Scratch,
+) -> None:
+    """Of logits ``tiles``, which it overwrites; both are the same where rows need only one.
+
+    A softcap's slope needs the policy's logits, so then the gradient lies over the reference's.
+    """
+    z, r = tiles
+    gradient = r if problem.policy.softcap else z
+    kernels.write_gradient(gradient, z, r, labels - columns.start, *upstream)
+    problem.policy.chain(gradient, z)
+    gradients.add(columns, gradient, scratch.cast)
+
+
+# --- backward by recomputing: 3 to 4 units --------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """Which logits the gradient of a row's logits needs (docs/algebra.md)."""
+
+    policy: bool
+    reference: bool
+
+
+KINDS = (Kind(True, True), Kind(True, False), Kind(False, True))
+
+
+def rows_of_kinds(problem: Problem, upstream: Upstream) -> list[Rows]:
+    """The rows of each of ``KINDS``; those with gradient 0 are left out."""
+    if problem.captured:
+        return [slice(0, problem.labels.numel()), slice(0, 0), slice(0, 0)]
+    _, grad_logps, grad_kl = upstream
+    kind = torch.zeros_like(problem.labels)
+    if kernels.serves(kind.device):  # plain PyTorch needs both in any case
+        kind.masked_fill_(grad_kl == 0, 1).masked_fill_(grad_kl == grad_logps, 2)
+    nothing = (grad_kl == 0) & (grad_logps == 0)
+    return rows_of_groups(kind.masked_fill_(nothing | ~problem.kept, len(KINDS)), len(KINDS))
+
+
+def backward(problem: Problem, upstream: Upstream, wanted: Wanted) -> tuple[Tensor, ...]:
+    """Gradients of the policy's hidden states, weight and bias for any upstream gradients."""
+    if problem.captured:  # no row is left out: those that are ignored have gradient 0
+        ignored = ~problem.kept
+        grads = (grad.masked_fill(ignored, 0) for grad in upstream[1:])
+        upstream = Upstream(upstream.normalizers, *grads)
+    gradients = HeadGradients(problem.policy, wanted)
+    whole_rows = not kernels.serves(problem.labels.device)
+    for kind, rows in zip(KINDS, rows_of_kinds(problem, upstream), strict=True):
+        if not row_count(rows):
+            continue
+        tiles = 2 if problem.policy.softcap else kind.policy + kind.reference
+        plan = problem.plan(rows, tiles, whole_rows=whole_rows)
+        scratch = Scratch(plan, problem.heads, tiles)
+        for chunk in row_chunks(rows, plan.rows):
+            recompute(problem, kind, chunk, upstream.of_rows(chunk), gradients, scratch)
+    return gradients.results()
+
+
+def recompute(
+    problem: Problem,
+    kind: Kind,
+    rows: Rows,
+    upstream: Upstream,
+    gradients: HeadGradients,
+    scratch: Scratch,
+) -> None:
+    """The logits of rows of one kind, as far as it needs them, and their gradients."""
+    policy, reference = problem.heads
+    states = policy.states_of(rows)
+    reference_states = reference.states_of(rows) if kind.reference else states
+    labels = problem.labels[rows]
+    gradients.begin_pass(states)
+    for columns in column_ranges(policy.vocabulary, scratch.plan.columns):
+        shape = labels.numel(), len(columns)
+        z, r = scratch.tile(0, *shape), scratch.tile(-1, *shape)
+        if kind.policy or policy.softcap:
+            policy.write_logits(states, columns, z, scratch.cast)
+        if kind.reference:
+            reference.write_logits(reference_states, columns, r, scratch.cast)
+        add_tile_gradient(problem, (z, r), columns, labels, upstream, gradients, scratch)
+    gradients.end_pass(rows)
+
+
+# --- gradients in forward: 1 or 2 units -----------------------------------------------------------
+
+
+def forward_and_gradient(
+    problem: Problem,
+    rows: Rows,
+    upstream_of: Callable[[Rows], tuple[Tensor, Tensor]],
+    outputs: kernels.Outputs,
+    gradients: HeadGradients,
+    scratch: Scratch,
+) -> None:
+    """Whole rows of logits: their statistics, then, with these known, their gradients."""
+    states = problem.policy.states_of(rows)
+    z, r = whole_logits(problem, states, problem.reference.states_of(rows), scratch)
+    labels = problem.labels[rows]
+    values = kernels.token_stats(z, r, labels, problem.ignore_index)
+    put(outputs, rows, values)
+    upstream = Upstream(values[3], *upstream_of(rows))
+    gradients.begin_pass(states)
+    columns = range(problem.policy.vocabulary)
+    add_tile_gradient(problem, (z, r), columns, labels, upstream, gradients, scratch)
+    gradients.end_pass(rows)
+
+
+def forward_with_direction(problem: Problem, ratio: Tensor) -> tuple[kernels.Outputs, Tensor]:
+    """Statistics, and the gradient ``[N, H]`` of log p(y) + ratio KL by the hidden states.
+
+    Where the gradient of the KL is known to be ``ratio`` ``[N]`` times that of log p(y), this is
+    all of the gradient but one factor per token.
+    """
+    rows, outputs = problem.kept_rows(), empty_outputs(problem)
+    gradients = HeadGradients(problem.policy, Wanted(hidden=True, weight=False, bias=False))
+    plan = problem.plan(rows, tiles=2, whole_rows=True)
+    scratch = Scratch(plan, problem.heads, tiles=2)
+    ratio = ratio.to(outputs[0].dtype)
+    unit = problem.kept.to(ratio.dtype)
+    for chunk in row_chunks(rows, plan.rows):
+        forward_and_gradient(
+            problem, chunk, lambda c: (unit[c], ratio[c] * unit[c]), outputs, gradients, scratch
+        )
+    return outputs, gradients.hidden
+
+
+def forward_by_pairs(
+    problem: Problem,
+    chunk_of_token: Tensor,
+    chunks: int,
+    upstream_of: Callable[[kernels.Outputs], tuple[Tensor, Tensor]],
+    wanted: Wanted,
+) -> tuple[kernels.Outputs, tuple[Tensor, ...]]:
+    """Statistics and gradients, of as many pairs at a time as have a number in ``chunk_of_token``.
+
+    ``upstream_of``: the gradients of the loss by log p(y) and the KL of each token, ``[N]`` both,
+    from the outputs so far; they are asked for the tokens of pairs that are complete.
+    """
+    outputs = empty_outputs(problem)
+    gradients = HeadGradients(problem.policy, wanted)
+    groups = rows_of_groups(chunk_of_token.masked_fill(~problem.kept, chunks), chunks)
+    plan = problem.plan(max(groups, key=row_count), tiles=2, whole_rows=True)
+    scratch = Scratch(plan, problem.heads, tiles=2)
+    for rows in filter(row_count, groups):
+
+        def upstream(rows: Rows) -> tuple[Tensor, Tensor]:
+            grad_logps, grad_kl = upstream_of(outputs)
+            return grad_logps[rows], grad_kl[rows]
+
+        forward_and_gradient(problem, rows, upstream, outputs, gradients, scratch)
+    return outputs, gradients.results()

@@ -1,0 +1,263 @@
+"""The public functions of the fused head: checks, the choice of a way to gradients, the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdpo_ext import checks, linear_ops
+from tdpo_ext.fused_head import DEFAULT_CHUNK_BYTES, captured
+from tdpo_ext.linear_ops import Heads, Options
+from tdpo_ext.outputs import TDPOOutput, TokenStats
+from tdpo_ext.reference import aligned_labels_of, kl_ratios, loss_from_stats
+from tdpo_ext.sequences import sequence_of_tokens
+from tdpo_ext.tiles import costs, pairs_that_fit
+
+__all__ = ["linear_tdpo_loss", "linear_token_stats"]
+
+
+def linear_token_stats(
+    policy_hidden: Tensor,
+    policy_weight: Tensor,
+    reference_hidden: Tensor,
+    reference_weight: Tensor,
+    labels: Tensor,
+    *,
+    policy_bias: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    reference_logit_scale: float | None = None,
+    reference_logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_bytes: int | None = None,
+) -> TokenStats:
+    r"""``token_stats`` from hidden states and the heads' weights; the logits never exist.
+
+    The logits of policy and reference are, with h, W and b of each,
+
+        softcap tanh(scale (h W^T + b) / softcap)        without softcap: scale (h W^T + b)
+
+    in float32 (float64 for float64), tile by tile. log p(y), log q(y) and KL(q || p) are those of
+    ``token_stats`` (Zeng et al., 2024, arXiv 2404.11999), in nats.
+
+    Args:
+        policy_hidden: ``[..., H]``, float32, bfloat16, float16 or float64: what the policy's head
+            takes.
+        policy_weight: ``[V, H]``, the dtype of policy_hidden (under autocast: any).
+        reference_hidden: ``[..., H_ref]``, not requiring grad.
+        reference_weight: ``[V, H_ref]``, the dtype of reference_hidden, not requiring grad.
+        labels: ``[...]`` int64 or int32, aligned with the hidden states (nothing is shifted).
+        policy_bias, reference_bias: ``[V]``.
+        logit_scale, logit_softcap: of the policy's logits, as above.
+        reference_logit_scale, reference_logit_softcap: of the reference's; None: the policy's.
+        ignore_index: tokens with this label are left out before the first product: they cost
+            nothing, and their outputs and gradients are 0.
+        chunk_bytes: scratch memory, beyond inputs, outputs and gradients. None: 256 MiB. Results
+            do not depend on it beyond rounding.
+
+    Returns:
+        ``TokenStats(policy_logps, reference_logps, forward_kl)``, each ``[...]``, float32 (float64
+        for float64). Differentiable once in policy_hidden, policy_weight and policy_bias, those
+        that require grad, for any upstream gradients of policy_logps and forward_kl;
+        ``tdpo_ext.reference.linear_token_stats`` twice.
+
+    Raises:
+        TypeError: a dtype that is not listed, or differing dtypes.
+        ValueError: differing shapes or devices, an option outside its range, a tensor of the
+            reference that requires grad.
+        IndexError: on the CPU, a label outside [0, V) that is not ``ignore_index``. On an
+            accelerator that token's outputs are NaN.
+    """
+    heads, options = _checked(
+        (policy_hidden, policy_weight, policy_bias),
+        (reference_hidden, reference_weight, reference_bias),
+        (logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap),
+        ignore_index,
+        chunk_bytes,
+    )
+    checks.check_labels("labels", labels, policy_hidden)
+    stats = linear_ops.recompute(flat(heads, labels), options)
+    return TokenStats(*(values.view(labels.shape) for values in stats))
+
+
+def linear_tdpo_loss(
+    policy_hidden: Tensor,
+    policy_weight: Tensor,
+    reference_hidden: Tensor,
+    reference_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    shift_labels: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    policy_bias: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    reference_logit_scale: float | None = None,
+    reference_logit_softcap: float | None = None,
+    beta: float = 0.1,
+    alpha: float = 0.5,
+    variant: str = "tdpo2",
+    label_smoothing: float = 0.0,
+    average_log_prob: bool = False,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    chunk_bytes: int | None = None,
+) -> TDPOOutput:
+    r"""``tdpo_loss`` from hidden states and the heads' weights; the logits never exist.
+
+    Args:
+        policy_hidden: ``[2B, T, H]``, the chosen sequences stacked on the rejected ones in the same
+            order; or ``[total, H]`` together with ``cu_seqlens``.
+        reference_hidden: the same of the reference model, ``[..., H_ref]``.
+        labels, shift_labels, cu_seqlens, beta, alpha, variant, label_smoothing, average_log_prob,
+            reduction: as ``tdpo_loss``.
+        policy_weight, reference_weight, policy_bias, reference_bias, logit_scale, logit_softcap,
+            reference_logit_scale, reference_logit_softcap, ignore_index, chunk_bytes: as
+            ``linear_token_stats``. Large enough for the logits of whole pairs, ``chunk_bytes``
+            saves the work of making them twice (docs/fused-head.md).
+
+    Returns:
+        ``TDPOOutput``; only ``loss`` carries a gradient, for policy_hidden, policy_weight and
+        policy_bias.
+
+    Raises:
+        TypeError, ValueError, IndexError: as ``tdpo_loss`` and ``linear_token_stats``.
+    """
+    heads, options = _checked(
+        (policy_hidden, policy_weight, policy_bias),
+        (reference_hidden, reference_weight, reference_bias),
+        (logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap),
+        ignore_index,
+        chunk_bytes,
+    )
+    aligned = aligned_labels_of(
+        "policy_hidden", heads[0][0], labels, shift_labels, cu_seqlens, ignore_index
+    )
+    checks.check_loss_options(beta, alpha, variant, label_smoothing, reduction)
+    inputs = flat(heads, aligned)
+    loss_options: dict[str, Any] = {
+        "beta": beta,
+        "alpha": alpha,
+        "variant": variant,
+        "label_smoothing": label_smoothing,
+        "average_log_prob": average_log_prob,
+    }
+
+    def output_of(stats: TokenStats) -> TDPOOutput:
+        shaped = TokenStats(*(values.view(aligned.shape) for values in stats))
+        return loss_from_stats(
+            shaped,
+            aligned,
+            cu_seqlens=cu_seqlens,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            **loss_options,
+        )
+
+    wanted = inputs.wanted
+    sequences = aligned.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if wanted.hidden and not wanted.weight and not wanted.bias:
+        ratio = _kl_ratio_of_tokens(inputs.labels, cu_seqlens, sequences, alpha, variant)
+        return output_of(linear_ops.with_direction(inputs, options, ratio))
+    pairs_at_once = _pairs_at_once(inputs, options, sequences, cu_seqlens is not None)
+    if any(wanted) and reduction != "none" and pairs_at_once:
+        weight = 1 / (sequences // 2) if reduction == "mean" else 1.0
+        results = torch.ops.tdpo_ext.linear_tdpo_gradients(
+            *inputs.detached(),
+            cu_seqlens,
+            sequences,
+            *options,
+            *loss_options.values(),
+            weight,
+            pairs_at_once,
+            list(wanted),
+        )
+        output = output_of(TokenStats(*results[:3]))
+        loss = linear_ops.attach_gradients(output.loss, inputs, results[3:], wanted)
+        return output._replace(loss=loss)
+    return output_of(linear_ops.recompute(inputs, options))
+
+
+Side = tuple[Tensor, Tensor, Tensor | None]
+"""Hidden states, weight, bias."""
+
+
+def _checked(
+    policy: Side,
+    reference: Side,
+    logit_options: tuple[float, float | None, float | None, float | None],
+    ignore_index: int,
+    chunk_bytes: int | None,
+) -> tuple[tuple[Side, Side], Options]:
+    scale, softcap, reference_scale, reference_softcap = logit_options
+    checks.check_logit_options(scale, softcap)
+    reference_scale = scale if reference_scale is None else reference_scale
+    reference_softcap = softcap if reference_softcap is None else reference_softcap
+    checks.check_logit_options(reference_scale, reference_softcap, "reference_")
+    checks.check_ignore_index(ignore_index)
+    checks.check_chunk_bytes(chunk_bytes)
+    policy, reference = _autocast(policy), _autocast(reference)
+    checks.check_heads(policy, reference)
+    options = Options(
+        float(scale),
+        float(softcap or 0),
+        float(reference_scale),
+        float(reference_softcap or 0),
+        ignore_index,
+        DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes,
+    )
+    return (policy, reference), options
+
+
+def _autocast(side: Side) -> Side:
+    """As torch.nn.functional.linear does: under autocast the operands get its dtype."""
+    device = side[0].device.type if isinstance(side[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return side
+    dtype = torch.get_autocast_dtype(device)
+    hidden, weight, bias = (
+        x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x for x in side
+    )
+    assert hidden is not None
+    assert weight is not None
+    return hidden, weight, bias
+
+
+def flat(heads: tuple[Side, Side], labels: Tensor) -> Heads:
+    (hidden, weight, bias), (reference_hidden, reference_weight, reference_bias) = heads
+    return Heads(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        reference_hidden.reshape(-1, reference_hidden.shape[-1]),
+        reference_weight,
+        reference_bias,
+        labels.reshape(-1),
+    )
+
+
+def _kl_ratio_of_tokens(
+    labels: Tensor, cu_seqlens: Tensor | None, sequences: int, alpha: float, variant: str
+) -> Tensor:
+    chosen, rejected = kl_ratios(alpha, variant)
+    is_rejected = sequence_of_tokens(labels, cu_seqlens, sequences) >= sequences // 2
+    return torch.where(is_rejected, rejected, chosen)
+
+
+def _pairs_at_once(heads: Heads, options: Options, sequences: int, packed: bool) -> int:
+    """Of how many pairs the logits fit ``chunk_bytes``, if no token were ignored; 0: of none.
+
+    Lengths of packed sequences are known to the device alone, so with these all pairs must fit.
+    """
+    if sequences == 0 or captured(heads.labels):
+        return 0
+    problem = linear_ops.problem_of(heads, options)
+    tokens = heads.labels.numel() if packed else 2 * heads.labels.numel() // sequences
+    cost = costs(problem.heads, tiles=2, gathers=True)
+    fitting = pairs_that_fit(cost, max(1, tokens), problem.policy.vocabulary, problem.chunk_bytes)
+    pairs = sequences // 2
+    return (pairs if fitting else 0) if packed else min(fitting, pairs)

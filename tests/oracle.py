@@ -139,3 +139,24 @@ def tdpo_loss(
     per_token = [np.repeat(x / count, tokens) for x in (by_margin, by_kl)]
     gradient = token_stats_gradient(*flat, *per_token, ignore_index).reshape(z.shape)
     return Loss(losses, gradient, logps, margin, seq_kl)
+
+
+class Head(NamedTuple):
+    hidden: Array  # [N, H]
+    weight: Array  # [V, H]
+    bias: Array  # [V]
+    scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+
+    def logits(self) -> Array:
+        x = self.scale * (self.hidden @ self.weight.T + self.bias)
+        return self.softcap * np.tanh(x / self.softcap) if self.softcap else x
+
+    def gradients(self, by_logits: Array) -> tuple[Array, Array, Array]:
+        """By hidden states, weight and bias."""
+        slope = self.scale * np.ones_like(by_logits)
+        if self.softcap:
+            x = self.scale * (self.hidden @ self.weight.T + self.bias)
+            slope /= np.cosh(x / self.softcap) ** 2
+        by_product = by_logits * slope
+        return by_product @ self.weight, by_product.T @ self.hidden, by_product.sum(0)

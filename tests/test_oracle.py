@@ -78,3 +78,20 @@ def test_gradient_of_the_loss(variant, alpha, smoothing, average):
 
     assert value(z) == pytest.approx((weights * loss.losses).sum(), rel=1e-14)
     np.testing.assert_allclose(loss.gradient, central_difference(value, z), atol=1e-8)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_gradients_of_a_head_by_finite_differences(softcap):
+    rng = np.random.default_rng(5)
+    head = oracle.Head(*(rng.normal(size=shape) for shape in ((3, 4), (6, 4), 6)), 0.7, softcap)
+    weights = rng.normal(size=(3, 6))
+    for number, gradient in enumerate(head.gradients(weights)):
+        for at in np.ndindex(gradient.shape):
+            values = []
+            for step in (1e-6, -1e-6):
+                moved = head[number].copy()
+                moved[at] += step
+                values.append(
+                    (head._replace(**{head._fields[number]: moved}).logits() * weights).sum()
+                )
+            assert gradient[at] == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-6, abs=1e-8)

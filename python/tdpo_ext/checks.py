@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -305,6 +306,30 @@ def check_logit_options(scale: float, softcap: float | None, prefix: str = "") -
             raise ValueError(
                 f"{prefix}logit_softcap must be positive and finite, or None, got {softcap}"
             )
+
+
+class LogitOptions(NamedTuple):
+    """What turns h W^T + b into logits: softcap tanh(scale x / softcap), 0: no softcap."""
+
+    scale: float
+    softcap: float
+    reference_scale: float
+    reference_softcap: float
+
+
+def logit_options(
+    scale: float,
+    softcap: float | None,
+    reference_scale: float | None,
+    reference_softcap: float | None,
+) -> LogitOptions:
+    """Checked; the reference's are the policy's where None."""
+    reference_scale = scale if reference_scale is None else reference_scale
+    reference_softcap = softcap if reference_softcap is None else reference_softcap
+    check_logit_options(scale, softcap)
+    check_logit_options(reference_scale, reference_softcap, "reference_")
+    caps = float(softcap or 0), float(reference_softcap or 0)
+    return LogitOptions(float(scale), caps[0], float(reference_scale), caps[1])
 
 
 def check_chunk_bytes(chunk_bytes: int | None) -> None:

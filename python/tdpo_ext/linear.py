@@ -189,27 +189,16 @@ Side = tuple[Tensor, Tensor, Tensor | None]
 def _checked(
     policy: Side,
     reference: Side,
-    logit_options: tuple[float, float | None, float | None, float | None],
+    logits: tuple[float, float | None, float | None, float | None],
     ignore_index: int,
     chunk_bytes: int | None,
 ) -> tuple[tuple[Side, Side], Options]:
-    scale, softcap, reference_scale, reference_softcap = logit_options
-    checks.check_logit_options(scale, softcap)
-    reference_scale = scale if reference_scale is None else reference_scale
-    reference_softcap = softcap if reference_softcap is None else reference_softcap
-    checks.check_logit_options(reference_scale, reference_softcap, "reference_")
     checks.check_ignore_index(ignore_index)
     checks.check_chunk_bytes(chunk_bytes)
     policy, reference = _autocast(policy), _autocast(reference)
     checks.check_heads(policy, reference)
-    options = Options(
-        float(scale),
-        float(softcap or 0),
-        float(reference_scale),
-        float(reference_softcap or 0),
-        ignore_index,
-        DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes,
-    )
+    bytes_at_once = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    options = Options(*checks.logit_options(*logits), ignore_index, bytes_at_once)
     return (policy, reference), options
 
 

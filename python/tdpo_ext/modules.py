@@ -145,10 +145,9 @@ class LinearTDPOLoss(_LossModule):
             reduction=reduction,
             ignore_index=ignore_index,
         )
-        checks.check_logit_options(logit_scale, logit_softcap)
-        if reference_logit_scale is not None:
-            checks.check_logit_options(reference_logit_scale, None, "reference_")
-        checks.check_logit_options(1.0, reference_logit_softcap, "reference_")
+        checks.logit_options(
+            logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap
+        )
         checks.check_chunk_bytes(chunk_bytes)
         self.logit_scale = logit_scale
         self.logit_softcap = logit_softcap

@@ -27,7 +27,7 @@ from tdpo_ext import checks
 from tdpo_ext.outputs import TDPOOutput, TokenStats
 from tdpo_ext.sequences import align_labels, kept_counts, sequence_sums
 
-__all__ = ["pair_loss", "tdpo_loss", "token_stats"]
+__all__ = ["linear_tdpo_loss", "linear_token_stats", "pair_loss", "tdpo_loss", "token_stats"]
 
 
 def token_stats(
@@ -194,16 +194,130 @@ def tdpo_loss(
     inplace_backward: bool = False,
 ) -> TDPOOutput:
     """As ``tdpo_ext.tdpo_loss``, on top of this module's ``token_stats``."""
+    checks.check_loss_options(beta, alpha, variant, label_smoothing, reduction)
     aligned = aligned_labels(
         policy_logits, reference_logits, labels, shift_labels, cu_seqlens, ignore_index
     )
-    checks.check_loss_options(beta, alpha, variant, label_smoothing, reduction)
     stats = token_stats(
         policy_logits,
         reference_logits,
         aligned,
         ignore_index=ignore_index,
         inplace_backward=inplace_backward,
+    )
+    return loss_from_stats(
+        stats,
+        aligned,
+        cu_seqlens=cu_seqlens,
+        beta=beta,
+        alpha=alpha,
+        variant=variant,
+        label_smoothing=label_smoothing,
+        average_log_prob=average_log_prob,
+        reduction=reduction,
+        ignore_index=ignore_index,
+    )
+
+
+def linear_token_stats(
+    policy_hidden: Tensor,
+    policy_weight: Tensor,
+    reference_hidden: Tensor,
+    reference_weight: Tensor,
+    labels: Tensor,
+    *,
+    policy_bias: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    reference_logit_scale: float | None = None,
+    reference_logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_bytes: int | None = None,
+) -> TokenStats:
+    """As ``tdpo_ext.linear_token_stats``, from logits; ``chunk_bytes`` changes nothing."""
+    policy = (policy_hidden, policy_weight, policy_bias)
+    reference = (reference_hidden, reference_weight, reference_bias)
+    checks.check_heads(policy, reference)
+    checks.check_labels("labels", labels, policy_hidden)
+    checks.check_chunk_bytes(chunk_bytes)
+    scale, softcap, reference_scale, reference_softcap = checks.logit_options(
+        logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap
+    )
+    blank = (labels == ignore_index).unsqueeze(-1)  # not even a gradient comes from there
+    return token_stats(
+        _logits(policy_hidden.masked_fill(blank, 0), policy_weight, policy_bias, scale, softcap),
+        _logits(
+            reference_hidden.masked_fill(blank, 0),
+            reference_weight,
+            reference_bias,
+            reference_scale,
+            reference_softcap,
+        ),
+        labels,
+        ignore_index=ignore_index,
+    )
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """softcap tanh(scale (h W^T + b) / softcap), in float32 at least."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        logits = logits + bias
+    logits = scale * logits
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def linear_tdpo_loss(
+    policy_hidden: Tensor,
+    policy_weight: Tensor,
+    reference_hidden: Tensor,
+    reference_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    shift_labels: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    policy_bias: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    reference_logit_scale: float | None = None,
+    reference_logit_softcap: float | None = None,
+    beta: float = 0.1,
+    alpha: float = 0.5,
+    variant: str = "tdpo2",
+    label_smoothing: float = 0.0,
+    average_log_prob: bool = False,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    chunk_bytes: int | None = None,
+) -> TDPOOutput:
+    """As ``tdpo_ext.linear_tdpo_loss``, on top of this module's ``linear_token_stats``."""
+    checks.check_loss_options(beta, alpha, variant, label_smoothing, reduction)
+    checks.check_heads(
+        (policy_hidden, policy_weight, policy_bias),
+        (reference_hidden, reference_weight, reference_bias),
+    )
+    aligned = aligned_labels_of(
+        "policy_hidden", policy_hidden, labels, shift_labels, cu_seqlens, ignore_index
+    )
+    stats = linear_token_stats(
+        policy_hidden,
+        policy_weight,
+        reference_hidden,
+        reference_weight,
+        aligned,
+        policy_bias=policy_bias,
+        reference_bias=reference_bias,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        reference_logit_scale=reference_logit_scale,
+        reference_logit_softcap=reference_logit_softcap,
+        ignore_index=ignore_index,
+        chunk_bytes=chunk_bytes,
     )
     return loss_from_stats(
         stats,

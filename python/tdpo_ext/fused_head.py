@@ -24,6 +24,7 @@ from torch import Tensor
 from tdpo_ext import kernels
 from tdpo_ext.head import Head, HeadGradients, Rows, Wanted
 from tdpo_ext.tiles import (
+    MOST_COLUMNS_ON_CPU,
     Plan,
     Scratch,
     column_ranges,
@@ -72,9 +73,11 @@ class Problem(NamedTuple):
 
     def plan(self, rows: Rows, tiles: int, *, whole_rows: bool) -> Plan:
         cost = costs(self.heads, tiles, gathers=not isinstance(rows, slice))
-        planned = plan_whole_rows if whole_rows else plan_tiles
-        vocabulary = self.policy.vocabulary
-        return planned(cost, row_count(rows), vocabulary, self.chunk_bytes)
+        count, vocabulary = row_count(rows), self.policy.vocabulary
+        if whole_rows:
+            return plan_whole_rows(cost, count, vocabulary, self.chunk_bytes)
+        most = MOST_COLUMNS_ON_CPU if self.labels.device.type == "cpu" else vocabulary
+        return plan_tiles(cost, count, vocabulary, self.chunk_bytes, most)
 
 
 def empty_outputs(problem: Problem) -> kernels.Outputs:
@@ -230,10 +233,10 @@ def recompute(
     for columns in column_ranges(policy.vocabulary, scratch.plan.columns):
         shape = labels.numel(), len(columns)
         z, r = scratch.tile(0, *shape), scratch.tile(-1, *shape)
-        if kind.policy or policy.softcap:
-            policy.write_logits(states, columns, z, scratch.cast)
         if kind.reference:
             reference.write_logits(reference_states, columns, r, scratch.cast)
+        if kind.policy or policy.softcap:  # last: what is cast for it serves dh as well
+            policy.write_logits(states, columns, z, scratch.cast)
         add_tile_gradient(problem, (z, r), columns, labels, upstream, gradients, scratch)
     gradients.end_pass(rows)
 

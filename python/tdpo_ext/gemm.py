@@ -41,4 +41,4 @@ def multiply_add(a: Tensor, b: Tensor, out: Tensor) -> None:
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out)
     else:
-        out += torch.mm(a, b, out_dtype=out.dtype)
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)

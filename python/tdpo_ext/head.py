@@ -19,6 +19,22 @@ Rows = slice | Tensor
 """Tokens: a range of them, or their indices ``[n]``."""
 
 
+class Cast:
+    """Memory for weights that are cast, and what it holds: the next product may take the same."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.held: tuple[int, range] | None = None
+
+    def of(self, weight: Tensor, rows: range) -> Tensor:
+        width = weight.shape[1]
+        cast = self.memory[: len(rows) * width].view(len(rows), width)
+        if self.held != (id(weight), rows):
+            cast.copy_(weight[rows.start : rows.stop])
+            self.held = id(weight), rows
+        return cast
+
+
 class Head(NamedTuple):
     """Of checked arguments."""
 
@@ -50,24 +66,19 @@ class Head(NamedTuple):
         states = self.hidden[rows]  # a view of a range, a copy of others
         return states.to(gemm.operand_dtype(states))
 
-    def weight_blocks(self, columns: range, buffer: Tensor) -> Iterator[tuple[range, Tensor]]:
-        """Rows of W for a range of columns, ready for products; cast some at a time if need be.
-
-        ``buffer`` is flat and of the accumulation type; the blocks lie in it one after the other.
-        """
+    def weight_blocks(self, columns: range, cast: Cast) -> Iterator[tuple[range, Tensor]]:
+        """Rows of W for a range of columns, ready for products; cast some at a time if need be."""
         if not self.casts:
             yield columns, self.weight[columns.start : columns.stop]
             return
-        width = self.weight.shape[1]
-        step = buffer.numel() // width
+        step = cast.memory.numel() // self.weight.shape[1]
         for start in range(columns.start, columns.stop, step):
             block = range(start, min(start + step, columns.stop))
-            cast = buffer[: len(block) * width].view(len(block), width)
-            yield block, cast.copy_(self.weight[block.start : block.stop])
+            yield block, cast.of(self.weight, block)
 
-    def write_logits(self, states: Tensor, columns: range, tile: Tensor, buffer: Tensor) -> None:
+    def write_logits(self, states: Tensor, columns: range, tile: Tensor, cast: Cast) -> None:
         """The logits of ``states`` over ``columns`` to ``tile``."""
-        for block, weight in self.weight_blocks(columns, buffer):
+        for block, weight in self.weight_blocks(columns, cast):
             at = slice(block.start - columns.start, block.stop - columns.start)
             gemm.multiply(states, weight.T, out=tile[:, at])
         if self.bias is not None:
@@ -120,14 +131,14 @@ class HeadGradients:
         if self.wanted.hidden:
             self.of_states = torch.zeros_like(states, dtype=self.head.accumulation_dtype)
 
-    def add(self, columns: range, gradient: Tensor, buffer: Tensor) -> None:
+    def add(self, columns: range, gradient: Tensor, cast: Cast) -> None:
         """A tile's gradient of h W^T + b."""
         at = slice(columns.start, columns.stop)
         if self.bias.numel():
             self.bias[at] += gradient.sum(0)
         gradient = gradient.to(self.states.dtype)
         if self.wanted.hidden:
-            for block, weight in self.head.weight_blocks(columns, buffer):
+            for block, weight in self.head.weight_blocks(columns, cast):
                 of_block = slice(block.start - columns.start, block.stop - columns.start)
                 gemm.multiply_add(gradient[:, of_block], weight, out=self.of_states)
         if self.wanted.weight:

@@ -8,11 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tdpo_ext.head import Head, Rows
+from tdpo_ext.head import Cast, Head, Rows
 
 LEAST_COLUMNS = 256
 """Rows are split only if all of them leave room for fewer columns than these: products of narrow
 tiles are slow."""
+MOST_COLUMNS_ON_CPU = 2048
+"""Measured: wider tiles leave the cache, and fresh memory costs a page fault every 4 KiB."""
 COLUMN_MULTIPLE = 64
 """Tiles start at multiples of this, so that every row of logits is aligned."""
 
@@ -46,7 +48,9 @@ def costs(heads: tuple[Head, ...], tiles: int, gathers: bool) -> Costs:
     return Costs(of_row, of_column, tiles * size)
 
 
-def plan_tiles(cost: Costs, rows: int, vocabulary: int, chunk_bytes: int) -> Plan:
+def plan_tiles(
+    cost: Costs, rows: int, vocabulary: int, chunk_bytes: int, most_columns: int
+) -> Plan:
     """Tiles of all rows and as many columns as fit; of fewer rows if those would be too few."""
     columns = min(LEAST_COLUMNS, vocabulary)
     fitting = (chunk_bytes - columns * cost.of_column) // (cost.of_row + columns * cost.of_logit)
@@ -54,7 +58,7 @@ def plan_tiles(cost: Costs, rows: int, vocabulary: int, chunk_bytes: int) -> Pla
     left = chunk_bytes - rows * cost.of_row
     columns = left // (cost.of_column + rows * cost.of_logit)
     columns = max(1, columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-    columns = min(columns, vocabulary)
+    columns = min(columns, most_columns, vocabulary)
     return Plan(rows, columns, columns)
 
 
@@ -76,7 +80,7 @@ def pairs_that_fit(cost: Costs, tokens_of_pair: int, vocabulary: int, chunk_byte
 
 
 class Scratch:
-    """Memory for tiles, taken once: fresh memory would cost a page fault every 4 KiB."""
+    """Memory for tiles, taken once."""
 
     def __init__(self, plan: Plan, heads: tuple[Head, ...], tiles: int) -> None:
         like = heads[0].hidden
@@ -84,7 +88,7 @@ class Scratch:
         self.plan = plan
         self.tiles = [like.new_empty(plan.rows * plan.columns, dtype=dtype) for _ in range(tiles)]
         width = max(head.weight.shape[1] if head.casts else 0 for head in heads)
-        self.cast = like.new_empty(plan.cast_columns * width, dtype=dtype)
+        self.cast = Cast(like.new_empty(plan.cast_columns * width, dtype=dtype))
 
     def tile(self, number: int, rows: int, columns: int) -> Tensor:
         return self.tiles[number][: rows * columns].view(rows, columns)

@@ -20,8 +20,10 @@ lint: .venv/installed .venv/development
 	$(python) -m mypy
 	.venv/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh')
 
-bench: .venv/installed
+bench: .venv/installed .venv/demo
 	$(python) benchmarks/against_eager.py
+	$(python) benchmarks/fused_head.py benchmarks/results
+	$(python) benchmarks/render.py
 
 clean:
 	rm -rf .venv build dist

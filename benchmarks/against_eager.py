@@ -2,7 +2,7 @@
 
 One process, one run: providers take turns round by round, so that a machine whose speed drifts does
 so for all. The limit is a read of the same bytes, timed in the same rounds. Writes
-benchmarks/results/cpu-against-eager.json, and docs/benchmarks.md anew.
+benchmarks/results/cpu-against-eager.json.
 
     python benchmarks/against_eager.py [--rounds 5] [--rows 64]
 """
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import render
 import torch
 from formula import formula
 from torch import Tensor
@@ -135,7 +134,6 @@ def main() -> None:
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    render.write_page()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 #
 # There must be python3 with torch, nvcc, a C++ compiler, compute-sanitizer, and cmake, ninja,
 # pybind11, scikit-build-core, numpy and pytest; what is missing of the packages may lie in the
-# folder WHEELS, and so may liger_kernel, a peer to be measured.
+# folder WHEELS, and so may liger_kernel and trl, peers to be measured.
 set -uo pipefail
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
@@ -72,15 +72,16 @@ PYTHON
 export -f build sanitize
 export python site wheels chosen
 : >"$out/steps.log"
-if step build 120 bash -c build; then
+if step build 90 bash -c build; then
   # initcheck must see all kernels, or it takes what torch's have written for unwritten.
-  step memcheck 200 bash -c 'sanitize memcheck --kernel-regex kns=tdpo' &
-  step racecheck 200 bash -c 'sanitize racecheck --kernel-regex kns=tdpo' &
-  step initcheck 200 bash -c 'sanitize initcheck' &
-  step synccheck 200 bash -c 'sanitize synccheck --kernel-regex kns=tdpo' &
-  step tests 200 "$python" -m pytest -m cuda -p no:cacheprovider
+  step memcheck 180 bash -c 'sanitize memcheck --kernel-regex kns=tdpo' &
+  step racecheck 180 bash -c 'sanitize racecheck --kernel-regex kns=tdpo' &
+  step initcheck 180 bash -c 'sanitize initcheck' &
+  step synccheck 180 bash -c 'sanitize synccheck --kernel-regex kns=tdpo' &
+  step tests 180 "$python" -m pytest -m cuda -p no:cacheprovider
   wait
-  # Alone on the machine.
-  step benchmark 200 "$python" benchmarks/gpu_against_copy.py "$out"
+  # One after the other, alone on the machine.
+  step benchmark 150 "$python" benchmarks/gpu_against_copy.py "$out"
+  step fused 100 "$python" benchmarks/fused_head.py "$out" --device cuda --rounds 3
 fi
 report

@@ -111,6 +111,60 @@ def gpu_section(report: Report) -> list[str]:
     ]
 
 
+def fused_rows(report: Report) -> Iterable[list[str]]:
+    for row in report["measurements"]:
+        times, extra = row["milliseconds"], row["extra_bytes"]
+        units = [times[f"unit of {name}"] for name in ("logits", "dh", "dW")]
+        sequences, tokens, width, vocabulary = row["shape"]
+        shape = f"{sequences} x {tokens}, {width}, {vocabulary}"
+        for name, taken in times.items():
+            if name.startswith("unit"):
+                continue
+            bare = "-"
+            if name in report["ways"]:
+                limit = sum(n * unit for n, unit in zip(report["ways"][name], units, strict=True))
+                bare = f"{taken / limit:.2f}x"
+            memory = f"{extra[name] / 2**20:.0f}" if name in extra else "-"
+            of_ours = f"{taken / times['tdpo_ext']:.2f}x"
+            kind = [shape, row["dtype"], f"{row['ignored']:.0%}"]
+            yield [*kind, name, f"{taken:.0f}", bare, of_ours, memory]
+
+
+def fused_section(report: Report) -> list[str]:
+    head = ["2B x T, H, V", "dtype", "ignored", "what", "ms", "against its bare products"]
+    return [
+        f"## The fused head, {report['device']}",
+        "",
+        f"Made by `benchmarks/fused_head.py`: torch {report['torch']}, {report['threads']} "
+        f"threads, medians of {report['rounds']} interleaved rounds of forward and backward of "
+        "TDPO2 if not said otherwise. Bare products: as many of the same as that way has units "
+        "([fused-head.md](fused-head.md)), operands cast beforehand. `eager` and Liger round "
+        "bfloat16 logits to bfloat16, ours and TRL's are float32. Liger's is DPO: no KL. Memory "
+        "is beyond the batch, gradients included.",
+        *table([*head, "against tdpo_ext", "extra memory, MiB"], fused_rows(report)),
+    ]
+
+
+def fused_picture(report: Report) -> None:
+    """docs/fused-head.png: memory against the vocabulary."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = report["memory_by_vocabulary"]
+    vocabularies = [row["vocabulary"] for row in rows]
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for name in rows[0]["extra_bytes"]:
+        sizes = [row["extra_bytes"][name] / 2**30 for row in rows]
+        axes.plot(vocabularies, sizes, marker="o", label=name)
+    axes.plot(vocabularies, [v * 768 * 4 / 2**30 for v in vocabularies], "k:", label="dW alone")
+    axes.set(xlabel="vocabulary", ylabel="extra memory, GiB", ylim=(0, None))
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(PAGE.parent / "fused-head.png", dpi=110)
+
+
 def load(name: str) -> Report | None:
     path = RESULTS / name
     return json.loads(path.read_text()) if path.exists() else None
@@ -125,6 +179,9 @@ def page() -> str:
     ]
     gpu = load("gpu-against-copy.json")
     lines += gpu_section(gpu) if gpu else ["No measurements on a GPU are committed yet."]
+    for device in ("cuda", "cpu"):
+        fused = load(f"fused-head-{device}.json")
+        lines += ["", *fused_section(fused)] if fused else []
     cpu = load("cpu-against-eager.json")
     lines += ["", *cpu_section(cpu)] if cpu else []
     return "\n".join(lines) + "\n"
@@ -132,6 +189,9 @@ def page() -> str:
 
 def write_page() -> None:
     PAGE.write_text(page())
+    fused = load("fused-head-cpu.json")
+    if fused:
+        fused_picture(fused)
     print(f"wrote {PAGE.relative_to(ROOT)}")
 
 

@@ -288,3 +288,56 @@ def test_compiled_for_the_card(mode):
         for a, b in zip(ours, wanted, strict=True):
             torch.testing.assert_close(a, b)
     torch.compiler.reset()
+
+
+def heads(*leading: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(dtype).cuda()
+
+    return {
+        "policy_hidden": normal(*leading, 64).requires_grad_(),
+        "policy_weight": (normal(3001, 64) / 8).requires_grad_(),
+        "reference_hidden": normal(*leading, 64),
+        "reference_weight": normal(3001, 64) / 8,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("chunk_bytes", [100_000, None])
+def test_the_fused_head_agrees_with_the_processor(dtype, reduction, chunk_bytes):
+    given = heads(4, 9, dtype=dtype)
+    labels = labels_for(torch.empty(4, 9, 3001), 0.3).cuda()
+    options: dict[str, Any] = {"reduction": reduction, "chunk_bytes": chunk_bytes}
+    results = []
+    for device in ("cuda", "cpu"):
+        moved = {name: x.detach().to(device) for name, x in given.items()}
+        leaves = [moved[name].requires_grad_() for name in ("policy_hidden", "policy_weight")]
+        output = tdpo_ext.linear_tdpo_loss(**moved, shift_labels=labels.to(device), **options)
+        results.append([output.loss, *torch.autograd.grad(output.loss, leaves)])
+    for ours, wanted in zip(*results, strict=True):
+        # dz is rounded as well, before its products.
+        assert relative_error(ours, numpy64(wanted)) <= 2 * STORED.get(dtype, 1e-6)
+
+
+def test_the_fused_head_replays_in_a_graph():
+    """All rows are kept then, also those that are ignored."""
+    given = heads(4, 9)
+    labels = labels_for(torch.empty(4, 9, 3001), 0.3).cuda()
+    leaves = [given["policy_hidden"], given["policy_weight"]]
+
+    def step() -> tuple[Tensor, ...]:
+        loss = tdpo_ext.linear_tdpo_loss(**given, shift_labels=labels, reduction="none").loss
+        return torch.autograd.grad(loss.sum(), leaves)
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for ours, wanted in zip(captured, step(), strict=True):
+        assert relative_error(ours, numpy64(wanted)) <= STORED[torch.bfloat16]

@@ -269,8 +269,9 @@ def test_it_is_token_stats_of_the_logits(backend, dtype):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_bfloat16_costs_nothing_but_the_rounding_of_what_is_stored(backend, frozen):
-    """Against the same in float32 throughout, whose gradients are then rounded."""
+def test_bfloat16_costs_nothing_but_the_rounding_of_what_is_stored(on_host, frozen):
+    """Against the same in float32 throughout, whose gradients are then rounded. (On a card dz is
+    rounded too, before its products.)"""
     given = arguments_of(6, 5, vocabulary=500, dtype=torch.bfloat16)
     labels = labels_for(torch.empty(6, 5, 500), 0.2)
     given, leaves = requiring_grad(given, frozen)

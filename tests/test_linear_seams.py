@@ -114,6 +114,7 @@ def test_the_process_grows_by_gradients_and_chunk_bytes(way, dtype):
         def step(chunk, tokens):
             hidden, reference = (torch.randn(2, tokens // 2, width).to(dtype) for _ in range(2))
             labels = torch.randint(0, vocabulary, (2, tokens // 2))
+            forget_peak()
             before = peak()
             hidden.requires_grad_(way != "forward")
             weight.requires_grad_(way in ("recompute", "whole pairs"))

@@ -1,0 +1,306 @@
+"""The fused head inside a Hugging Face model's own forward.
+
+``attach_tdpo`` gives the model one more argument, ``tdpo``. While it is given, the head's module,
+called where it always was, does not multiply: it returns the loss, made from its input and its
+weight. So whatever gathers, shards or casts that module's weight (DDP, FSDP2, ZeRO-3, PEFT,
+autocast) does it at the usual moments, forward and backward, and the logits never exist. What the
+model then does to the head's result it does to a few numbers, and nobody reads that.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import weakref
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from tdpo_ext.functional import linear_tdpo_loss, linear_token_stats
+from tdpo_ext.integrations.hidden import (
+    HeadInputs,
+    LogitOptions,
+    check_rebuilt_logits,
+    evaluating,
+    head_of,
+    language_model,
+    probe_inputs,
+    weight_and_bias,
+)
+from tdpo_ext.modules import LinearTDPOLoss
+from tdpo_ext.outputs import TDPOOutput, TokenStats
+
+HEAD_INPUTS = "head_inputs"
+"""As ``tdpo=``: return the ``HeadInputs``, which is what a reference is asked for."""
+
+
+class TDPOTargets(NamedTuple):
+    """As ``tdpo=``: return the loss against these. Exactly one of the two kinds of labels."""
+
+    reference: HeadInputs
+    """What the reference gave for ``tdpo=HEAD_INPUTS``, or the same from a cache."""
+    labels: Tensor | None = None
+    """``[2B, T]``, shifted inside; chosen sequences first."""
+    shift_labels: Tensor | None = None
+    """``[2B, T]``, aligned with what the head takes."""
+    cu_seqlens: Tensor | None = None
+    """``[2B + 1]``: boundaries of sequences packed into one row, ``[1, total]``."""
+
+
+@dataclass
+class TDPOModelOutput(ModelOutput):
+    loss: Tensor | None = None
+    """``tdpo.loss``; None if statistics were asked for."""
+    tdpo: TDPOOutput | TokenStats | None = None
+    aux_loss: Tensor | None = None
+    """Of a mixture of experts' router, if it was asked for (``output_router_logits=True``)."""
+
+
+class Attachment:
+    """What an attached model remembers, and the way from its forward to its head's and back."""
+
+    def __init__(self, model: nn.Module, head: nn.Module, loss: LinearTDPOLoss | None) -> None:
+        self.loss = loss
+        self.logit_options = LogitOptions.of(model.config)
+        self.weight = weakref.ref(weight_and_bias(head)[0])
+        self.takes_use_cache = "use_cache" in inspect.signature(type(model).forward).parameters
+        self.request: TDPOTargets | str | None = None
+        self.result: Any = None
+
+    def answer(self, head: nn.Module, hidden: Tensor) -> Tensor:
+        """What the head returns instead of logits: all that its gradients come back through."""
+        request = self.request
+        weight, bias = weight_and_bias(head)
+        if type(weight).__name__ == "DTensor":
+            raise ValueError(
+                "the head's weight is a DTensor inside forward (tensor parallel): attach_tdpo "
+                "needs all of it; leave the head out of the tensor-parallel plan"
+            )
+        own = HeadInputs(hidden, weight, bias, self.logit_options)
+        if not isinstance(request, TDPOTargets):
+            self.result = self.kept(own)
+            return hidden[..., :1]
+        if request.cu_seqlens is not None:
+            own = own._replace(hidden=hidden.squeeze(0))
+        if self.loss is None:
+            numbers = torch.cat(self.stats(own, request)).unsqueeze(-1)
+            self.result = TokenStats(*numbers.squeeze(-1).chunk(3))
+            return numbers
+        output = self.output(self.loss, own, request)
+        # [batch, tokens, vocabulary], as logits have; a vocabulary of 1 survives any broadcast.
+        numbers = output.loss.reshape(-1, 1, 1)
+        self.result = output._replace(loss=numbers.reshape(output.loss.shape))
+        return numbers
+
+    def kept(self, own: HeadInputs) -> HeadInputs:
+        """To be used after forward, when the gathered weight of a sharded head is gone."""
+        if torch.compiler.is_compiling():
+            sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
+        else:  # FSDP2 replaces the parameter that was there, ZeRO-3 marks it
+            sharded = own.weight is not self.weight() or hasattr(own.weight, "ds_id")
+        if not sharded:
+            return own
+        bias = None if own.bias is None else own.bias.clone()
+        return own._replace(weight=own.weight.clone(), bias=bias)
+
+    def stats(self, own: HeadInputs, request: TDPOTargets) -> TokenStats:
+        if request.shift_labels is None:
+            raise ValueError("statistics need shift_labels, aligned with the hidden states")
+        reference = _as_constant(request.reference, own.hidden.dtype)
+        return linear_token_stats(
+            own.hidden,
+            own.weight,
+            reference.hidden,
+            reference.weight,
+            request.shift_labels,
+            **_logit_arguments(own, reference),
+        )
+
+    def output(self, loss: LinearTDPOLoss, own: HeadInputs, request: TDPOTargets) -> TDPOOutput:
+        reference = _as_constant(request.reference, own.hidden.dtype)
+        if request.cu_seqlens is not None:
+            reference = reference._replace(hidden=reference.hidden.squeeze(0))
+        options = {**loss.options(), **_logit_arguments(own, reference)}
+        return linear_tdpo_loss(
+            own.hidden,
+            own.weight,
+            reference.hidden,
+            reference.weight,
+            request.labels,
+            shift_labels=request.shift_labels,
+            cu_seqlens=request.cu_seqlens,
+            **options,
+        )
+
+
+def _as_constant(reference: HeadInputs, dtype: torch.dtype) -> HeadInputs:
+    if reference.hidden.dtype != dtype or reference.weight.dtype != dtype:
+        reference = reference.to(dtype)
+    return reference.detached()
+
+
+def _logit_arguments(own: HeadInputs, reference: HeadInputs) -> dict[str, Any]:
+    if own.logit_options.softcap and not reference.logit_options.softcap:
+        raise ValueError(
+            f"the policy caps its logits at {own.logit_options.softcap}, the reference does "
+            "not; use the logits (tdpo_ext.TDPOLoss)"
+        )
+    return {
+        "policy_bias": own.bias,
+        "reference_bias": reference.bias,
+        "logit_scale": own.logit_options.scale,
+        "logit_softcap": own.logit_options.softcap,
+        "reference_logit_scale": reference.logit_options.scale,
+        "reference_logit_softcap": reference.logit_options.softcap,
+    }
+
+
+def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward that was there before."""
+    before = module.__dict__["_tdpo_forward_before"]
+    if before is not None:
+        return before(*args, **kwargs)
+    return type(module).forward(module, *args, **kwargs)
+
+
+def _head_forward(self: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    attachment: Attachment | None = self.__dict__.get("_tdpo")
+    if attachment is None or attachment.request is None:
+        return _call(self, (hidden, *args), kwargs)
+    return attachment.answer(self, hidden)
+
+
+def _model_forward(self: Any, *args: Any, tdpo: Any = None, **kwargs: Any) -> Any:
+    attachment: Attachment | None = self.__dict__.get("_tdpo")
+    if tdpo is None:
+        return _call(self, args, kwargs)
+    _check_request(self, attachment, tdpo, kwargs)
+    assert attachment is not None
+    if attachment.takes_use_cache:
+        kwargs.setdefault("use_cache", False)
+    attachment.request, attachment.result = tdpo, None
+    try:
+        outputs = _call(self, args, {**kwargs, "return_dict": True})
+    finally:
+        attachment.request = None
+    result, attachment.result = attachment.result, None
+    if result is None:
+        raise RuntimeError(
+            f"{type(self).__name__} did not call its head ({type(head_of(self)).__name__}); use "
+            "the logits (tdpo_ext.TDPOLoss)"
+        )
+    if isinstance(result, HeadInputs):
+        return result
+    loss = result.loss if isinstance(result, TDPOOutput) else None
+    return TDPOModelOutput(loss=loss, tdpo=result, aux_loss=getattr(outputs, "aux_loss", None))
+
+
+def _check_request(model: Any, attachment: Any, tdpo: Any, kwargs: dict[str, Any]) -> None:
+    if attachment is None:
+        raise RuntimeError("the model was detached; call attach_tdpo(model) again")
+    if not isinstance(tdpo, TDPOTargets) and tdpo != HEAD_INPUTS:
+        raise TypeError(f'tdpo must be a TDPOTargets or "{HEAD_INPUTS}", got {type(tdpo).__name__}')
+    if kwargs.get("labels") is not None:
+        raise ValueError("labels and tdpo were both given; labels go into TDPOTargets")
+    if head_of(model).__dict__.get("_tdpo") is not attachment:
+        raise RuntimeError(
+            "the model's head has changed since attach_tdpo (adapters added, embeddings resized, "
+            "model copied with another head); call attach_tdpo last"
+        )
+
+
+_DEFAULT = LinearTDPOLoss()
+
+
+def attach_tdpo(
+    model: nn.Module, loss: LinearTDPOLoss | None = _DEFAULT, *, probe: bool = True
+) -> nn.Module:
+    """Let ``model`` compute TDPO inside its own forward, without logits.
+
+        attach_tdpo(policy, LinearTDPOLoss(beta=0.1))
+        attach_tdpo(reference)
+        with torch.no_grad():
+            of_reference = reference(**batch, tdpo=HEAD_INPUTS)
+        output = policy(**batch, tdpo=TDPOTargets(of_reference, labels))
+        output.loss.backward()                     # and output.tdpo.metrics()
+
+    Without ``tdpo=`` the model is what it was: generate, saving and evaluation are untouched.
+    Attach after adding adapters, before DDP, FSDP or DeepSpeed.
+
+    Args:
+        model: a Hugging Face language model, decoder only or encoder-decoder, or a PEFT model of
+            one. Changed in place. An encoder-decoder is called with ``decoder_input_ids`` and
+            takes ``shift_labels``.
+        loss: the options of the loss (those of the logits are the model's own). None: statistics
+            per token instead, as ``linear_token_stats``, for losses of your own.
+        probe: compare four tokens' logits, rebuilt from what the head takes, with the model's own.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: not a Hugging Face language model.
+        ValueError: its logits cannot be rebuilt, or its head cannot be fused; the message says what
+            to do instead.
+    """
+    inner = language_model(model)
+    detach_tdpo(model)
+    head = head_of(inner)
+    attachment = Attachment(inner, head, loss)
+    for module, forward in ((inner, _model_forward), (head, _head_forward)):
+        module.__dict__["_tdpo"] = attachment
+        if "_tdpo_forward_before" in module.__dict__:  # ours is still there, below somebody's
+            continue
+        before = module.__dict__.get("forward")
+        # As the class's own to whoever looks at its signature, as generate does.
+        wrapped = functools.wraps(type(module).forward)(_copied(forward))
+        module.__dict__["_tdpo_forward_before"] = before
+        module.__dict__["forward"] = types.MethodType(wrapped, module)
+    if probe:
+        try:
+            _probe(inner)
+        except Exception:
+            detach_tdpo(model)
+            raise
+    return model
+
+
+def _copied(function: Any) -> types.FunctionType:
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def detach_tdpo(model: nn.Module) -> nn.Module:
+    """Undo ``attach_tdpo``; a model that is not attached is left alone."""
+    inner = language_model(model)
+    for module in (inner, head_of(inner)):
+        if module.__dict__.pop("_tdpo", None) is None:
+            continue
+        current = module.__dict__["forward"]
+        function = getattr(current, "__func__", None)
+        if getattr(function, "__code__", None) in _OURS:
+            before = module.__dict__.pop("_tdpo_forward_before")
+            del module.__dict__["forward"]
+            if before is not None:
+                module.__dict__["forward"] = before
+        # Else somebody has wrapped ours since: it stays below theirs and passes everything on.
+    return model
+
+
+_OURS = (_model_forward.__code__, _head_forward.__code__)
+
+
+@torch.no_grad()
+def _probe(model: Any) -> None:
+    inputs = probe_inputs(model)
+    with evaluating(model):
+        logits = model(**inputs).logits
+        rebuilt = model(**inputs, tdpo=HEAD_INPUTS).logits()
+    check_rebuilt_logits(model, logits, rebuilt)

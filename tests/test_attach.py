@@ -1,0 +1,308 @@
+"""attach_tdpo: the loss inside model.forward equals the loss of the model's own logits."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from tiny_models import CONFIGS, tiny_batch, tiny_model
+
+from tdpo_ext import LinearTDPOLoss, pair_loss, reference
+from tdpo_ext.integrations.attach import HEAD_INPUTS, TDPOTargets, attach_tdpo, detach_tdpo
+from tdpo_ext.integrations.hidden import LogitOptions, head_of, weight_and_bias
+
+
+def targets(model: Any, reference_model: Any, batch: dict[str, Any]) -> TDPOTargets:
+    with torch.no_grad():
+        of_reference = reference_model(**batch["inputs"], tdpo=HEAD_INPUTS)
+    if model.config.is_encoder_decoder:
+        return TDPOTargets(of_reference, shift_labels=batch["labels"])
+    return TDPOTargets(of_reference, batch["labels"])
+
+
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def truth(
+    model: Any, reference_model: Any, batch: dict[str, Any], **options: Any
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients from the models' own logits."""
+    with torch.no_grad():
+        reference_logits = reference_model(**batch["inputs"]).logits
+    kind = "shift_labels" if model.config.is_encoder_decoder else "labels"
+    output = reference.tdpo_loss(
+        model(**batch["inputs"]).logits.double(),
+        reference_logits.double(),
+        **{kind: batch["labels"]},
+        **options,
+    )
+    return output.loss.detach(), gradients(model, output.loss)
+
+
+def assert_equal_gradients(got: dict[str, Any], expected: dict[str, Any], rtol: float) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = value.abs().max().clamp(min=1e-6)
+        torch.testing.assert_close(got[name] / scale, value / scale, rtol=0, atol=rtol, msg=name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradients_are_those_of_the_models_own_logits(name: str) -> None:
+    model, reference_model = tiny_model(name), tiny_model(name, seed=1)
+    batch = tiny_batch(model)
+    loss, expected = truth(model, reference_model, batch)
+    for each in (model, reference_model):
+        attach_tdpo(each)
+    output = model(**batch["inputs"], tdpo=targets(model, reference_model, batch))
+    torch.testing.assert_close(output.loss, loss.float(), rtol=1e-5, atol=1e-6)
+    assert_equal_gradients(gradients(model, output.loss), expected, 5e-5)
+
+
+def test_what_a_config_says_of_its_logits() -> None:
+    read = {name: LogitOptions.of(tiny_model(name).config) for name in CONFIGS}
+    assert read["llama"] == (1.0, None)
+    assert read["gemma2-softcap"] == (1.0, 0.5)
+    assert read["cohere-scale"] == (0.25, None)
+    assert read["granite-scaling"] == (0.25, None)
+    assert read["falcon-h1-multiplier"] == (0.3, None)
+
+
+def test_a_model_that_does_something_unknown_to_its_logits_is_refused() -> None:
+    class Louder(type(tiny_model())):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = outputs.logits * 1.01
+            return outputs
+
+    model = Louder(tiny_model().config).eval()
+    with pytest.raises(ValueError, match=r"no known field.*linear_tdpo_loss"):
+        attach_tdpo(model)
+    assert "forward" not in model.__dict__
+    assert "forward" not in model.lm_head.__dict__
+
+
+def test_a_model_that_does_not_call_its_head_is_refused() -> None:
+    class Direct(type(tiny_model())):  # type: ignore[misc]
+        def forward(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+            outputs = self.model(input_ids=input_ids, attention_mask=attention_mask)
+            outputs["logits"] = outputs.last_hidden_state @ self.lm_head.weight.T
+            return outputs
+
+    with pytest.raises(RuntimeError, match="did not call its head"):
+        attach_tdpo(Direct(tiny_model().config).eval())
+
+
+def test_models_that_are_no_language_models_are_refused() -> None:
+    with pytest.raises(TypeError, match="Hugging Face language model"):
+        attach_tdpo(torch.nn.Linear(2, 2))
+    encoder = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=9,
+            hidden_size=4,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=4,
+        )
+    )
+    with pytest.raises(ValueError, match="no output embeddings"):
+        attach_tdpo(encoder)
+
+
+def test_a_quantised_head_is_refused() -> None:
+    model = tiny_model()
+    weight = model.lm_head.weight.detach()
+    model.lm_head.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="no floating matrix"):
+        attach_tdpo(model)
+
+
+def test_detach_restores_the_model_and_attach_is_idempotent() -> None:
+    model = tiny_model()
+    batch = tiny_batch(model)
+    before = model(**batch["inputs"]).logits
+    for _ in range(2):
+        attach_tdpo(model)
+    assert torch.equal(model(**batch["inputs"]).logits, before)
+    detach_tdpo(model)
+    for module in (model, model.lm_head):
+        assert not {key for key in module.__dict__ if "tdpo" in key or key == "forward"}
+
+
+def test_a_wrapper_put_on_top_survives_detach_and_attach() -> None:
+    model = attach_tdpo(tiny_model())
+    batch = tiny_batch(model)
+    ours = model.forward
+    model.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    detach_tdpo(model)
+    with pytest.raises(RuntimeError, match="detached"):
+        model(**batch["inputs"], tdpo=HEAD_INPUTS)
+    assert model(**batch["inputs"]).logits is not None
+    attach_tdpo(model)
+    assert model(**batch["inputs"], tdpo=HEAD_INPUTS).hidden.shape[:2] == (4, 7)
+
+
+def test_a_copy_is_attached_to_itself() -> None:
+    model = attach_tdpo(tiny_model())
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+    batch = tiny_batch(model)
+    assert not copied(**batch["inputs"], tdpo=HEAD_INPUTS).weight.any()
+    assert model(**batch["inputs"], tdpo=HEAD_INPUTS).weight is model.lm_head.weight
+
+
+def test_saving_generating_and_checkpointing_keep_working(tmp_path: Any) -> None:
+    model, plain = tiny_model(), tiny_model()
+    reference_model = attach_tdpo(tiny_model(seed=1))
+    attach_tdpo(model)
+    batch = tiny_batch(model)
+    prompt = batch["inputs"]["input_ids"][:, :3]
+    arguments = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(prompt, **arguments), plain.generate(prompt, **arguments))
+    model.save_pretrained(tmp_path)
+    loaded = type(plain).from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    asked = targets(model, reference_model, batch)
+    expected = gradients(model, model(**batch["inputs"], tdpo=asked).loss)
+    model.train()
+    model.gradient_checkpointing_enable()
+    assert_equal_gradients(
+        gradients(model, model(**batch["inputs"], tdpo=asked).loss), expected, 1e-6
+    )
+
+
+def test_torch_compile_of_the_model() -> None:
+    model, reference_model = attach_tdpo(tiny_model()), attach_tdpo(tiny_model(seed=1))
+    batch = tiny_batch(model)
+    asked = targets(model, reference_model, batch)
+    expected = gradients(model, model(**batch["inputs"], tdpo=asked).loss)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_equal_gradients(
+        gradients(model, compiled(**batch["inputs"], tdpo=asked).loss), expected, 1e-5
+    )
+
+
+def test_statistics_for_a_loss_of_ones_own() -> None:
+    model = attach_tdpo(tiny_model(), None)
+    reference_model = attach_tdpo(tiny_model(seed=1))
+    batch = tiny_batch(model)
+    loss, expected = truth(model, reference_model, batch, variant="tdpo1")
+    shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    asked = targets(model, reference_model, batch)._replace(labels=None, shift_labels=shifted)
+    stats = model(**batch["inputs"], tdpo=asked).tdpo
+    margin = (stats.policy_logps - stats.reference_logps).sum(-1)
+    own = pair_loss(margin, stats.forward_kl.sum(-1), variant="tdpo1").mean()
+    torch.testing.assert_close(own, loss.float(), rtol=1e-5, atol=1e-6)
+    assert_equal_gradients(gradients(model, own), expected, 5e-5)
+
+
+def test_the_router_of_a_mixture_of_experts_reports_its_loss() -> None:
+    model, reference_model = attach_tdpo(tiny_model("mixtral")), attach_tdpo(tiny_model("mixtral"))
+    batch = tiny_batch(model)
+    asked = targets(model, reference_model, batch)
+    output = model(**batch["inputs"], tdpo=asked, output_router_logits=True)
+    expected = model(**batch["inputs"], output_router_logits=True).aux_loss
+    torch.testing.assert_close(output.aux_loss, expected)
+    assert output.aux_loss.requires_grad
+
+
+def test_packed_sequences() -> None:
+    model, reference_model = attach_tdpo(tiny_model()), attach_tdpo(tiny_model(seed=1))
+    batch = tiny_batch(model)
+    rows, tokens = batch["labels"].shape
+    packed = {
+        "input_ids": batch["inputs"]["input_ids"].view(1, -1),
+        "position_ids": torch.arange(tokens).repeat(1, rows),
+        "use_cache": False,
+    }
+    with torch.no_grad():
+        of_reference = reference_model(**packed, tdpo=HEAD_INPUTS)
+    asked = TDPOTargets(
+        of_reference,
+        batch["labels"].flatten(),
+        cu_seqlens=torch.arange(0, rows * tokens + 1, tokens),
+    )
+    got = model(**packed, tdpo=asked).loss
+    with torch.no_grad():
+        logits = [each(**packed).logits.view(rows, tokens, -1) for each in (model, reference_model)]
+    expected = reference.tdpo_loss(*logits, batch["labels"]).loss
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_requests_say_what_is_wrong() -> None:
+    model = attach_tdpo(tiny_model())
+    batch = tiny_batch(model)
+    of_itself = targets(model, model, batch)
+    with pytest.raises(TypeError, match="TDPOTargets"):
+        model(**batch["inputs"], tdpo=batch["labels"])
+    with pytest.raises(ValueError, match="labels go into TDPOTargets"):
+        model(**batch["inputs"], labels=batch["labels"], tdpo=of_itself)
+    model.set_output_embeddings(torch.nn.Linear(16, 61, bias=False))
+    with pytest.raises(RuntimeError, match="head has changed"):
+        model(**batch["inputs"], tdpo=of_itself)
+
+
+# --- PEFT -----------------------------------------------------------------------------------------
+
+
+def lora(model: Any, **options: Any) -> Any:
+    torch.manual_seed(2)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=4, **options))
+    with torch.no_grad():  # B starts at 0, where the adapter does nothing
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    return wrapped.eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["layers", "head", "modules_to_save"],
+)
+def test_lora_with_the_adapter_off_as_reference(options: dict[str, Any]) -> None:
+    model = lora(tiny_model(), **options)
+    batch = tiny_batch(model)
+    with torch.no_grad():  # so that a saved copy of the head is not the original
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.2)
+        with model.disable_adapter():
+            reference_logits = model(**batch["inputs"]).logits
+    logits = model(**batch["inputs"]).logits.double()
+    output = reference.tdpo_loss(logits, reference_logits.double(), batch["labels"])
+    expected = gradients(model, output.loss)
+    attach_tdpo(model)
+    with model.disable_adapter():
+        asked = targets(model, model, batch)
+    got = model(**batch["inputs"], tdpo=asked).loss
+    torch.testing.assert_close(got, output.loss.detach().float(), rtol=1e-5, atol=1e-6)
+    assert_equal_gradients(gradients(model, got), expected, 5e-5)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_dropout": 0.1}])
+def test_adapters_on_the_head_that_cannot_be_folded_are_refused(options: dict[str, Any]) -> None:
+    model = lora(tiny_model(), target_modules=["lm_head"], **options).train()
+    with pytest.raises(ValueError, match=r"cannot be fused.*modules_to_save"):
+        weight_and_bias(head_of(model))
+
+
+def test_loss_options_are_the_attached_ones() -> None:
+    options = {"beta": 0.3, "variant": "tdpo1", "label_smoothing": 0.1, "reduction": "sum"}
+    model = attach_tdpo(tiny_model(), LinearTDPOLoss(**options))
+    reference_model = attach_tdpo(tiny_model(seed=1))
+    batch = tiny_batch(model)
+    loss, _ = truth(model, reference_model, batch, **options)
+    got = model(**batch["inputs"], tdpo=targets(model, reference_model, batch)).loss
+    torch.testing.assert_close(got, loss.float(), rtol=1e-5, atol=1e-6)

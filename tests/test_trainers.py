@@ -1,0 +1,433 @@
+"""Whole training steps, in other people's trainers, against one process in float64.
+
+Every step's loss and the gradient of every parameter, as the optimizer sees it, are compared with
+those of a float64 copy of the model, whose loss is the definition on its own logits, the mean over
+all the step's pairs. Micro-batches are recorded, so whatever order a trainer takes is its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import datasets
+import peft
+import pytest
+import tokenizers
+import torch
+import transformers
+import trl
+from test_attach import lora
+from tiny_models import VOCABULARY, tiny_model
+
+from tdpo_ext import LinearTDPOLoss, reference
+from tdpo_ext.integrations import transformers as of_transformers
+from tdpo_ext.integrations import trl as of_trl
+
+LEARNING_RATE = 0.5
+ARGUMENTS: dict[str, Any] = {
+    "optim": "sgd",
+    "learning_rate": LEARNING_RATE,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "bf16": False,
+}
+
+
+def examples(count: int = 11, seed: int = 0) -> list[dict[str, list[int]]]:
+    """11: the last micro-batch of 2 has one pair, the last step of 4 micro-batches has 3 pairs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+    end = [2]
+    return [
+        {"prompt_ids": ids(2, 5), "chosen_ids": ids(0, 5) + end, "rejected_ids": ids(1, 6) + end}
+        for _ in range(count)
+    ]
+
+
+def as_text(rows: list[dict[str, list[int]]]) -> Any:
+    """What TRL, which adds the end-of-sequence token, tokenises back to the same ids."""
+
+    def words(ids: list[int]) -> str:
+        return "".join(f"w{number:02} " for number in ids)
+
+    return datasets.Dataset.from_list(
+        [
+            {
+                "prompt": words(row["prompt_ids"]),
+                "chosen": words(row["chosen_ids"][:-1]),
+                "rejected": words(row["rejected_ids"][:-1]),
+            }
+            for row in rows
+        ]
+    )
+
+
+class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
+    """What a trainer fed to its model and to its optimizer."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[dict[str, torch.Tensor]]] = [[]]
+        self.losses = [0.0]
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.logs: list[dict[str, float]] = []
+
+    def watch(self, trainer: Any) -> None:
+        trainer.add_callback(self)
+        compute = trainer.compute_loss
+
+        def compute_and_record(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = compute(model, inputs, *args, **kwargs)
+            if model.training:
+                self.batches[-1].append({key: value.clone() for key, value in inputs.items()})
+                self.losses[-1] += loss.item()
+            return loss
+
+        trainer.compute_loss = compute_and_record
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        named = others["model"].named_parameters()
+        self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+    def on_optimizer_step(self, *args: Any, **others: Any) -> None:
+        self.batches.append([])
+        self.losses.append(0.0)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+def labels_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    if "labels" in batch:
+        return batch["labels"]
+    return batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+
+
+def check_against_float64(
+    recorder: Recorder, model: Any, reference_model: Any, **loss: Any
+) -> None:
+    """``model``: as it was before training; with adapters if ``reference_model`` is None."""
+    model, losses = model.double(), recorder.losses[: len(recorder.gradients)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    assert len(losses) >= 2
+    largest = 0.0
+    for batches, step_loss, gradients in zip(
+        recorder.batches, losses, recorder.gradients, strict=False
+    ):
+        each = []
+        for batch in batches:
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            with torch.no_grad():
+                if reference_model is None:
+                    with model.disable_adapter():
+                        reference_logits = model(**inputs).logits
+                else:
+                    reference_logits = reference_model.double()(**inputs).logits
+            logits = model(**inputs).logits
+            each.append(
+                reference.tdpo_loss(
+                    logits, reference_logits, labels_of(batch), reduction="none", **loss
+                ).loss
+            )
+        mean = torch.cat(each).mean()
+        optimizer.zero_grad()
+        mean.backward()
+        assert step_loss == pytest.approx(mean.item(), rel=2e-6, abs=1e-6)
+        expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert gradients.keys() == expected.keys()
+        for name, gradient in expected.items():
+            scale = gradient.abs().max().clamp(min=1e-5)
+            error = ((gradients[name] - gradient).abs().max() / scale).item()
+            largest = max(largest, error)
+            assert error < 5e-5, (name, error)
+        optimizer.step()
+    print(f"largest gradient difference: {largest:.1e}")
+
+
+def tokenizer() -> Any:
+    words = {f"w{number:02}": number for number in range(VOCABULARY)}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w03"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="w00", bos_token="w01", eos_token="w02", unk_token="w03"
+    )
+
+
+def transformers_trainer(
+    model: Any, tmp_path: Any, *, loss: dict[str, Any] | None = None, **options: Any
+) -> Any:
+    others = {key: options.pop(key) for key in ("reference", "eval_dataset") if key in options}
+    return of_transformers.TDPOTrainer(
+        model,
+        transformers.TrainingArguments(str(tmp_path), **ARGUMENTS, **options),
+        loss=LinearTDPOLoss(**(loss or {})),
+        train_dataset=examples(),
+        data_collator=of_transformers.PreferenceCollator(0),
+        **others,
+    )
+
+
+def trl_trainer(
+    model: Any, tmp_path: Any, *, loss: dict[str, Any] | None = None, **options: Any
+) -> Any:
+    loss = loss or {}
+    names = {"alpha": "tdpo_alpha", "variant": "tdpo_variant"}
+    renamed = {names.get(key, key): value for key, value in loss.items()}
+    others = {key: options.pop(key) for key in ("ref_model", "eval_dataset") if key in options}
+    return of_trl.TDPOTrainer(
+        model,
+        args=of_trl.TDPOConfig(str(tmp_path), **ARGUMENTS, **options, **renamed),
+        train_dataset=as_text(examples()),
+        processing_class=tokenizer(),
+        **others,
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("trainer", ["transformers", "trl", "trl-logits"])
+def test_every_step_is_that_of_the_definition(
+    trainer: str, adapters: bool, accumulation: int, compiled: bool, tmp_path: Any
+) -> None:
+    if compiled and accumulation == 4:
+        pytest.skip("compiled steps are the same graphs; one accumulation is enough")
+    model = tiny_model()
+    if adapters:
+        model = lora(model, target_modules=["q_proj", "v_proj"])
+    before = copy.deepcopy(model)
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": 1 if accumulation == 1 else 2,
+    }
+    if compiled:  # the graphs that any backend gets; compiling them to machine code takes minutes
+        options["torch_compile_backend"] = "aot_eager"
+    if trainer != "transformers":
+        options["tdpo_fused_head"] = trainer == "trl"
+        options["gradient_checkpointing"] = False
+        if not adapters:
+            options["ref_model"] = copy.deepcopy(model)
+    make = transformers_trainer if trainer == "transformers" else trl_trainer
+    made = make(model, tmp_path, loss={"beta": 0.3, "alpha": 0.7}, **options)
+    recorder = Recorder()
+    recorder.watch(made)
+    made.train()
+    reference_model = None if adapters else copy.deepcopy(before)
+    if "ref" in getattr(model, "peft_config", {}):  # TRL's copy of the adapter as it was
+        reference_model = copy.deepcopy(before).merge_and_unload()
+    check_against_float64(recorder, before, reference_model, beta=0.3, alpha=0.7)
+    logged = recorder.logs[0]
+    assert {"rewards/margins", "logps/chosen", "kl/chosen", "kl/rejected", "kl/margin"} <= set(
+        logged
+    )
+
+
+@pytest.mark.parametrize("make", [transformers_trainer, trl_trainer])
+def test_evaluation_and_metrics(make: Any, tmp_path: Any) -> None:
+    model = tiny_model()
+    rows = examples(5, seed=1)
+    options: dict[str, Any] = {"eval_dataset": rows}
+    if make is trl_trainer:
+        options = {
+            "eval_dataset": as_text(rows),
+            "ref_model": tiny_model(seed=1),
+        }
+    else:
+        options["reference"] = tiny_model(seed=1)
+    made = make(model, tmp_path, per_device_eval_batch_size=2, loss={"variant": "tdpo1"}, **options)
+    recorder = Recorder()
+    made.add_callback(recorder)
+    metrics = made.evaluate()
+    batch = of_transformers.PreferenceCollator(0)(rows)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        logits = [each(**inputs).logits for each in (tiny_model(), tiny_model(seed=1))]
+        expected = reference.tdpo_loss(*logits, batch["labels"], variant="tdpo1")
+    logged = recorder.logs[0]
+    for name, value in expected.metrics().items():
+        assert logged[f"eval_{name}"] == pytest.approx(value.item(), rel=1e-4, abs=1e-6)
+    assert "eval_loss" in metrics
+
+
+def test_cached_hidden_states_serve_as_reference(tmp_path: Any) -> None:
+    model = tiny_model()
+    before = copy.deepcopy(model)
+    cached = of_transformers.CachedReference.of(model)
+    rows = examples()
+    for row in rows:
+        for kind in ("chosen", "rejected"):
+            ids = torch.tensor([row["prompt_ids"] + row[f"{kind}_ids"]])
+            with torch.no_grad():
+                row[f"{kind}_hidden"] = before.model(ids).last_hidden_state[0]
+    made = transformers_trainer(
+        model, tmp_path, per_device_train_batch_size=2, num_train_epochs=1, reference=cached
+    )
+    made.train_dataset = rows
+    recorder = Recorder()
+    recorder.watch(made)
+    made.train()
+    check_against_float64(recorder, before, copy.deepcopy(before))
+
+
+def test_a_cached_reference_without_hidden_states_says_so(tmp_path: Any) -> None:
+    model = tiny_model()
+    cached = of_transformers.CachedReference.of(model)
+    made = transformers_trainer(model, tmp_path, reference=cached)
+    with pytest.raises(ValueError, match="chosen_hidden"):
+        made.train()
+
+
+def test_an_encoder_decoder_trains(tmp_path: Any) -> None:
+    model = tiny_model("t5-scaled-tied")
+    made = transformers_trainer(model, tmp_path, max_steps=2)
+    made.data_collator = of_transformers.PreferenceCollator(0, encoder_decoder=True)
+    assert made.train().training_loss > 0
+
+
+def test_a_mixture_of_experts_keeps_its_router_loss(tmp_path: Any) -> None:
+    config: dict[str, Any] = {"router_aux_loss_coef": 0.0}
+    losses = []
+    for coefficient in (0.0, 10.0):
+        config["router_aux_loss_coef"] = coefficient
+        model = tiny_model("mixtral")
+        made = trl_trainer(model, tmp_path, ref_model=tiny_model("mixtral"), max_steps=1, **config)
+        recorder = Recorder()
+        recorder.watch(made)
+        made.train()
+        losses.append(recorder.losses[0])
+        gate = [n for n in recorder.gradients[0] if "gate" in n and "proj" not in n]
+        assert gate
+    assert losses[1] > losses[0] + 1
+
+
+def test_the_adapter_named_ref_is_the_reference(tmp_path: Any) -> None:
+    """TRL makes it for a model that comes with a trained adapter."""
+    model = lora(tiny_model(), target_modules=["q_proj", "v_proj"])
+    before = copy.deepcopy(model)
+    made = trl_trainer(model, tmp_path, per_device_train_batch_size=2, max_steps=3)
+    assert "ref" in model.peft_config
+    recorder = Recorder()
+    recorder.watch(made)
+    made.train()
+    merged = copy.deepcopy(before).merge_and_unload()
+    check_against_float64(recorder, before, merged)
+
+
+def test_dropout_is_off_everywhere(tmp_path: Any) -> None:
+    model = tiny_model("gpt2-tied")
+    assert model.transformer.h[0].attn.attn_dropout.p > 0
+    transformers_trainer(model, tmp_path)
+    model.train()
+    for module in model.modules():
+        assert getattr(module, "p", 0) == 0
+        assert not getattr(module, "attention_dropout", 0)
+
+
+# --- what cannot be honoured ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"loss_type": ["ipo"]}, "loss_type"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}, "loss_type"),
+        ({"ld_alpha": 0.5}, "ld_alpha"),
+        ({"f_divergence_type": "js_divergence"}, "f_divergence_type"),
+        ({"use_weighting": True}, "use_weighting"),
+        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs"),
+        ({"padding_free": True}, "padding_free"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"tdpo_variant": "tdpo3"}, "variant"),
+        ({"tdpo_alpha": -1.0}, "alpha"),
+        ({"label_smoothing": 0.7}, "label_smoothing"),
+    ],
+)
+def test_options_of_dpo_that_tdpo_has_not_raise(
+    options: dict[str, Any], name: str, tmp_path: Any
+) -> None:
+    with pytest.raises(ValueError, match=name):
+        trl_trainer(tiny_model(), tmp_path, ref_model=tiny_model(), **options)
+
+
+def test_a_config_of_dpo_raises(tmp_path: Any) -> None:
+    with pytest.raises(TypeError, match="TDPOConfig"):
+        of_trl.TDPOTrainer(tiny_model(), args=trl.DPOConfig(str(tmp_path), bf16=False))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"loss": {"reduction": "sum"}}, "reduction"),
+    ],
+)
+def test_options_of_transformers_that_tdpo_has_not_raise(
+    options: dict[str, Any], name: str, tmp_path: Any
+) -> None:
+    with pytest.raises(ValueError, match=name):
+        transformers_trainer(tiny_model(), tmp_path, **options)
+
+
+def test_a_trainer_that_does_not_ask_for_our_loss_is_found_out(tmp_path: Any) -> None:
+    class Changed(of_trl.TDPOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return trl.DPOTrainer.compute_loss(self, model, inputs)
+
+    made = Changed(
+        tiny_model(),
+        ref_model=tiny_model(),
+        args=of_trl.TDPOConfig(str(tmp_path), **ARGUMENTS),
+        train_dataset=as_text(examples()),
+        processing_class=tokenizer(),
+    )
+    with pytest.raises(RuntimeError, match="something else than TDPO"):
+        made.train()
+
+
+def test_peft_config_given_to_the_trainer(tmp_path: Any) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    made = of_trl.TDPOTrainer(
+        tiny_model(),
+        args=of_trl.TDPOConfig(str(tmp_path), max_steps=3, **ARGUMENTS),
+        train_dataset=as_text(examples()),
+        processing_class=tokenizer(),
+        peft_config=config,
+    )
+    before = peft.get_peft_model(tiny_model(), copy.deepcopy(config))
+    before.load_state_dict(made.model.state_dict())
+    recorder = Recorder()
+    recorder.watch(made)
+    made.train()
+    check_against_float64(recorder, before, None)
+
+
+# --- the collator ---------------------------------------------------------------------------------
+
+
+def test_what_the_collator_makes() -> None:
+    rows = [
+        {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
+        {"prompt_ids": [7, 8], "chosen_ids": [9], "rejected_ids": [10, 11, 12]},
+    ]
+    batch = of_transformers.PreferenceCollator(0, max_length=4, pad_to_multiple_of=3)(rows)
+    ids = [[1, 2, 3, 4, 0, 0], [7, 8, 9, 0, 0, 0], [1, 2, 3, 6, 0, 0], [7, 8, 10, 11, 0, 0]]
+    assert batch["input_ids"].tolist() == ids
+    assert batch["attention_mask"].sum(1).tolist() == [4, 3, 4, 4]
+    x = -100
+    assert batch["labels"].tolist() == [
+        [x, x, x, 4, x, x],
+        [x, x, 9, x, x, x],
+        [x, x, x, 6, x, x],
+        [x, x, 10, 11, x, x],
+    ]

@@ -62,7 +62,7 @@ struct TokenStatsForward {
 };
 
 // Forward over tiles of the vocabulary. The logits are a tile's, `vocabulary` its width, and labels
-// count from its first entry: one that lies outside is another tile's. No row is ignored.
+// count from its first entry: one that lies outside is another tile's. Ignored rows are not read.
 struct TokenStatsTile {
   TokenStatsProblem problem;
   void* records;  // [rows] of LabelledStats (vocab_stats.h); the tile's are merged into them

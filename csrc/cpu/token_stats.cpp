@@ -113,8 +113,10 @@ void token_stats_tile(const TokenStatsTile& work, const RowKernels& kernels, int
   const auto kernel = kernels.forward[static_cast<int>(problem.dtype)];
   with_real(problem.dtype, [&](auto real) {
     auto* records = static_cast<LabelledStats<decltype(real)>*>(work.records);
-    for_each_row(problem.rows, problem.vocabulary, threads,
-                 [&](int64_t row) { kernel(row_of(problem, row, records + row)); });
+    for_each_row(problem.rows, problem.vocabulary, threads, [&](int64_t row) {
+      if (problem.labels[row] == problem.ignore_index) return;
+      kernel(row_of(problem, row, records + row));
+    });
   });
 }
 

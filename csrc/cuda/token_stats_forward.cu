@@ -74,8 +74,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>
   const uint32_t row = blockIdx.x * Scope::kTeams + Scope::index();
   const int part = blockIdx.y, parts = gridDim.y;
   if (row >= problem.rows) return;
-  const bool has_label = label_kind(problem, row) == LabelKind::kEntry;
-  if (!has_label && !tile) return;
+  const LabelKind kind = label_kind(problem, row);
+  const bool has_label = kind == LabelKind::kEntry;
+  if (kind == LabelKind::kIgnored || (!has_label && !tile)) return;
 
   const T* policy = start_of_row<T>(problem.policy, row);
   const int before = entries_before(policy), vocabulary = static_cast<int>(problem.vocabulary);
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     merge_tile_kernel(const TokenStatsTile work, int records_of_row,
                       const VocabStats<RealOf<T>>* records) {
   const uint32_t row = blockIdx.x * kThreads + threadIdx.x;
-  if (row >= work.problem.rows) return;
+  if (row >= work.problem.rows || label_kind(work.problem, row) == LabelKind::kIgnored) return;
   auto& stats = static_cast<LabelledStats<RealOf<T>>*>(work.records)[row];
   stats = labelled_stats<T>(work.problem, row, stats, records, records_of_row);
 }

@@ -122,6 +122,9 @@ def backward(
         at_label = torch.where(g_k == 0, 0, g_k * label_gap) + g_m * p_rest
         label = labels[rows].to(torch.int64).unsqueeze(-1)
         ignored = label == ignore_index
-        label = label.masked_fill((label < 0) | (label >= z.shape[-1]), 0)
-        result = (of_kl - g_m * p).scatter_(-1, label, at_label)
+        result = of_kl - g_m * p
+        outside = (label < 0) | (label >= z.shape[-1])  # in another tile, or nowhere: NaN anyway
+        label = label.masked_fill(outside, 0)
+        at_label = torch.where(outside, result.gather(-1, label), at_label)
+        result.scatter_(-1, label, at_label)
         gradient[rows] = result.masked_fill(ignored, 0).to(gradient.dtype)

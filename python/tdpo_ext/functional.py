@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from tdpo_ext import checks, ops
+from tdpo_ext.distributed import Shard, local_logits, shard_of
 from tdpo_ext.linear import linear_tdpo_loss, linear_token_stats
 from tdpo_ext.outputs import TDPOOutput, TokenStats
 from tdpo_ext.reference import aligned_labels, check_token_stats, loss_from_stats, pair_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["linear_tdpo_loss", "linear_token_stats", "pair_loss", "tdpo_loss", "token_stats"]
 
@@ -20,6 +26,7 @@ def token_stats(
     *,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> TokenStats:
     r"""log pi(y), log pi_ref(y) and KL(pi_ref || pi) per token, in one sweep over the vocabulary.
 
@@ -40,6 +47,10 @@ def token_stats(
         ignore_index: rows with this label are never read; their outputs and gradients are 0.
         inplace_backward: let the gradient overwrite ``policy_logits`` instead of allocating. A
             second backward then raises.
+        process_group: of the processes that share the vocabulary (tensor parallel). The logits are
+            this process's part, all parts equally wide and in the order of ranks; labels are global
+            ids, the same everywhere, and so are the results. DTensors sharded on the vocabulary are
+            taken without it, of any width; results are plain tensors.
 
     Returns:
         ``TokenStats(policy_logps, reference_logps, forward_kl)``, each ``[...]``, float32 (float64
@@ -51,12 +62,34 @@ def token_stats(
         ValueError: differing shapes or devices, a last dimension that is not contiguous, a
             reference that requires grad.
         IndexError: on the CPU, a label outside [0, V) that is not ``ignore_index``. On an
-            accelerator, where looking would mean waiting, that token's outputs are NaN.
+            accelerator, where looking would mean waiting, that token's outputs are NaN; and all are
+            where the processes of ``process_group`` disagree on labels or parts, which on the CPU
+            is a ValueError.
     """
+    policy_logits, reference_logits, labels, shard = local_logits(
+        policy_logits, reference_logits, labels, process_group=process_group
+    )
     check_token_stats(policy_logits, reference_logits, labels, ignore_index)
+    shard = shard or shard_of(process_group, policy_logits.shape[-1])
+    return _token_stats(
+        policy_logits, reference_logits, labels, ignore_index, inplace_backward, shard
+    )
+
+
+def _token_stats(
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    inplace_backward: bool,
+    shard: Shard | None,
+) -> TokenStats:
+    """Of checked arguments."""
     if inplace_backward and not torch.compiler.is_compiling():  # then the op itself checks
         checks.check_inplace_backward(policy_logits)
-    return ops.token_stats(policy_logits, reference_logits, labels, ignore_index, inplace_backward)
+    return ops.token_stats(
+        policy_logits, reference_logits, labels, ignore_index, inplace_backward, shard
+    )
 
 
 def tdpo_loss(
@@ -74,6 +107,7 @@ def tdpo_loss(
     reduction: str = "mean",
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> TDPOOutput:
     r"""TDPO1, TDPO2 or DPO from the logits of policy and reference.
 
@@ -102,6 +136,7 @@ def tdpo_loss(
         reduction: "mean", "sum" or "none" over the B pairs.
         ignore_index: the label of tokens that do not count.
         inplace_backward: let the gradient overwrite ``policy_logits`` instead of allocating.
+        process_group: as ``token_stats``.
 
     Returns:
         ``TDPOOutput``; only ``loss`` carries a gradient.
@@ -112,16 +147,16 @@ def tdpo_loss(
             from 0 to total (NaN losses on an accelerator), an unknown variant or reduction, or an
             option outside its range.
     """
+    policy_logits, reference_logits, labels, shift_labels, shard = local_logits(
+        policy_logits, reference_logits, labels, shift_labels, process_group=process_group
+    )
     aligned = aligned_labels(
         policy_logits, reference_logits, labels, shift_labels, cu_seqlens, ignore_index
     )
     checks.check_loss_options(beta, alpha, variant, label_smoothing, reduction)
-    stats = token_stats(
-        policy_logits,
-        reference_logits,
-        aligned,
-        ignore_index=ignore_index,
-        inplace_backward=inplace_backward,
+    shard = shard or shard_of(process_group, policy_logits.shape[-1])
+    stats = _token_stats(
+        policy_logits, reference_logits, aligned, ignore_index, inplace_backward, shard
     )
     return loss_from_stats(
         stats,

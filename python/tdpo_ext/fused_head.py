@@ -15,13 +15,14 @@ See docs/fused-head.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tdpo_ext import kernels
+from tdpo_ext.distributed import Shard, sum_gradient
 from tdpo_ext.head import Head, HeadGradients, Rows, Wanted
 from tdpo_ext.tiles import (
     MOST_COLUMNS_ON_CPU,
@@ -52,6 +53,13 @@ class Problem(NamedTuple):
     """[N] int64"""
     ignore_index: int
     chunk_bytes: int
+    shard: Shard | None = None
+    """If the heads are those of a part of the vocabulary; the labels are global ids."""
+
+    @property
+    def own_labels(self) -> Tensor:
+        """Counted from the heads' first entry."""
+        return self.labels if self.shard is None else self.labels - self.shard.start
 
     @property
     def heads(self) -> tuple[Head, Head]:
@@ -73,7 +81,9 @@ class Problem(NamedTuple):
 
     def plan(self, rows: Rows, tiles: int, *, whole_rows: bool) -> Plan:
         cost = costs(self.heads, tiles, gathers=not isinstance(rows, slice))
-        count, vocabulary = row_count(rows), self.policy.vocabulary
+        count = row_count(rows)
+        # In plain PyTorch each chunk of rows is gathered, so all processes must make the same.
+        vocabulary = self.policy.vocabulary if self.shard is None else self.shard.widest
         if whole_rows:
             return plan_whole_rows(cost, count, vocabulary, self.chunk_bytes)
         most = MOST_COLUMNS_ON_CPU if self.labels.device.type == "cpu" else vocabulary
@@ -102,24 +112,43 @@ def forward(problem: Problem) -> kernels.Outputs:
     tiled = kernels.serves(problem.labels.device)
     plan = problem.plan(rows, tiles=2, whole_rows=not tiled)
     scratch = Scratch(plan, problem.heads, tiles=2)
+    if tiled and problem.shard is not None:
+        return forward_of_shard(problem, problem.shard, row_chunks(rows, plan.rows), scratch)
     of_chunk = stats_by_tiles if tiled else stats_of_whole_rows
     for chunk in row_chunks(rows, plan.rows):
         put(outputs, chunk, of_chunk(problem, chunk, scratch))
     return outputs
 
 
+def forward_of_shard(
+    problem: Problem, shard: Shard, chunks: Iterable[Rows], scratch: Scratch
+) -> kernels.Outputs:
+    """The records of all rows are exchanged at once; of rows that are left out they are empty."""
+    records = kernels.empty_records(problem.labels.numel(), problem.policy.hidden)
+    for chunk in chunks:
+        records[chunk] = records_by_tiles(problem, chunk, scratch)
+    width = problem.policy.vocabulary
+    return kernels.finish_of_shards(records, problem.labels, problem.ignore_index, width, shard)
+
+
 def stats_by_tiles(problem: Problem, rows: Rows, scratch: Scratch) -> kernels.Outputs:
+    records = records_by_tiles(problem, rows, scratch)
+    vocabulary = problem.policy.vocabulary
+    return kernels.finish(records[None], problem.labels[rows], vocabulary, problem.ignore_index)
+
+
+def records_by_tiles(problem: Problem, rows: Rows, scratch: Scratch) -> Tensor:
     """Tile after tile of the vocabulary is added to the rows' records."""
     policy, reference = problem.heads
     states, reference_states = policy.states_of(rows), reference.states_of(rows)
-    labels = problem.labels[rows]
+    labels = problem.own_labels[rows]
     records = kernels.empty_records(labels.numel(), states)
     for columns in column_ranges(policy.vocabulary, scratch.plan.columns):
         z, r = (scratch.tile(number, labels.numel(), len(columns)) for number in (0, 1))
         policy.write_logits(states, columns, z, scratch.cast)
         reference.write_logits(reference_states, columns, r, scratch.cast)
         kernels.add_tile(records, z, r, labels - columns.start)
-    return kernels.finish(records[None], labels, policy.vocabulary, problem.ignore_index)
+    return records
 
 
 def whole_logits(
@@ -134,8 +163,10 @@ def whole_logits(
 
 def stats_of_whole_rows(problem: Problem, rows: Rows, scratch: Scratch) -> kernels.Outputs:
     states = [head.states_of(rows) for head in problem.heads]
-    z, r = whole_logits(problem, states[0], states[1], scratch)
-    return kernels.token_stats(z, r, problem.labels[rows], problem.ignore_index)
+    arguments = *whole_logits(problem, states[0], states[1], scratch), problem.labels[rows]
+    if problem.shard is None:
+        return kernels.token_stats(*arguments, problem.ignore_index)
+    return kernels.token_stats_of_shard(*arguments, problem.ignore_index, *problem.shard)
 
 
 # --- gradients of tiles ---------------------------------------------------------------------------
@@ -213,6 +244,8 @@ def backward(problem: Problem, upstream: Upstream, wanted: Wanted) -> tuple[Tens
         scratch = Scratch(plan, problem.heads, tiles)
         for chunk in row_chunks(rows, plan.rows):
             recompute(problem, kind, chunk, upstream.of_rows(chunk), gradients, scratch)
+    if problem.shard is not None and wanted.hidden:
+        sum_gradient(gradients.hidden, problem.shard)
     return gradients.results()
 
 
@@ -228,7 +261,7 @@ def recompute(
     policy, reference = problem.heads
     states = policy.states_of(rows)
     reference_states = reference.states_of(rows) if kind.reference else states
-    labels = problem.labels[rows]
+    labels = problem.own_labels[rows]
     gradients.begin_pass(states)
     for columns in column_ranges(policy.vocabulary, scratch.plan.columns):
         shape = labels.numel(), len(columns)

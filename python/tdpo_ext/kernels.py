@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tdpo_ext import checks, fallback
+from tdpo_ext.distributed import IGNORED, Shard, gather_logits, gather_records
 from tdpo_ext.native import core, core_absent_because, cuda_absent_because
 
 INSTRUCTION_SET_VARIABLE = "TDPO_EXT_INSTRUCTION_SET"
@@ -19,7 +20,6 @@ RECORD = 9
 """Numbers in the record of a row (LabelledStats in csrc/vocab_stats.h)."""
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(checks.LOGIT_DTYPES)}
-_NONE_IGNORED = -(2**63)
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -160,8 +160,8 @@ def empty_records(rows: int, like: Tensor) -> Tensor:
 
 
 def add_tile(records: Tensor, policy_tile: Tensor, reference_tile: Tensor, labels: Tensor) -> None:
-    """Merge the records of a tile ``[rows, columns]`` into ``records``; labels count from it."""
-    problem = _problem(policy_tile, reference_tile, labels, _NONE_IGNORED)
+    """Merge the records of a tile ``[..., columns]`` into ``records``; labels count from it."""
+    problem = _problem(policy_tile, reference_tile, labels, IGNORED)
     workspace = _workspace(records.device, problem)
     _run("token_stats_tile", records.device, *_addresses(workspace), *problem, records.data_ptr())
 
@@ -184,6 +184,41 @@ def finish(records: Tensor, labels: Tensor, vocabulary: int, ignore_index: int) 
     return outputs
 
 
+def token_stats_of_shard(
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    *shard: Any,
+) -> Outputs:
+    """As ``token_stats``, of rows whose vocabulary is sharded over processes; labels are global."""
+    device, of = policy_logits.device, Shard(*shard)
+    if device.type == "cpu":
+        checks.check_label_range(labels, of.total, ignore_index)
+    labels = contiguous_int64(labels)
+    if not serves(device):
+        _warn_of_fallback(device)
+        whole = gather_logits(policy_logits, of), gather_logits(reference_logits, of)
+        return fallback.forward(*whole, labels, ignore_index)
+    records = empty_records(labels.numel(), policy_logits)
+    add_tile(records, policy_logits, reference_logits, of.own_labels(labels, ignore_index))
+    return finish_of_shards(records, labels, ignore_index, policy_logits.shape[-1], of)
+
+
+def finish_of_shards(
+    records: Tensor, labels: Tensor, ignore_index: int, width: int, shard: Shard
+) -> Outputs:
+    """Outputs ``[...]`` from this process's records ``[N, 9]`` and those of the others."""
+    gathered, agreed = gather_records(records, labels, width, shard)
+    # The row of headers is finished as one that is ignored, which saves a copy of all the others.
+    with_header = torch.cat([labels.reshape(-1), labels.new_full((1,), ignore_index)])
+    outputs = finish(gathered, with_header, shard.total, ignore_index)
+    logps, reference_logps, kl, normalizers = (
+        torch.where(agreed, x[:-1], torch.nan).view(labels.shape + x.shape[1:]) for x in outputs
+    )
+    return logps, reference_logps, kl, normalizers
+
+
 def write_gradient(
     gradient: Tensor,
     policy_logits: Tensor,
@@ -192,7 +227,7 @@ def write_gradient(
     normalizers: Tensor,
     grad_logps: Tensor,
     grad_kl: Tensor,
-    ignore_index: int = _NONE_IGNORED,
+    ignore_index: int = IGNORED,
 ) -> None:
     """dz = g_m (onehot(y) - p) + g_k (p - q) of whole rows, or of tiles (labels count from them).
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tdpo_ext import checks, linear_ops
+from tdpo_ext.distributed import local_labels
 from tdpo_ext.fused_head import DEFAULT_CHUNK_BYTES, captured
 from tdpo_ext.linear_ops import Heads, Options
 from tdpo_ext.outputs import TDPOOutput, TokenStats
-from tdpo_ext.reference import aligned_labels_of, kl_ratios, loss_from_stats
+from tdpo_ext.reference import (
+    Side,
+    aligned_labels_of,
+    checked_heads,
+    kl_ratios,
+    loss_from_stats,
+)
 from tdpo_ext.sequences import sequence_of_tokens
 from tdpo_ext.tiles import costs, pairs_that_fit
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["linear_tdpo_loss", "linear_token_stats"]
 
@@ -33,6 +43,7 @@ def linear_token_stats(
     reference_logit_softcap: float | None = None,
     ignore_index: int = -100,
     chunk_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> TokenStats:
     r"""``token_stats`` from hidden states and the heads' weights; the logits never exist.
 
@@ -57,6 +68,11 @@ def linear_token_stats(
             nothing, and their outputs and gradients are 0.
         chunk_bytes: scratch memory, beyond inputs, outputs and gradients. None: 256 MiB. Results
             do not depend on it beyond rounding.
+        process_group: of the processes that share the vocabulary (tensor parallel). Weights and
+            biases are this process's rows, all parts equally wide and in the order of ranks; hidden
+            states and labels (global ids) are the same everywhere, and so are the results and the
+            gradient of policy_hidden. Weights that are DTensors sharded on dimension 0 are taken
+            without it, of any width, if the hidden states are DTensors replicated over their mesh.
 
     Returns:
         ``TokenStats(policy_logps, reference_logps, forward_kl)``, each ``[...]``, float32 (float64
@@ -69,14 +85,17 @@ def linear_token_stats(
         ValueError: differing shapes or devices, an option outside its range, a tensor of the
             reference that requires grad.
         IndexError: on the CPU, a label outside [0, V) that is not ``ignore_index``. On an
-            accelerator that token's outputs are NaN.
+            accelerator that token's outputs are NaN; and all are where the processes of
+            ``process_group`` disagree on labels or parts, which on the CPU is a ValueError.
     """
+    labels = local_labels(labels, policy_weight)
     heads, options = _checked(
         (policy_hidden, policy_weight, policy_bias),
         (reference_hidden, reference_weight, reference_bias),
         (logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap),
         ignore_index,
         chunk_bytes,
+        process_group,
     )
     checks.check_labels("labels", labels, policy_hidden)
     stats = linear_ops.recompute(flat(heads, labels), options)
@@ -106,6 +125,7 @@ def linear_tdpo_loss(
     reduction: str = "mean",
     ignore_index: int = -100,
     chunk_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> TDPOOutput:
     r"""``tdpo_loss`` from hidden states and the heads' weights; the logits never exist.
 
@@ -116,9 +136,10 @@ def linear_tdpo_loss(
         labels, shift_labels, cu_seqlens, beta, alpha, variant, label_smoothing, average_log_prob,
             reduction: as ``tdpo_loss``.
         policy_weight, reference_weight, policy_bias, reference_bias, logit_scale, logit_softcap,
-            reference_logit_scale, reference_logit_softcap, ignore_index, chunk_bytes: as
-            ``linear_token_stats``. Large enough for the logits of whole pairs, ``chunk_bytes``
-            saves the work of making them twice (docs/fused-head.md).
+            reference_logit_scale, reference_logit_softcap, ignore_index, chunk_bytes,
+            process_group: as ``linear_token_stats``. Large enough for the logits of whole pairs,
+            ``chunk_bytes`` saves the work of making them twice (docs/fused-head.md), but not with
+            a sharded vocabulary.
 
     Returns:
         ``TDPOOutput``; only ``loss`` carries a gradient, for policy_hidden, policy_weight and
@@ -127,12 +148,14 @@ def linear_tdpo_loss(
     Raises:
         TypeError, ValueError, IndexError: as ``tdpo_loss`` and ``linear_token_stats``.
     """
+    labels, shift_labels = (local_labels(x, policy_weight) for x in (labels, shift_labels))
     heads, options = _checked(
         (policy_hidden, policy_weight, policy_bias),
         (reference_hidden, reference_weight, reference_bias),
         (logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap),
         ignore_index,
         chunk_bytes,
+        process_group,
     )
     aligned = aligned_labels_of(
         "policy_hidden", heads[0][0], labels, shift_labels, cu_seqlens, ignore_index
@@ -158,6 +181,8 @@ def linear_tdpo_loss(
             **loss_options,
         )
 
+    if options.shard is not None:
+        return output_of(linear_ops.recompute(inputs, options))
     wanted = inputs.wanted
     sequences = aligned.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if wanted.hidden and not wanted.weight and not wanted.bias:
@@ -182,23 +207,21 @@ def linear_tdpo_loss(
     return output_of(linear_ops.recompute(inputs, options))
 
 
-Side = tuple[Tensor, Tensor, Tensor | None]
-"""Hidden states, weight, bias."""
-
-
 def _checked(
     policy: Side,
     reference: Side,
     logits: tuple[float, float | None, float | None, float | None],
     ignore_index: int,
     chunk_bytes: int | None,
+    process_group: ProcessGroup | None,
 ) -> tuple[tuple[Side, Side], Options]:
     checks.check_ignore_index(ignore_index)
-    checks.check_chunk_bytes(chunk_bytes)
-    policy, reference = _autocast(policy), _autocast(reference)
-    checks.check_heads(policy, reference)
+    policy, reference, shard = checked_heads(
+        _autocast(policy), _autocast(reference), chunk_bytes, process_group
+    )
     bytes_at_once = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-    options = Options(*checks.logit_options(*logits), ignore_index, bytes_at_once)
+    sharded = ("", 0, 0) if shard is None else shard
+    options = Options(*checks.logit_options(*logits), ignore_index, bytes_at_once, *sharded)
     return (policy, reference), options
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tdpo_ext import checks, fused_head, kernels
+from tdpo_ext.distributed import Shard
 from tdpo_ext.fused_head import Problem
 from tdpo_ext.gemm import accumulation_dtype
 from tdpo_ext.head import Head, Wanted
@@ -33,7 +34,7 @@ _HEADS = (
 )
 _OPTIONS = (
     "float policy_scale, float policy_softcap, float reference_scale, float reference_softcap,"
-    " int ignore_index, int chunk_bytes"
+    " int ignore_index, int chunk_bytes, str group, SymInt shard_start, SymInt shard_total"
 )
 _STATS = "Tensor policy_logps, Tensor reference_logps, Tensor forward_kl"
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
@@ -62,6 +63,13 @@ class Options(NamedTuple):
     reference_softcap: float
     ignore_index: int
     chunk_bytes: int
+    group: str  # "": the vocabulary is not sharded
+    shard_start: int
+    shard_total: int
+
+    @property
+    def shard(self) -> Shard | None:
+        return Shard(*self[6:]) if self.group else None
 
 
 class Heads(NamedTuple):
@@ -92,20 +100,21 @@ class Heads(NamedTuple):
 
 
 def problem_of(heads: Heads, options: Options) -> Problem:
-    scale, softcap, reference_scale, reference_softcap, ignore_index, chunk_bytes = options
     return Problem(
-        Head(*heads[:3], scale, softcap),
-        Head(*heads[3:6], reference_scale, reference_softcap),
+        Head(*heads[:3], options.policy_scale, options.policy_softcap),
+        Head(*heads[3:6], options.reference_scale, options.reference_softcap),
         kernels.contiguous_int64(heads.labels),
-        ignore_index,
-        chunk_bytes,
+        options.ignore_index,
+        options.chunk_bytes,
+        options.shard,
     )
 
 
 def _checked_problem(heads: Heads, options: Options) -> Problem:
     problem = problem_of(heads, options)
     if problem.labels.device.type == "cpu":
-        vocabulary = problem.policy.vocabulary
+        shard, vocabulary = problem.shard, problem.policy.vocabulary
+        vocabulary = vocabulary if shard is None else shard.total
         checks.check_label_range(problem.labels, vocabulary, problem.ignore_index)
     return problem
 
@@ -134,13 +143,14 @@ def _forward_fake(*arguments: Any) -> kernels.Outputs:
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *upstream, wanted = arguments[7:10], arguments[16]
-    problem = problem_of(Heads(*arguments[:7]), Options(*arguments[10:16]))
-    return fused_head.backward(problem, fused_head.Upstream(*upstream[0]), Wanted(*wanted))
+    heads, upstream = Heads(*arguments[:7]), fused_head.Upstream(*arguments[7:10])
+    *options, wanted = arguments[10:]
+    problem = problem_of(heads, Options(*options))
+    return fused_head.backward(problem, upstream, Wanted(*wanted))
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(_empty_gradients(Heads(*arguments[:7]), arguments[16]))
+    return tuple(_empty_gradients(Heads(*arguments[:7]), arguments[-1]))
 
 
 def _direction(*arguments: Any) -> tuple[Tensor, ...]:
@@ -156,9 +166,10 @@ def _direction_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    problem = _checked_problem(Heads(*arguments[:7]), Options(*arguments[9:15]))
-    cu_seqlens, sequences = arguments[7:9]
-    beta, alpha, variant, label_smoothing, average, weight, pairs_at_once, wanted = arguments[15:]
+    (cu_seqlens, sequences), rest = arguments[7:9], arguments[9:]
+    options, rest = Options(*rest[: len(Options._fields)]), rest[len(Options._fields) :]
+    problem = _checked_problem(Heads(*arguments[:7]), options)
+    beta, alpha, variant, label_smoothing, average, weight, pairs_at_once, wanted = rest
     sequence = sequence_of_tokens(problem.labels, cu_seqlens, sequences)
     pairs = sequences // 2
     ratio = torch.tensor(kl_ratios(alpha, variant), device=sequence.device)
@@ -260,7 +271,7 @@ class _Recompute(torch.autograd.Function):
             *ctx.options,
             list(ctx.wanted),
         )
-        return *_as_asked((hidden, weight, bias), gradients, ctx.wanted), *([None] * 11)
+        return *_as_asked((hidden, weight, bias), gradients, ctx.wanted), *([None] * 14)
 
 
 def _as_asked(

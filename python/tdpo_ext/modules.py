@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from tdpo_ext import checks
 from tdpo_ext.functional import linear_tdpo_loss, tdpo_loss
 from tdpo_ext.outputs import TDPOOutput
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _LossModule(nn.Module):
@@ -24,6 +27,7 @@ class _LossModule(nn.Module):
         average_log_prob: bool,
         reduction: str,
         ignore_index: int,
+        process_group: ProcessGroup | None,
     ) -> None:
         super().__init__()
         checks.check_loss_options(beta, alpha, variant, label_smoothing, reduction)
@@ -35,6 +39,7 @@ class _LossModule(nn.Module):
         self.average_log_prob = average_log_prob
         self.reduction = reduction
         self.ignore_index = ignore_index
+        self.process_group = process_group
 
     def options(self) -> dict[str, Any]:
         return {
@@ -45,10 +50,14 @@ class _LossModule(nn.Module):
             "average_log_prob": self.average_log_prob,
             "reduction": self.reduction,
             "ignore_index": self.ignore_index,
+            "process_group": self.process_group,
         }
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+        options = self.options()
+        if self.process_group is None:
+            del options["process_group"]
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 class TDPOLoss(_LossModule):
@@ -56,7 +65,7 @@ class TDPOLoss(_LossModule):
 
     Args:
         beta, alpha, variant, label_smoothing, average_log_prob, reduction, ignore_index,
-        inplace_backward: as ``tdpo_ext.tdpo_loss``.
+        inplace_backward, process_group: as ``tdpo_ext.tdpo_loss``.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type or outside its range.
@@ -73,6 +82,7 @@ class TDPOLoss(_LossModule):
         reduction: str = "mean",
         ignore_index: int = -100,
         inplace_backward: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             beta,
@@ -82,6 +92,7 @@ class TDPOLoss(_LossModule):
             average_log_prob=average_log_prob,
             reduction=reduction,
             ignore_index=ignore_index,
+            process_group=process_group,
         )
         self.inplace_backward = inplace_backward
 
@@ -113,8 +124,8 @@ class LinearTDPOLoss(_LossModule):
 
     Args:
         beta, alpha, variant, label_smoothing, average_log_prob, reduction, ignore_index,
-        logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap, chunk_bytes: as
-        ``tdpo_ext.linear_tdpo_loss``.
+        logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap, chunk_bytes,
+        process_group: as ``tdpo_ext.linear_tdpo_loss``.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type or outside its range.
@@ -135,6 +146,7 @@ class LinearTDPOLoss(_LossModule):
         reference_logit_scale: float | None = None,
         reference_logit_softcap: float | None = None,
         chunk_bytes: int | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             beta,
@@ -144,6 +156,7 @@ class LinearTDPOLoss(_LossModule):
             average_log_prob=average_log_prob,
             reduction=reduction,
             ignore_index=ignore_index,
+            process_group=process_group,
         )
         checks.logit_options(
             logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap

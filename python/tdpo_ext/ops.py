@@ -12,11 +12,17 @@ import torch
 from torch import Tensor
 
 from tdpo_ext import checks, kernels
+from tdpo_ext.distributed import IGNORED, Shard
 from tdpo_ext.outputs import TokenStats
 
 _library = torch.library.Library("tdpo_ext", "FRAGMENT")
 _library.define(
     "token_stats(Tensor policy_logits, Tensor reference_logits, Tensor labels, int ignore_index)"
+    " -> (Tensor policy_logps, Tensor reference_logps, Tensor forward_kl, Tensor normalizers)"
+)
+_library.define(
+    "token_stats_of_shard(Tensor policy_logits, Tensor reference_logits, Tensor labels,"
+    " int ignore_index, str group, SymInt start, SymInt total)"
     " -> (Tensor policy_logps, Tensor reference_logps, Tensor forward_kl, Tensor normalizers)"
 )
 _backward_arguments = (
@@ -30,7 +36,7 @@ _library.define(f"token_stats_backward_(Tensor(a!) policy_logits, {_backward_arg
 
 
 def _forward_fake(
-    policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, ignore_index: int
+    policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, *options: Any
 ) -> kernels.Outputs:
     return kernels.empty_outputs(policy_logits, labels.shape)
 
@@ -58,6 +64,7 @@ def _backward_inplace_fake(policy_logits: Tensor, *arguments: Any) -> None:
 
 for _name, _function, _fake in (
     ("token_stats", kernels.token_stats, _forward_fake),
+    ("token_stats_of_shard", kernels.token_stats_of_shard, _forward_fake),
     ("token_stats_backward", _backward, _backward_fake),
     ("token_stats_backward_", _backward_inplace, _backward_inplace_fake),
 ):
@@ -91,10 +98,16 @@ class _TokenStatsFunction(torch.autograd.Function):
         labels: Tensor,
         ignore_index: int,
         inplace_backward: bool,
+        shard: Shard | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        policy_logps, reference_logps, forward_kl, normalizers = torch.ops.tdpo_ext.token_stats(
-            policy_logits, reference_logits, labels, ignore_index
-        )
+        arguments = policy_logits, reference_logits, labels, ignore_index
+        if shard is None:
+            outputs = torch.ops.tdpo_ext.token_stats(*arguments)
+        else:
+            outputs = torch.ops.tdpo_ext.token_stats_of_shard(*arguments, *shard)
+            # Backward is a tile's, and no other process takes part in it.
+            labels, ignore_index = shard.own_labels(labels, ignore_index), IGNORED
+        policy_logps, reference_logps, forward_kl, normalizers = outputs
         constants = (reference_logits, labels)
         # A reference computed in inference mode cannot be saved for backward. It need not be: it
         # has no gradient, and no version that autograd could check.
@@ -107,7 +120,7 @@ class _TokenStatsFunction(torch.autograd.Function):
         return policy_logps, reference_logps, forward_kl
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         policy_logits, normalizers, *constants = ctx.saved_tensors
         reference_logits, labels = ctx.inference_constants or constants
         grad_policy_logps, _, grad_forward_kl = gradients
@@ -121,11 +134,11 @@ class _TokenStatsFunction(torch.autograd.Function):
         )
         if not ctx.inplace_backward:
             gradient = torch.ops.tdpo_ext.token_stats_backward(policy_logits, *arguments)
-            return gradient, None, None, None, None
+            return gradient, None, None, None, None, None
         if torch.is_grad_enabled():
             raise RuntimeError(f"{_SECOND_DERIVATIVE} (inplace_backward=True, create_graph=True)")
         torch.ops.tdpo_ext.token_stats_backward_(policy_logits, *arguments)
-        return policy_logits.detach(), None, None, None, None
+        return policy_logits.detach(), None, None, None, None, None
 
 
 def token_stats(
@@ -134,9 +147,10 @@ def token_stats(
     labels: Tensor,
     ignore_index: int,
     inplace_backward: bool,
+    shard: Shard | None = None,
 ) -> TokenStats:
     """The op with its gradient; arguments are checked by ``functional.token_stats``."""
     stats = _TokenStatsFunction.apply(  # type: ignore[no-untyped-call]
-        policy_logits, reference_logits, labels, ignore_index, inplace_backward
+        policy_logits, reference_logits, labels, ignore_index, inplace_backward, shard
     )
     return TokenStats(*stats)

@@ -17,15 +17,27 @@ with alpha = 0 is DPO.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tdpo_ext import checks
+from tdpo_ext.distributed import (
+    Shard,
+    gathered_logits,
+    local_head,
+    local_labels,
+    local_logits,
+    shard_of,
+    with_summed_gradient,
+)
 from tdpo_ext.outputs import TDPOOutput, TokenStats
 from tdpo_ext.sequences import align_labels, kept_counts, sequence_sums
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["linear_tdpo_loss", "linear_token_stats", "pair_loss", "tdpo_loss", "token_stats"]
 
@@ -37,13 +49,34 @@ def token_stats(
     *,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> TokenStats:
-    """As ``tdpo_ext.token_stats``, from softmaxes. ``inplace_backward=True`` raises ValueError."""
+    """As ``tdpo_ext.token_stats``, from softmaxes. ``inplace_backward=True`` raises ValueError; a
+    sharded vocabulary is gathered, and then there is no second derivative."""
+    policy_logits, reference_logits, labels, shard = local_logits(
+        policy_logits, reference_logits, labels, process_group=process_group
+    )
     check_token_stats(policy_logits, reference_logits, labels, ignore_index)
     if inplace_backward:
         raise ValueError(
             "inplace_backward=True is for tdpo_ext.token_stats: plain PyTorch keeps the logits for "
             "its backward; pass inplace_backward=False"
+        )
+    shard = shard or shard_of(process_group, policy_logits.shape[-1])
+    return _token_stats(policy_logits, reference_logits, labels, ignore_index, shard)
+
+
+def _token_stats(
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    shard: Shard | None,
+) -> TokenStats:
+    """Of checked arguments."""
+    if shard is not None:
+        policy_logits, reference_logits = (
+            gathered_logits(logits, shard) for logits in (policy_logits, reference_logits)
         )
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         checks.check_label_range(labels, policy_logits.shape[-1], ignore_index)
@@ -192,11 +225,15 @@ def tdpo_loss(
     reduction: str = "mean",
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> TDPOOutput:
     """As ``tdpo_ext.tdpo_loss``, on top of this module's ``token_stats``."""
     checks.check_loss_options(beta, alpha, variant, label_smoothing, reduction)
+    local_policy, local_reference, labels, shift_labels, _ = local_logits(
+        policy_logits, reference_logits, labels, shift_labels, process_group=process_group
+    )
     aligned = aligned_labels(
-        policy_logits, reference_logits, labels, shift_labels, cu_seqlens, ignore_index
+        local_policy, local_reference, labels, shift_labels, cu_seqlens, ignore_index
     )
     stats = token_stats(
         policy_logits,
@@ -204,6 +241,7 @@ def tdpo_loss(
         aligned,
         ignore_index=ignore_index,
         inplace_backward=inplace_backward,
+        process_group=process_group,
     )
     return loss_from_stats(
         stats,
@@ -234,19 +272,27 @@ def linear_token_stats(
     reference_logit_softcap: float | None = None,
     ignore_index: int = -100,
     chunk_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> TokenStats:
     """As ``tdpo_ext.linear_token_stats``, from logits; ``chunk_bytes`` changes nothing."""
-    policy = (policy_hidden, policy_weight, policy_bias)
-    reference = (reference_hidden, reference_weight, reference_bias)
-    checks.check_heads(policy, reference)
-    checks.check_labels("labels", labels, policy_hidden)
-    checks.check_chunk_bytes(chunk_bytes)
+    labels = local_labels(labels, policy_weight)
+    policy, reference, shard = checked_heads(
+        (policy_hidden, policy_weight, policy_bias),
+        (reference_hidden, reference_weight, reference_bias),
+        chunk_bytes,
+        process_group,
+    )
+    checks.check_labels("labels", labels, policy[0])
+    checks.check_ignore_index(ignore_index)
     scale, softcap, reference_scale, reference_softcap = checks.logit_options(
         logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap
     )
+    (hidden, weight, bias), (reference_hidden, reference_weight, reference_bias) = policy, reference
+    if shard is not None:
+        hidden = with_summed_gradient(hidden, shard)
     blank = (labels == ignore_index).unsqueeze(-1)  # not even a gradient comes from there
-    return token_stats(
-        _logits(policy_hidden.masked_fill(blank, 0), policy_weight, policy_bias, scale, softcap),
+    return _token_stats(
+        _logits(hidden.masked_fill(blank, 0), weight, bias, scale, softcap),
         _logits(
             reference_hidden.masked_fill(blank, 0),
             reference_weight,
@@ -255,8 +301,29 @@ def linear_token_stats(
             reference_softcap,
         ),
         labels,
-        ignore_index=ignore_index,
+        ignore_index,
+        shard,
     )
+
+
+Side = tuple[Tensor, Tensor, Tensor | None]
+"""Hidden states, weight, bias."""
+
+
+def checked_heads(
+    policy: Side, reference: Side, chunk_bytes: int | None, process_group: ProcessGroup | None
+) -> tuple[Side, Side, Shard | None]:
+    """Of sharded heads this process's parts."""
+    checks.check_chunk_bytes(chunk_bytes)
+    policy, shard = local_head("policy", *policy, process_group)
+    reference, of_reference = local_head("reference", *reference, process_group)
+    if shard != of_reference:
+        raise ValueError(
+            "policy_weight and reference_weight must be DTensors of one vocabulary, sharded over "
+            f"the same processes, or both plain tensors, got {shard} and {of_reference}"
+        )
+    checks.check_heads(policy, reference)
+    return policy, reference, shard or shard_of(process_group, policy[1].shape[0])
 
 
 def _logits(
@@ -294,15 +361,18 @@ def linear_tdpo_loss(
     reduction: str = "mean",
     ignore_index: int = -100,
     chunk_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> TDPOOutput:
     """As ``tdpo_ext.linear_tdpo_loss``, on top of this module's ``linear_token_stats``."""
     checks.check_loss_options(beta, alpha, variant, label_smoothing, reduction)
-    checks.check_heads(
+    labels, shift_labels = (local_labels(x, policy_weight) for x in (labels, shift_labels))
+    heads = (
         (policy_hidden, policy_weight, policy_bias),
         (reference_hidden, reference_weight, reference_bias),
     )
+    policy, _, _ = checked_heads(*heads, chunk_bytes, process_group)
     aligned = aligned_labels_of(
-        "policy_hidden", policy_hidden, labels, shift_labels, cu_seqlens, ignore_index
+        "policy_hidden", policy[0], labels, shift_labels, cu_seqlens, ignore_index
     )
     stats = linear_token_stats(
         policy_hidden,
@@ -318,6 +388,7 @@ def linear_tdpo_loss(
         reference_logit_softcap=reference_logit_softcap,
         ignore_index=ignore_index,
         chunk_bytes=chunk_bytes,
+        process_group=process_group,
     )
     return loss_from_stats(
         stats,

@@ -1,0 +1,76 @@
+"""Several gloo processes on this machine: ``*_scenarios.py``, run by ``distributed_worker.py``."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+PROCESSES = (2, 4)
+SECONDS = 300
+VOCABULARY = re.findall(r"@scenario\ndef (\w+)", (HERE / "vocabulary_scenarios.py").read_text())
+
+
+@functools.cache
+def results_of(module: str, processes: int) -> dict[str, dict[str, float]] | str:
+    """Of all scenarios of a module, in one launch: processes take long to start. Or what failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        errors = [Path(folder) / f"{rank}.txt" for rank in range(processes)]
+        codes = run_all(folder, module, errors)
+        said = "\n".join(path.read_text()[-4000:] for path in errors)
+        if codes != [0] * processes:
+            return f"exit codes {codes}\n{said}"
+        return json.loads((Path(folder) / "results.json").read_text())
+
+
+def run_all(folder: str, module: str, errors: list[Path]) -> list[int | None]:
+    """Exit codes. Where one process fails the others would wait for ever: all are ended."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(len(errors))}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "distributed_worker.py"), folder, module],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=path.open("w"),
+        )
+        for rank, path in enumerate(errors)
+    ]
+    deadline = time.monotonic() + SECONDS
+    codes: list[int | None] = [None] * len(started)
+    while None in codes and not any(codes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        codes = [process.poll() for process in started]
+    for process in started:
+        process.kill()
+        process.wait()
+    return codes
+
+
+def bound_of(scenario: str, quantity: str) -> float:
+    if quantity == "bits":
+        return 0.0
+    if "bfloat16" in scenario and "gradient" in quantity:
+        return 2.0**-8
+    if "float64" in scenario:
+        return 1e-12
+    return 1e-4 if quantity == "kl of close rows" else 2e-6
+
+
+@pytest.mark.parametrize("processes", PROCESSES)
+@pytest.mark.parametrize("scenario", VOCABULARY)
+def test_a_sharded_vocabulary(scenario: str, processes: int) -> None:
+    results = results_of("vocabulary_scenarios", processes)
+    assert isinstance(results, dict), results
+    errors = results[scenario]
+    print(errors)
+    for quantity, error in errors.items():
+        assert error <= bound_of(scenario, quantity), quantity

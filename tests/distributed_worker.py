@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,16 @@ def same_bits(tensor: Tensor) -> float:
     return 0.0 if all(torch.equal(each, tensor) for each in everywhere) else 1.0
 
 
+def whole(value: Any) -> Tensor:
+    """Of a DTensor, all of it."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def unwrapped_name(name: str) -> str:
+    """A parameter's, without what DDP and torch.compile put before it."""
+    return name.removeprefix("_orig_mod.").removeprefix("module.")
+
+
 def largest_of_all(result: dict[str, float]) -> dict[str, float]:
     everywhere: list[dict[str, float] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, result)
@@ -52,6 +63,8 @@ def largest_of_all(result: dict[str, float]) -> dict[str, float]:
 def main() -> None:
     folder, *modules = sys.argv[1:]
     torch.set_num_threads(1)
+    # Accelerate wants to see these, though nothing connects to them.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size)
     # Run as a script this file is __main__; the scenarios import it by its name.

@@ -17,7 +17,10 @@ import pytest
 HERE = Path(__file__).parent
 PROCESSES = (2, 4)
 SECONDS = 300
-VOCABULARY = re.findall(r"@scenario\ndef (\w+)", (HERE / "vocabulary_scenarios.py").read_text())
+
+
+def scenarios_of(module: str) -> list[str]:
+    return re.findall(r"@scenario\ndef (\w+)", (HERE / f"{module}.py").read_text())
 
 
 @functools.cache
@@ -65,12 +68,32 @@ def bound_of(scenario: str, quantity: str) -> float:
     return 1e-4 if quantity == "kl of close rows" else 2e-6
 
 
-@pytest.mark.parametrize("processes", PROCESSES)
-@pytest.mark.parametrize("scenario", VOCABULARY)
-def test_a_sharded_vocabulary(scenario: str, processes: int) -> None:
-    results = results_of("vocabulary_scenarios", processes)
+def errors_of(module: str, scenario: str, processes: int) -> dict[str, float]:
+    results = results_of(module, processes)
     assert isinstance(results, dict), results
-    errors = results[scenario]
-    print(errors)
-    for quantity, error in errors.items():
+    print(f"{processes} processes, {scenario}: {results[scenario]}")
+    return results[scenario]
+
+
+@pytest.mark.parametrize("processes", PROCESSES)
+@pytest.mark.parametrize("scenario", scenarios_of("vocabulary_scenarios"))
+def test_a_sharded_vocabulary(scenario: str, processes: int) -> None:
+    for quantity, error in errors_of("vocabulary_scenarios", scenario, processes).items():
         assert error <= bound_of(scenario, quantity), quantity
+
+
+def check_steps(module: str, scenario: str, processes: int) -> None:
+    errors = errors_of(module, scenario, processes)
+    assert errors["loss"] <= 2e-6
+    assert errors["gradient"] <= 5e-5
+
+
+@pytest.mark.parametrize("processes", PROCESSES)
+@pytest.mark.parametrize("scenario", scenarios_of("model_scenarios"))
+def test_steps_of_models(scenario: str, processes: int) -> None:
+    check_steps("model_scenarios", scenario, processes)
+
+
+@pytest.mark.parametrize("scenario", scenarios_of("trainer_scenarios"))
+def test_steps_of_trainers(scenario: str) -> None:
+    check_steps("trainer_scenarios", scenario, processes=2)

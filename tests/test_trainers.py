@@ -1,195 +1,38 @@
-"""Whole training steps, in other people's trainers, against one process in float64.
-
-Every step's loss and the gradient of every parameter, as the optimizer sees it, are compared with
-those of a float64 copy of the model, whose loss is the definition on its own logits, the mean over
-all the step's pairs. Micro-batches are recorded, so whatever order a trainer takes is its own.
-"""
+"""TDPO in other people's trainers: their steps, metrics, references, options; and the collator."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-import datasets
 import peft
 import pytest
-import tokenizers
 import torch
-import transformers
 import trl
 from test_attach import lora
-from tiny_models import VOCABULARY, tiny_model
+from tiny_models import tiny_model
+from trainer_checks import (
+    ARGUMENTS,
+    Recorder,
+    as_text,
+    examples,
+    tokenizer,
+    transformers_trainer,
+    trl_trainer,
+)
 
-from tdpo_ext import LinearTDPOLoss, reference
+from tdpo_ext import reference
 from tdpo_ext.integrations import transformers as of_transformers
 from tdpo_ext.integrations import trl as of_trl
 
-LEARNING_RATE = 0.5
-ARGUMENTS: dict[str, Any] = {
-    "optim": "sgd",
-    "learning_rate": LEARNING_RATE,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-    "use_cpu": True,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "bf16": False,
-}
+LOSS_BOUND, GRADIENT_BOUND = 2e-6, 5e-5
 
 
-def examples(count: int = 11, seed: int = 0) -> list[dict[str, list[int]]]:
-    """11: the last micro-batch of 2 has one pair, the last step of 4 micro-batches has 3 pairs."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(low: int, high: int) -> list[int]:
-        length = int(torch.randint(low, high, (1,), generator=generator))
-        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-
-    end = [2]
-    return [
-        {"prompt_ids": ids(2, 5), "chosen_ids": ids(0, 5) + end, "rejected_ids": ids(1, 6) + end}
-        for _ in range(count)
-    ]
-
-
-def as_text(rows: list[dict[str, list[int]]]) -> Any:
-    """What TRL, which adds the end-of-sequence token, tokenises back to the same ids."""
-
-    def words(ids: list[int]) -> str:
-        return "".join(f"w{number:02} " for number in ids)
-
-    return datasets.Dataset.from_list(
-        [
-            {
-                "prompt": words(row["prompt_ids"]),
-                "chosen": words(row["chosen_ids"][:-1]),
-                "rejected": words(row["rejected_ids"][:-1]),
-            }
-            for row in rows
-        ]
-    )
-
-
-class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
-    """What a trainer fed to its model and to its optimizer."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[dict[str, torch.Tensor]]] = [[]]
-        self.losses = [0.0]
-        self.gradients: list[dict[str, torch.Tensor]] = []
-        self.logs: list[dict[str, float]] = []
-
-    def watch(self, trainer: Any) -> None:
-        trainer.add_callback(self)
-        compute = trainer.compute_loss
-
-        def compute_and_record(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            loss = compute(model, inputs, *args, **kwargs)
-            if model.training:
-                self.batches[-1].append({key: value.clone() for key, value in inputs.items()})
-                self.losses[-1] += loss.item()
-            return loss
-
-        trainer.compute_loss = compute_and_record
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        named = others["model"].named_parameters()
-        self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
-
-    def on_optimizer_step(self, *args: Any, **others: Any) -> None:
-        self.batches.append([])
-        self.losses.append(0.0)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
-        self.logs.append(dict(logs))
-
-
-def labels_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    if "labels" in batch:
-        return batch["labels"]
-    return batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-
-
-def check_against_float64(
-    recorder: Recorder, model: Any, reference_model: Any, **loss: Any
-) -> None:
-    """``model``: as it was before training; with adapters if ``reference_model`` is None."""
-    model, losses = model.double(), recorder.losses[: len(recorder.gradients)]
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    assert len(losses) >= 2
-    largest = 0.0
-    for batches, step_loss, gradients in zip(
-        recorder.batches, losses, recorder.gradients, strict=False
-    ):
-        each = []
-        for batch in batches:
-            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-            with torch.no_grad():
-                if reference_model is None:
-                    with model.disable_adapter():
-                        reference_logits = model(**inputs).logits
-                else:
-                    reference_logits = reference_model.double()(**inputs).logits
-            logits = model(**inputs).logits
-            each.append(
-                reference.tdpo_loss(
-                    logits, reference_logits, labels_of(batch), reduction="none", **loss
-                ).loss
-            )
-        mean = torch.cat(each).mean()
-        optimizer.zero_grad()
-        mean.backward()
-        assert step_loss == pytest.approx(mean.item(), rel=2e-6, abs=1e-6)
-        expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        assert gradients.keys() == expected.keys()
-        for name, gradient in expected.items():
-            scale = gradient.abs().max().clamp(min=1e-5)
-            error = ((gradients[name] - gradient).abs().max() / scale).item()
-            largest = max(largest, error)
-            assert error < 5e-5, (name, error)
-        optimizer.step()
-    print(f"largest gradient difference: {largest:.1e}")
-
-
-def tokenizer() -> Any:
-    words = {f"w{number:02}": number for number in range(VOCABULARY)}
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w03"))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="w00", bos_token="w01", eos_token="w02", unk_token="w03"
-    )
-
-
-def transformers_trainer(
-    model: Any, tmp_path: Any, *, loss: dict[str, Any] | None = None, **options: Any
-) -> Any:
-    others = {key: options.pop(key) for key in ("reference", "eval_dataset") if key in options}
-    return of_transformers.TDPOTrainer(
-        model,
-        transformers.TrainingArguments(str(tmp_path), **ARGUMENTS, **options),
-        loss=LinearTDPOLoss(**(loss or {})),
-        train_dataset=examples(),
-        data_collator=of_transformers.PreferenceCollator(0),
-        **others,
-    )
-
-
-def trl_trainer(
-    model: Any, tmp_path: Any, *, loss: dict[str, Any] | None = None, **options: Any
-) -> Any:
-    loss = loss or {}
-    names = {"alpha": "tdpo_alpha", "variant": "tdpo_variant"}
-    renamed = {names.get(key, key): value for key, value in loss.items()}
-    others = {key: options.pop(key) for key in ("ref_model", "eval_dataset") if key in options}
-    return of_trl.TDPOTrainer(
-        model,
-        args=of_trl.TDPOConfig(str(tmp_path), **ARGUMENTS, **options, **renamed),
-        train_dataset=as_text(examples()),
-        processing_class=tokenizer(),
-        **others,
-    )
+def check(recorder: Recorder, model: Any, reference_model: Any, **loss: Any) -> dict[str, float]:
+    errors = recorder.check(model, reference_model, **loss)
+    assert errors["loss"] <= LOSS_BOUND
+    assert errors["gradient"] <= GRADIENT_BOUND
+    return errors
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -225,7 +68,7 @@ def test_every_step_is_that_of_the_definition(
     reference_model = None if adapters else copy.deepcopy(before)
     if "ref" in getattr(model, "peft_config", {}):  # TRL's copy of the adapter as it was
         reference_model = copy.deepcopy(before).merge_and_unload()
-    check_against_float64(recorder, before, reference_model, beta=0.3, alpha=0.7)
+    check(recorder, before, reference_model, beta=0.3, alpha=0.7)
     logged = recorder.logs[0]
     assert {"rewards/margins", "logps/chosen", "kl/chosen", "kl/rejected", "kl/margin"} <= set(
         logged
@@ -276,7 +119,7 @@ def test_cached_hidden_states_serve_as_reference(tmp_path: Any) -> None:
     recorder = Recorder()
     recorder.watch(made)
     made.train()
-    check_against_float64(recorder, before, copy.deepcopy(before))
+    check(recorder, before, copy.deepcopy(before))
 
 
 def test_a_cached_reference_without_hidden_states_says_so(tmp_path: Any) -> None:
@@ -320,7 +163,7 @@ def test_the_adapter_named_ref_is_the_reference(tmp_path: Any) -> None:
     recorder.watch(made)
     made.train()
     merged = copy.deepcopy(before).merge_and_unload()
-    check_against_float64(recorder, before, merged)
+    check(recorder, before, merged)
 
 
 def test_dropout_is_off_everywhere(tmp_path: Any) -> None:
@@ -409,7 +252,7 @@ def test_peft_config_given_to_the_trainer(tmp_path: Any) -> None:
     recorder = Recorder()
     recorder.watch(made)
     made.train()
-    check_against_float64(recorder, before, None)
+    check(recorder, before, None)
 
 
 # --- the collator ---------------------------------------------------------------------------------

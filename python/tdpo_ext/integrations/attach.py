@@ -87,13 +87,14 @@ class Attachment:
         if request.cu_seqlens is not None:
             own = own._replace(hidden=hidden.squeeze(0))
         if self.loss is None:
-            numbers = torch.cat(self.stats(own, request)).unsqueeze(-1)
-            self.result = TokenStats(*numbers.squeeze(-1).chunk(3))
+            numbers = torch.stack(self.stats(own, request), dim=-1)
+            self.result = TokenStats(*(x.clone() for x in numbers.unbind(-1)))
             return numbers
         output = self.output(self.loss, own, request)
         # [batch, tokens, vocabulary], as logits have; a vocabulary of 1 survives any broadcast.
-        numbers = output.loss.reshape(-1, 1, 1)
-        self.result = output._replace(loss=numbers.reshape(output.loss.shape))
+        # Clones, since FSDP2 cannot put its hooks on views.
+        numbers = output.loss.reshape(-1, 1, 1).clone()
+        self.result = output._replace(loss=numbers.reshape(output.loss.shape).clone())
         return numbers
 
     def kept(self, own: HeadInputs) -> HeadInputs:

@@ -1,0 +1,161 @@
+"""Models over several processes, against one in float64 (``distributed_worker``)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from distributed_worker import scenario, unwrapped_name, whole
+from tiny_models import tiny_batch, tiny_model
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tdpo_ext import LinearTDPOLoss, reference
+from tdpo_ext.integrations.attach import HEAD_INPUTS, TDPOTargets, attach_tdpo
+from tdpo_ext.integrations.steps import without_dropout
+
+LEARNING_RATE = 0.5
+
+
+def batches(model: Any, step: int) -> list[dict[str, Any]]:
+    """Of one step, of all processes: equally many pairs, other tokens."""
+    size = dist.get_world_size()
+    return [tiny_batch(model, seed=step * size + rank) for rank in range(size)]
+
+
+class Truth:
+    """The same steps by one process in float64: the mean over all pairs of all processes."""
+
+    def __init__(self, model: Any, reference_model: Any) -> None:
+        self.model = copy.deepcopy(model).double()
+        self.reference_model = copy.deepcopy(reference_model).double()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE)
+
+    def step(self, number: int) -> tuple[float, dict[str, Tensor]]:
+        losses = []
+        for batch in batches(self.model, number):
+            with torch.no_grad():
+                of_reference = self.reference_model(**batch["inputs"]).logits
+            of_policy = self.model(**batch["inputs"]).logits
+            losses.append(reference.tdpo_loss(of_policy, of_reference, batch["labels"]).loss)
+        mean = torch.stack(losses).mean()
+        self.optimizer.zero_grad()
+        mean.backward()
+        gradients = {n: p.grad.clone() for n, p in self.model.named_parameters()}
+        self.optimizer.step()
+        return mean.item(), gradients
+
+
+def steps_of(
+    model: Any, engine: Any, *, shard_reference: bool = False, checkpointing: bool = False
+) -> dict[str, float]:
+    """Two steps, each with an evaluation before it, of a model that ``engine`` wraps."""
+    without_dropout(model)
+    reference_model = tiny_model(model.config.name_or_path, seed=1)
+    truth = Truth(model, reference_model)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    attach_tdpo(model, LinearTDPOLoss())
+    attach_tdpo(reference_model).requires_grad_(False)
+    wrapped = engine(model.train())
+    if shard_reference:
+        engine(reference_model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=LEARNING_RATE)
+    errors = {"loss": 0.0, "gradient": 0.0}
+    for number in range(2):
+        batch = batches(model, number)[dist.get_rank()]
+        with torch.no_grad():
+            of_reference = reference_model(**batch["inputs"], tdpo=HEAD_INPUTS)
+            targets = TDPOTargets(of_reference, batch["labels"])
+            evaluated = wrapped(**batch["inputs"], tdpo=targets).loss
+        output = wrapped(**batch["inputs"], tdpo=targets)
+        assert torch.equal(evaluated, output.loss.detach())
+        optimizer.zero_grad()
+        output.loss.backward()
+        loss = output.loss.detach().clone()
+        dist.all_reduce(loss)
+        expected_loss, expected = truth.step(number)
+        errors["loss"] = max(
+            errors["loss"], abs(loss.item() / dist.get_world_size() - expected_loss)
+        )
+        gradients = {unwrapped_name(n): whole(p.grad) for n, p in wrapped.named_parameters()}
+        assert gradients.keys() == expected.keys()
+        for name, gradient in expected.items():
+            scale = gradient.abs().max().clamp(min=1e-5)
+            error = ((gradients[name] - gradient).abs().max() / scale).item()
+            errors["gradient"] = max(errors["gradient"], error)
+        optimizer.step()
+    return errors
+
+
+def named(name: str) -> Any:
+    model = tiny_model(name)
+    model.config.name_or_path = name
+    return model
+
+
+def layers_of(model: Any) -> Any:
+    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
+
+
+def sharded_root(model: Any) -> Any:
+    for layer in layers_of(model):
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def sharded_root_that_frees_its_parameters(model: Any) -> Any:
+    for layer in layers_of(model):
+        fully_shard(layer)
+    return fully_shard(model, reshard_after_forward=True)
+
+
+def sharded_head_apart(model: Any) -> Any:
+    fully_shard(model.get_output_embeddings())
+    return sharded_root(model)
+
+
+@scenario
+def ddp_untied() -> dict[str, float]:
+    return steps_of(named("llama"), DistributedDataParallel)
+
+
+@scenario
+def ddp_tied() -> dict[str, float]:
+    return steps_of(named("gpt2-tied"), DistributedDataParallel)
+
+
+@scenario
+def ddp_compiled() -> dict[str, float]:
+    return steps_of(
+        named("llama"),
+        lambda model: torch.compile(DistributedDataParallel(model), backend="aot_eager"),
+    )
+
+
+@scenario
+def fsdp2_head_in_the_root() -> dict[str, float]:
+    return steps_of(named("llama"), sharded_root, shard_reference=True)
+
+
+@scenario
+def fsdp2_root_resharded() -> dict[str, float]:
+    return steps_of(named("llama"), sharded_root_that_frees_its_parameters, shard_reference=True)
+
+
+@scenario
+def fsdp2_head_in_its_own_group() -> dict[str, float]:
+    return steps_of(named("llama"), sharded_head_apart, shard_reference=True)
+
+
+@scenario
+def fsdp2_tied() -> dict[str, float]:
+    return steps_of(named("gpt2-tied"), sharded_root, shard_reference=True)
+
+
+@scenario
+def fsdp2_with_activation_checkpointing() -> dict[str, float]:
+    return steps_of(named("llama"), sharded_head_apart, checkpointing=True)

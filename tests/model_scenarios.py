@@ -49,45 +49,64 @@ class Truth:
         return mean.item(), gradients
 
 
+class Engine:
+    """What runs a model's steps; here as a plain loop does, on what ``wrap`` makes of it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = self.wrap(model)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE)
+
+    @staticmethod
+    def before_attach(model: Any) -> None:
+        pass
+
+    def wrap(self, model: Any) -> Any:
+        return model
+
+    def backward(self, loss: Tensor) -> dict[str, Tensor]:
+        self.optimizer.zero_grad()
+        loss.backward()
+        return {unwrapped_name(n): whole(p.grad) for n, p in self.model.named_parameters()}
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
 def steps_of(
     model: Any, engine: Any, *, shard_reference: bool = False, checkpointing: bool = False
 ) -> dict[str, float]:
-    """Two steps, each with an evaluation before it, of a model that ``engine`` wraps."""
+    """Two steps, each with an evaluation before it."""
     without_dropout(model)
     reference_model = tiny_model(model.config.name_or_path, seed=1)
     truth = Truth(model, reference_model)
     if checkpointing:
         model.gradient_checkpointing_enable()
+    engine.before_attach(model)
     attach_tdpo(model, LinearTDPOLoss())
     attach_tdpo(reference_model).requires_grad_(False)
-    wrapped = engine(model.train())
-    if shard_reference:
-        engine(reference_model)
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=LEARNING_RATE)
+    policy = engine(model.train())
+    ask = engine(reference_model).model if shard_reference else reference_model
     errors = {"loss": 0.0, "gradient": 0.0}
     for number in range(2):
         batch = batches(model, number)[dist.get_rank()]
         with torch.no_grad():
-            of_reference = reference_model(**batch["inputs"], tdpo=HEAD_INPUTS)
+            of_reference = ask(**batch["inputs"], tdpo=HEAD_INPUTS)
             targets = TDPOTargets(of_reference, batch["labels"])
-            evaluated = wrapped(**batch["inputs"], tdpo=targets).loss
-        output = wrapped(**batch["inputs"], tdpo=targets)
+            evaluated = policy.model(**batch["inputs"], tdpo=targets).loss
+        output = policy.model(**batch["inputs"], tdpo=targets)
         assert torch.equal(evaluated, output.loss.detach())
-        optimizer.zero_grad()
-        output.loss.backward()
+        gradients = policy.backward(output.loss)
         loss = output.loss.detach().clone()
         dist.all_reduce(loss)
         expected_loss, expected = truth.step(number)
-        errors["loss"] = max(
-            errors["loss"], abs(loss.item() / dist.get_world_size() - expected_loss)
-        )
-        gradients = {unwrapped_name(n): whole(p.grad) for n, p in wrapped.named_parameters()}
+        error = abs(loss.item() / dist.get_world_size() - expected_loss)
+        errors["loss"] = max(errors["loss"], error)
         assert gradients.keys() == expected.keys()
         for name, gradient in expected.items():
             scale = gradient.abs().max().clamp(min=1e-5)
             error = ((gradients[name] - gradient).abs().max() / scale).item()
             errors["gradient"] = max(errors["gradient"], error)
-        optimizer.step()
+        policy.step()
     return errors
 
 
@@ -101,61 +120,72 @@ def layers_of(model: Any) -> Any:
     return model.transformer.h if hasattr(model, "transformer") else model.model.layers
 
 
-def sharded_root(model: Any) -> Any:
-    for layer in layers_of(model):
-        fully_shard(layer)
-    return fully_shard(model)
+class DDP(Engine):
+    def wrap(self, model: Any) -> Any:
+        return DistributedDataParallel(model)
 
 
-def sharded_root_that_frees_its_parameters(model: Any) -> Any:
-    for layer in layers_of(model):
-        fully_shard(layer)
-    return fully_shard(model, reshard_after_forward=True)
+class CompiledDDP(Engine):
+    def wrap(self, model: Any) -> Any:
+        return torch.compile(DistributedDataParallel(model), backend="aot_eager")
 
 
-def sharded_head_apart(model: Any) -> Any:
-    fully_shard(model.get_output_embeddings())
-    return sharded_root(model)
+class FSDP2(Engine):
+    """Every layer is a group, and the root, with the head."""
+
+    root: dict[str, Any] = {}  # noqa: RUF012
+
+    def wrap(self, model: Any) -> Any:
+        for layer in layers_of(model):
+            fully_shard(layer)
+        return fully_shard(model, **self.root)
+
+
+class FSDP2RootResharded(FSDP2):
+    root = {"reshard_after_forward": True}  # noqa: RUF012
+
+
+class FSDP2HeadApart(FSDP2):
+    def wrap(self, model: Any) -> Any:
+        fully_shard(model.get_output_embeddings())
+        return super().wrap(model)
 
 
 @scenario
 def ddp_untied() -> dict[str, float]:
-    return steps_of(named("llama"), DistributedDataParallel)
+    return steps_of(named("llama"), DDP)
 
 
 @scenario
 def ddp_tied() -> dict[str, float]:
-    return steps_of(named("gpt2-tied"), DistributedDataParallel)
+    return steps_of(named("gpt2-tied"), DDP)
 
 
 @scenario
 def ddp_compiled() -> dict[str, float]:
-    return steps_of(
-        named("llama"),
-        lambda model: torch.compile(DistributedDataParallel(model), backend="aot_eager"),
-    )
+    return steps_of(named("llama"), CompiledDDP)
 
 
 @scenario
 def fsdp2_head_in_the_root() -> dict[str, float]:
-    return steps_of(named("llama"), sharded_root, shard_reference=True)
+    return steps_of(named("llama"), FSDP2, shard_reference=True)
 
 
 @scenario
 def fsdp2_root_resharded() -> dict[str, float]:
-    return steps_of(named("llama"), sharded_root_that_frees_its_parameters, shard_reference=True)
+    return steps_of(named("llama"), FSDP2RootResharded, shard_reference=True)
 
 
 @scenario
 def fsdp2_head_in_its_own_group() -> dict[str, float]:
-    return steps_of(named("llama"), sharded_head_apart, shard_reference=True)
+    return steps_of(named("llama"), FSDP2HeadApart, shard_reference=True)
 
 
 @scenario
 def fsdp2_tied() -> dict[str, float]:
-    return steps_of(named("gpt2-tied"), sharded_root, shard_reference=True)
+    return steps_of(named("gpt2-tied"), FSDP2, shard_reference=True)
 
 
 @scenario
 def fsdp2_with_activation_checkpointing() -> dict[str, float]:
-    return steps_of(named("llama"), sharded_head_apart, checkpointing=True)
+    return steps_of(named("llama"), FSDP2HeadApart, checkpointing=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -37,7 +38,14 @@ def results_of(module: str, processes: int) -> dict[str, dict[str, float]] | str
 
 def run_all(folder: str, module: str, errors: list[Path]) -> list[int | None]:
     """Exit codes. Where one process fails the others would wait for ever: all are ended."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(len(errors))}
+    processes = str(len(errors))
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": processes,
+        "LOCAL_SIZE": processes,  # DeepSpeed asks for it
+        "DS_ACCELERATOR": "cpu",
+    }
     started = [
         subprocess.Popen(
             [sys.executable, str(HERE / "distributed_worker.py"), folder, module],
@@ -92,6 +100,12 @@ def check_steps(module: str, scenario: str, processes: int) -> None:
 @pytest.mark.parametrize("scenario", scenarios_of("model_scenarios"))
 def test_steps_of_models(scenario: str, processes: int) -> None:
     check_steps("model_scenarios", scenario, processes)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")
+@pytest.mark.parametrize("scenario", scenarios_of("deepspeed_scenarios"))
+def test_steps_with_zero3(scenario: str) -> None:
+    check_steps("deepspeed_scenarios", scenario, processes=2)
 
 
 @pytest.mark.parametrize("scenario", scenarios_of("trainer_scenarios"))

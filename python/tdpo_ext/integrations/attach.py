@@ -12,7 +12,10 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +31,7 @@ from tdpo_ext.integrations.hidden import (
     evaluating,
     head_of,
     language_model,
+    parameter_of,
     probe_inputs,
     weight_and_bias,
 )
@@ -66,10 +70,12 @@ class Attachment:
     def __init__(self, model: nn.Module, head: nn.Module, loss: LinearTDPOLoss | None) -> None:
         self.loss = loss
         self.logit_options = LogitOptions.of(model.config)
-        self.weight = weakref.ref(weight_and_bias(head)[0])
+        self.parameter = weakref.ref(parameter_of(head))
         self.takes_use_cache = "use_cache" in inspect.signature(type(model).forward).parameters
         self.request: TDPOTargets | str | None = None
         self.result: Any = None
+        self.numbers: Tensor | None = None
+        """What the head has returned, as other people's hooks have left it."""
 
     def answer(self, head: nn.Module, hidden: Tensor) -> Tensor:
         """What the head returns instead of logits: all that its gradients come back through."""
@@ -82,27 +88,44 @@ class Attachment:
             )
         own = HeadInputs(hidden, weight, bias, self.logit_options)
         if not isinstance(request, TDPOTargets):
-            self.result = self.kept(own)
+            self.result = self.kept(own, head)
             return hidden[..., :1]
         if request.cu_seqlens is not None:
             own = own._replace(hidden=hidden.squeeze(0))
         if self.loss is None:
-            numbers = torch.stack(self.stats(own, request), dim=-1)
-            self.result = TokenStats(*(x.clone() for x in numbers.unbind(-1)))
-            return numbers
-        output = self.output(self.loss, own, request)
-        # [batch, tokens, vocabulary], as logits have; a vocabulary of 1 survives any broadcast.
-        # Clones, since FSDP2 cannot put its hooks on views.
-        numbers = output.loss.reshape(-1, 1, 1).clone()
-        self.result = output._replace(loss=numbers.reshape(output.loss.shape).clone())
-        return numbers
+            stats = self.result = self.stats(own, request)
+            self.numbers = torch.stack(stats, dim=-1)
+        else:
+            output = self.result = self.output(self.loss, own, request)
+            # [batch, tokens, vocabulary], as logits have; a vocabulary of 1 survives any broadcast.
+            # A clone, since FSDP2 cannot put its hooks on views.
+            self.numbers = output.loss.reshape(-1, 1, 1).clone()
+        return self.numbers
 
-    def kept(self, own: HeadInputs) -> HeadInputs:
+    def keep_numbers(self, head: nn.Module, arguments: Any, numbers: Tensor) -> None:
+        """A forward hook of the head."""
+        self.numbers = numbers
+
+    def take_result(self) -> Any:
+        """The answer, whose gradient passes through the head's module on its way back: there ZeRO-3
+        and FSDP2 gather the weight for it. None if the head was not called."""
+        result, numbers = self.result, self.numbers
+        self.result = self.numbers = None
+        if isinstance(result, TDPOOutput):
+            assert numbers is not None
+            return result._replace(loss=numbers.reshape(result.loss.shape).clone())
+        if isinstance(result, TokenStats):
+            assert numbers is not None
+            return TokenStats(*(x.clone() for x in numbers.unbind(-1)))
+        return result
+
+    def kept(self, own: HeadInputs, head: nn.Module) -> HeadInputs:
         """To be used after forward, when the gathered weight of a sharded head is gone."""
         if torch.compiler.is_compiling():
             sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
         else:  # FSDP2 replaces the parameter that was there, ZeRO-3 marks it
-            sharded = own.weight is not self.weight() or hasattr(own.weight, "ds_id")
+            parameter = parameter_of(head)
+            sharded = parameter is not self.parameter() or hasattr(parameter, "ds_id")
         if not sharded:
             return own
         bias = None if own.bias is None else own.bias.clone()
@@ -183,12 +206,13 @@ def _model_forward(self: Any, *args: Any, tdpo: Any = None, **kwargs: Any) -> An
     assert attachment is not None
     if attachment.takes_use_cache:
         kwargs.setdefault("use_cache", False)
-    attachment.request, attachment.result = tdpo, None
+    attachment.request = tdpo
     try:
-        outputs = _call(self, args, {**kwargs, "return_dict": True})
+        with _last_hook(head_of(self), attachment.keep_numbers):
+            outputs = _call(self, args, {**kwargs, "return_dict": True})
     finally:
         attachment.request = None
-    result, attachment.result = attachment.result, None
+    result = attachment.take_result()
     if result is None:
         raise RuntimeError(
             f"{type(self).__name__} did not call its head ({type(head_of(self)).__name__}); use "
@@ -198,6 +222,20 @@ def _model_forward(self: Any, *args: Any, tdpo: Any = None, **kwargs: Any) -> An
         return result
     loss = result.loss if isinstance(result, TDPOOutput) else None
     return TDPOModelOutput(loss=loss, tdpo=result, aux_loss=getattr(outputs, "aux_loss", None))
+
+
+@contextmanager
+def _last_hook(module: nn.Module, hook: Any) -> Iterator[None]:
+    """A forward hook that sees what all others have made of the module's result: DeepSpeed replaces
+    it. Compiled code takes no hooks, and has none of DeepSpeed's."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _check_request(model: Any, attachment: Any, tdpo: Any, kwargs: dict[str, Any]) -> None:
@@ -238,7 +276,8 @@ def attach_tdpo(
             takes ``shift_labels``.
         loss: the options of the loss (those of the logits are the model's own). None: statistics
             per token instead, as ``linear_token_stats``, for losses of your own.
-        probe: compare four tokens' logits, rebuilt from what the head takes, with the model's own.
+        probe: compare four tokens' logits, rebuilt from what the head takes, with the model's own;
+            a model that ZeRO-3 has partitioned already is not compared, and a warning says so.
 
     Returns:
         ``model``.
@@ -261,13 +300,26 @@ def attach_tdpo(
         wrapped = functools.wraps(type(module).forward)(_copied(forward))
         module.__dict__["_tdpo_forward_before"] = before
         module.__dict__["forward"] = types.MethodType(wrapped, module)
-    if probe:
+    if probe and _is_partitioned(head):
+        warnings.warn(
+            f"the parameters of {type(inner).__name__} are partitioned (ZeRO-3), so its logits are "
+            "not compared with those rebuilt from its hidden states; attach_tdpo a small model of "
+            "the same architecture once, to be sure of it",
+            stacklevel=2,
+        )
+    elif probe:
         try:
             _probe(inner)
         except Exception:
             detach_tdpo(model)
             raise
     return model
+
+
+def _is_partitioned(head: nn.Module) -> bool:
+    """Whether ZeRO-3 has taken the head's weight away until an engine gathers it."""
+    parameter = parameter_of(head)
+    return hasattr(parameter, "ds_id") and parameter.numel() == 0
 
 
 def _copied(function: Any) -> types.FunctionType:

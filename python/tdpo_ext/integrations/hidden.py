@@ -93,6 +93,11 @@ def head_of(model: nn.Module) -> nn.Module:
     return head
 
 
+def parameter_of(head: Any) -> Any:
+    """The weight that the head owns, whatever adapters add to it."""
+    return getattr(head, "base_layer", head).weight
+
+
 def weight_and_bias(head: Any) -> tuple[Tensor, Tensor | None]:
     """Those the head multiplies with at the moment: with its adapters, if it has and uses any."""
     if not hasattr(head, "base_layer"):  # else PEFT's: its ``weight`` leaves the adapters out
@@ -151,9 +156,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def probe_inputs(model: nn.Module) -> dict[str, Tensor]:
     """Two sequences of two tokens."""
     inner = language_model(model)
-    weight = inner.get_input_embeddings().weight
-    vocabulary = min(weight.shape[0], weight_and_bias(head_of(model))[0].shape[0])
-    ids = torch.arange(1, 5, device=weight.device).remainder(vocabulary).view(2, 2)
+    device = next(inner.get_input_embeddings().parameters()).device
+    vocabulary = inner.config.get_text_config(decoder=True).vocab_size
+    ids = torch.arange(1, 5, device=device).remainder(vocabulary).view(2, 2)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if inner.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids

@@ -79,10 +79,12 @@ class TDPOSteps:
         num_items_in_batch: Any = None,
     ) -> Any:
         output, aux_loss = self.tdpo_output(model, dict(inputs))
-        pairs = pairs_of(inputs)
-        self.pair_metrics.add(output.metrics(), pairs, training=model.training)
+        pairs, metrics, loss = pairs_of(inputs), output.metrics(), output.loss
+        if aux_loss is not None:
+            metrics["aux_loss"] = aux_loss
+            loss = loss + aux_loss
+        self.pair_metrics.add(metrics, pairs, training=model.training)
         self.tdpo_ran = True
-        loss = output.loss if aux_loss is None else output.loss + aux_loss
         if num_items_in_batch is not None:
             # Gradients are averaged over processes; so the whole is a mean over all pairs.
             loss = loss * (pairs * self.accelerator.num_processes / num_items_in_batch)

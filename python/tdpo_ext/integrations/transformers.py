@@ -138,7 +138,7 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         reference: a model; or ``CachedReference.of(model)``, whose hidden states come as
             ``reference_hidden`` in the batches (``PreferenceCollator``). None: for a PEFT model its
             adapter "ref" or, without one, the model without adapters; else a frozen copy of it. A
-            model is held whole on every device.
+            model is held whole on every device, but partitioned with ZeRO-3.
         others: as ``transformers.Trainer``; ``data_collator`` is a ``PreferenceCollator`` or gives
             such batches.
 
@@ -169,7 +169,21 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         self.reference = reference
         if isinstance(reference, nn.Module):
             attach_tdpo(without_dropout(reference)).requires_grad_(False).eval()
-            reference.to(self.accelerator.device)
+            self.reference = self._placed(reference)
+
+    def _placed(self, reference: nn.Module) -> nn.Module:
+        """On this process's device, whole, or partitioned as the policy is by ZeRO-3."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is None or plugin.zero_stage != 3:
+            return reference.to(self.accelerator.device)
+        import deepspeed
+
+        zero = {**plugin.deepspeed_config["zero_optimization"]}
+        for name in ("offload_optimizer", "reduce_bucket_size"):  # of training alone
+            zero.pop(name, None)
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+        engine: nn.Module = deepspeed.initialize(model=reference, config=config)[0]
+        return engine
 
     def tdpo_output(
         self, model: nn.Module, inputs: dict[str, Any]

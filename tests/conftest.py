@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import emulated
 import numpy as np
 import pytest
+import recording
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -21,6 +23,15 @@ if native.backends()["cuda"]["compiled"]:
     CUDA.append("cuda")
 COMPILED = INSTRUCTION_SETS + CUDA
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", help="write the errors that tests measure to this JSON file")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if path := session.config.getoption("--record"):
+        recording.write(Path(path))
 
 
 def pytest_report_header() -> str:

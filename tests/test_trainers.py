@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import trl
+from recording import record
 from test_attach import lora
 from tiny_models import tiny_model
 from trainer_checks import (
@@ -16,6 +17,7 @@ from trainer_checks import (
     Recorder,
     as_text,
     examples,
+    plain_loop,
     tokenizer,
     transformers_trainer,
     trl_trainer,
@@ -38,40 +40,61 @@ def check(recorder: Recorder, model: Any, reference_model: Any, **loss: Any) -> 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("trainer", ["transformers", "trl", "trl-logits"])
+@pytest.mark.parametrize("trainer", ["plain", "plain-logits", "transformers", "trl", "trl-logits"])
 def test_every_step_is_that_of_the_definition(
     trainer: str, adapters: bool, accumulation: int, compiled: bool, tmp_path: Any
 ) -> None:
-    if compiled and accumulation == 4:
-        pytest.skip("compiled steps are the same graphs; one accumulation is enough")
     model = tiny_model()
     if adapters:
         model = lora(model, target_modules=["q_proj", "v_proj"])
     before = copy.deepcopy(model)
-    options: dict[str, Any] = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": accumulation,
-        "num_train_epochs": 1 if accumulation == 1 else 2,
-    }
-    if compiled:  # the graphs that any backend gets; compiling them to machine code takes minutes
-        options["torch_compile_backend"] = "aot_eager"
-    if trainer != "transformers":
-        options["tdpo_fused_head"] = trainer == "trl"
-        options["gradient_checkpointing"] = False
-        if not adapters:
-            options["ref_model"] = copy.deepcopy(model)
-    make = transformers_trainer if trainer == "transformers" else trl_trainer
-    made = make(model, tmp_path, loss={"beta": 0.3, "alpha": 0.7}, **options)
+    loss = {"beta": 0.3, "alpha": 0.7}
     recorder = Recorder()
-    recorder.watch(made)
-    made.train()
+    if trainer.startswith("plain"):
+        plain_loop(
+            model,
+            recorder,
+            reference_model=None if adapters else copy.deepcopy(model),
+            fused=trainer == "plain",
+            accumulation=accumulation,
+            compiled=compiled,
+            loss=loss,
+        )
+    else:
+        options: dict[str, Any] = {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": accumulation,
+            "num_train_epochs": 1 if accumulation == 1 else 2,
+        }
+        if compiled:  # the graphs that any backend gets; to machine code they take minutes
+            options["torch_compile_backend"] = "aot_eager"
+        if trainer != "transformers":
+            options["tdpo_fused_head"] = trainer == "trl"
+            options["gradient_checkpointing"] = False
+            if not adapters:
+                options["ref_model"] = copy.deepcopy(model)
+        make = transformers_trainer if trainer == "transformers" else trl_trainer
+        made = make(model, tmp_path, loss=loss, **options)
+        recorder.watch(made)
+        made.train()
+        names = {"rewards/margins", "logps/chosen", "kl/chosen", "kl/rejected", "kl/margin"}
+        assert names <= set(recorder.logs[0])
     reference_model = None if adapters else copy.deepcopy(before)
     if "ref" in getattr(model, "peft_config", {}):  # TRL's copy of the adapter as it was
         reference_model = copy.deepcopy(before).merge_and_unload()
-    check(recorder, before, reference_model, beta=0.3, alpha=0.7)
-    logged = recorder.logs[0]
-    assert {"rewards/margins", "logps/chosen", "kl/chosen", "kl/rejected", "kl/margin"} <= set(
-        logged
+    errors = check(recorder, before, reference_model, **loss)
+    trained = "LoRA" if adapters else "full"
+    name, route = trainer.removesuffix("-logits"), "logits" if "-" in trainer else "fused head"
+    record(
+        "steps",
+        {
+            "loop": {"plain": "plain loop", "transformers": "transformers", "trl": "TRL"}[name],
+            "route": route,
+            "trained": trained,
+            "accumulation": accumulation,
+            "torch.compile": "on" if compiled else "off",
+            **errors,
+        },
     )
 
 

@@ -7,6 +7,7 @@ Micro-batches are recorded, so whatever order a trainer takes is its own.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import datasets
@@ -15,9 +16,10 @@ import torch
 import transformers
 from tiny_models import VOCABULARY
 
-from tdpo_ext import LinearTDPOLoss, reference
+from tdpo_ext import LinearTDPOLoss, TDPOLoss, reference
 from tdpo_ext.integrations import transformers as of_transformers
 from tdpo_ext.integrations import trl as of_trl
+from tdpo_ext.integrations.attach import HEAD_INPUTS, TDPOTargets, attach_tdpo
 
 LEARNING_RATE = 0.5
 ARGUMENTS: dict[str, Any] = {
@@ -166,6 +168,48 @@ def tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="w00", bos_token="w01", eos_token="w02", unk_token="w03"
     )
+
+
+def plain_loop(
+    model: Any,
+    recorder: Recorder,
+    *,
+    reference_model: Any,
+    fused: bool,
+    accumulation: int,
+    compiled: bool,
+    loss: dict[str, Any],
+) -> None:
+    """examples/plain_loop.py with accumulation; without a reference the model without adapters."""
+    module = (LinearTDPOLoss if fused else TDPOLoss)(**loss)
+    asked = model if reference_model is None else reference_model
+    if fused:
+        attach_tdpo(model, module)
+        attach_tdpo(asked) if asked is not model else None
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    rows, collate = examples(), of_transformers.PreferenceCollator(0)
+    batches = [collate(rows[start : start + 2]) for start in range(0, len(rows), 2)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    for start in range(0, len(batches), accumulation):
+        step = batches[start : start + accumulation]
+        pairs = sum(len(batch["labels"]) for batch in step)
+        for batch in step:
+            recorder.batches[-1].append(batch)
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            off = model.disable_adapter() if reference_model is None else nullcontext()
+            with torch.no_grad(), off:
+                given = asked(**inputs, tdpo=HEAD_INPUTS) if fused else asked(**inputs).logits
+            if fused:
+                output = run(**inputs, tdpo=TDPOTargets(given, batch["labels"])).tdpo
+            else:
+                output = module(run(**inputs).logits, given, batch["labels"])
+            share = output.loss * (len(batch["labels"]) / pairs)
+            share.backward()
+            recorder.losses[-1] += share.item()
+        recorder.on_pre_optimizer_step(None, None, None, model=model)
+        optimizer.step()
+        optimizer.zero_grad()
+        recorder.on_optimizer_step()
 
 
 def transformers_trainer(

@@ -1,0 +1,43 @@
+"""FSDP2: parameters, gradients and optimizer sharded over processes, the reference too.
+
+torchrun --nproc-per-node 2 examples/fsdp2.py
+"""
+
+import tiny
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+from tdpo_ext import LinearTDPOLoss
+from tdpo_ext.integrations.attach import HEAD_INPUTS, TDPOTargets, attach_tdpo
+
+dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+rank, processes = dist.get_rank(), dist.get_world_size()
+device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def sharded(model: torch.nn.Module) -> torch.nn.Module:
+    model.to(device)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+# Attach first, shard then.
+policy = sharded(attach_tdpo(tiny.language_model(), LinearTDPOLoss(beta=0.1, alpha=0.5)))
+reference = sharded(attach_tdpo(tiny.language_model()).requires_grad_(False))
+optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+
+for step, batch in enumerate(tiny.batches()[rank::processes]):
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        of_reference = reference(**batch, tdpo=HEAD_INPUTS)
+    output = policy(**batch, tdpo=TDPOTargets(of_reference, labels))
+    output.loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if rank == 0:
+        print(f"step {step}: loss {output.loss.item():.4f}")
+
+dist.destroy_process_group()

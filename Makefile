@@ -1,11 +1,11 @@
-# make test | make demo | make lint | make bench: each does its own set-up, in .venv beside this file.
+# make test | make demo | make lint | make bench | make docs: each does its own set-up, in .venv beside this file.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 python := .venv/bin/python
 sources := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/*)
 
-.PHONY: test demo lint bench clean
+.PHONY: test demo lint bench docs clean
 .DELETE_ON_ERROR:
 
 test: .venv/installed .venv/development .venv/demo
@@ -24,6 +24,9 @@ bench: .venv/installed .venv/demo
 	$(python) benchmarks/against_eager.py
 	$(python) benchmarks/fused_head.py benchmarks/results
 	$(python) benchmarks/render.py
+
+docs: # examples and measured errors, put into the pages
+	python3 docs/fill.py
 
 clean:
 	rm -rf .venv build dist

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import scaling
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -33,7 +37,7 @@ def cell(value: Any) -> str:
 
 
 def table(match: re.Match[str]) -> str:
-    rows = json.loads(ERRORS.read_text())[match[1]]
+    rows = {**json.loads(ERRORS.read_text()), **scaling.tables()}[match[1]]
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
     text = "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in lines)
     return f"<!-- table {match[1]} -->\n{text}"

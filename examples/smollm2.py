@@ -43,7 +43,7 @@ with tempfile.TemporaryDirectory() as folder:
             beta=0.1,
             tdpo_alpha=0.5,
             per_device_train_batch_size=4,
-            max_steps=12,
+            max_steps=6,
             learning_rate=5e-4,
             logging_steps=1,
             bf16=False,

@@ -42,6 +42,7 @@ _T5: dict[str, Any] = {
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _GROUPED),
+    "llama-one-layer": ("LlamaConfig", {**_GROUPED, "num_hidden_layers": 1}),
     "llama-tied": ("LlamaConfig", {**_GROUPED, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2Config", _GROUPED),
     "qwen3": ("Qwen3Config", _HEADS_OF_8),

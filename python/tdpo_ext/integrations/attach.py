@@ -290,6 +290,8 @@ def attach_tdpo(
     inner = language_model(model)
     detach_tdpo(model)
     head = head_of(inner)
+    if not _is_partitioned(head):
+        weight_and_bias(head)  # refuses a head that cannot be fused
     attachment = Attachment(inner, head, loss)
     for module, forward in ((inner, _model_forward), (head, _head_forward)):
         module.__dict__["_tdpo"] = attachment

@@ -105,6 +105,15 @@ def same_seed() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small operations: on a busy machine a second thread is waited for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -54,6 +54,7 @@ def token_stats(
             accelerator, where looking would mean waiting, that token's outputs are NaN.
     """
     check_token_stats(policy_logits, reference_logits, labels, ignore_index)
+    checks.check_not_transformed(policy_logits, reference_logits, labels)
     if inplace_backward and not torch.compiler.is_compiling():  # then the op itself checks
         checks.check_inplace_backward(policy_logits)
     return ops.token_stats(policy_logits, reference_logits, labels, ignore_index, inplace_backward)

@@ -140,6 +140,8 @@ def label_range_error(label: int, vocabulary: int, ignore_index: int) -> IndexEr
 def check_inplace_backward(policy_logits: Tensor) -> None:
     """The gradient may overwrite the logits only if each element has an address of its own, and
     rows are contiguous, as ``check_logits`` has it (a subclass may hide others)."""
+    if policy_logits.numel() == 0:
+        return
     if policy_logits.shape[-1] > 1 and policy_logits.stride(-1) != 1:
         raise ValueError(
             "inplace_backward needs policy_logits that are contiguous in their last dimension, got "

@@ -9,14 +9,18 @@ from typing import Any
 import emulated
 import numpy as np
 import pytest
+import sanitized_core
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tdpo_ext import native
+from tdpo_ext import kernels, native
+
+if sanitized_core.chosen():
+    native.core = kernels.core = sanitized_core.SanitizedCore()
 
 INSTRUCTION_SETS = [] if native.core is None else native.core.instruction_sets()
-CUDA = ["cuda-on-cpu"] if emulated.compiler() else []
+CUDA = ["cuda-on-cpu"] if emulated.compiler() and not sanitized_core.chosen() else []
 if native.backends()["cuda"]["compiled"]:
     CUDA.append("cuda")
 COMPILED = INSTRUCTION_SETS + CUDA

@@ -1,8 +1,8 @@
 """Hypothesis: how rows, layouts and magnitudes are drawn, and how many examples.
 
-The profile is chosen by TDPO_EXT_TEST_PROFILE: "ci" (the default) draws the same few examples every
-time; "long" draws TDPO_EXT_TEST_EXAMPLES (20000) new ones for each property and backend, and keeps
-what failed in .hypothesis.
+The profile is chosen by TDPO_EXT_TEST_PROFILE: "ci" (the default) draws the same few examples
+every time, and "short" fewer; "long" draws TDPO_EXT_TEST_EXAMPLES (20000) new ones for each
+property and backend, and keeps what failed in .hypothesis.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _COMMON = {
     # The fixture `backend` is the same for all examples of a test.
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
-settings.register_profile("ci", max_examples=50, derandomize=True, database=None, **_COMMON)
+_SAME = {**_COMMON, "derandomize": True, "database": None}
+settings.register_profile("ci", max_examples=50, **_SAME)
+settings.register_profile("short", max_examples=8, **_SAME)
 settings.register_profile(
     "long", max_examples=int(os.environ.get("TDPO_EXT_TEST_EXAMPLES", "20000")), **_COMMON
 )

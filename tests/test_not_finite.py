@@ -90,7 +90,7 @@ def test_the_largest_finite_logits_give_no_nan(backend, dtype):
     largest = torch.finfo(dtype).max
     policy, reference = torch.zeros(2, 1, 40, dtype=dtype)
     policy[0, 0] = reference[0, 20] = largest
-    for label in (10, 30):
+    for label in (1, 10, 30):  # alone with the policy's word, and not
         stats = tdpo_ext.token_stats(policy, reference, torch.tensor([label]))
         logps = torch.tensor([-largest], dtype=stats.policy_logps.dtype)
         assert torch.equal(stats.policy_logps, logps)

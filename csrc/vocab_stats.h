@@ -167,9 +167,13 @@ TDPO_ALGEBRA VocabStats<Real> rebase(const VocabStats<Real>& stats, const Base<R
   moved.base = base;
   moved.policy_sum *= policy_scale;
   moved.reference_sum *= reference_scale;
-  if (stats.gap_sum != -Real(INFINITY)) {  // an infinite KL stays so, also at scale 0
-    moved.gap_sum = reference_scale * (stats.gap_sum + s * stats.reference_sum);
+  const bool infinite = stats.gap_sum == -Real(INFINITY);  // an infinite KL stays so, at any scale
+  if (reference_scale == Real(0)) {  // all that is left is policy mass, and s may have overflowed
+    if (!infinite) moved.gap_sum = Real(0);
+    moved.excess_sum = moved.policy_sum;
+    return moved;
   }
+  if (!infinite) moved.gap_sum = reference_scale * (stats.gap_sum + s * stats.reference_sum);
   moved.excess_sum *= policy_scale;
   if (s == Real(0) || stats.reference_sum == Real(0)) return moved;
   const Real linear = stats.reference_sum + stats.gap_sum;

@@ -11,14 +11,18 @@ import emulated
 import numpy as np
 import pytest
 import recording
+import sanitized_core
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tdpo_ext import native
+from tdpo_ext import kernels, native
+
+if sanitized_core.chosen():
+    native.core = kernels.core = sanitized_core.SanitizedCore()
 
 INSTRUCTION_SETS = [] if native.core is None else native.core.instruction_sets()
-CUDA = ["cuda-on-cpu"] if emulated.compiler() else []
+CUDA = ["cuda-on-cpu"] if emulated.compiler() and not sanitized_core.chosen() else []
 if native.backends()["cuda"]["compiled"]:
     CUDA.append("cuda")
 COMPILED = INSTRUCTION_SETS + CUDA
@@ -113,6 +117,15 @@ def cuda_unchecked(cuda: str, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture(autouse=True)
 def same_seed() -> None:
     torch.manual_seed(20240418)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small operations: on a busy machine a second thread is waited for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -82,3 +82,18 @@ def test_nan_in_a_kept_row_shows_in_it_and_nowhere_else(backend, which, position
     assert by_kl.isnan().any(-1).tolist() == poisoned
     # log p(y) does not depend on the reference, which is not even read then.
     assert by_logps.isnan().any(-1).tolist() == from_policy
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_largest_finite_logits_give_no_nan(backend, dtype):
+    """Each side is certain of another word, and the difference of their logits overflows."""
+    largest = torch.finfo(dtype).max
+    policy, reference = torch.zeros(2, 1, 40, dtype=dtype)
+    policy[0, 0] = reference[0, 20] = largest
+    for label in (1, 10, 30):  # alone with the policy's word, and not
+        stats = tdpo_ext.token_stats(policy, reference, torch.tensor([label]))
+        logps = torch.tensor([-largest], dtype=stats.policy_logps.dtype)
+        assert torch.equal(stats.policy_logps, logps)
+        assert torch.equal(stats.reference_logps, logps)
+        # That is the divergence too. In float32 and float64 sums this large may overflow to inf.
+        assert stats.forward_kl > 0.9 * largest

@@ -90,6 +90,17 @@ def test_logits_shifted_far_against_each_other(backend, shift):
     )
 
 
+@pytest.mark.parametrize("shift", [300.0, -300.0, 1e4, -1e4])
+def test_divergences_of_logits_shifted_far_against_each_other(backend, shift):
+    """z - r is known to 1e-7 of the shift, and so is the divergence, which is near 1."""
+    policy, reference = pair_of_logits(6, 3001)
+    policy += shift
+    labels = labels_for(policy)
+    stats = tdpo_ext.token_stats(policy, reference, labels)
+    truth = oracle.token_stats(numpy64(policy), numpy64(reference), labels.cpu().numpy())
+    assert np.abs(numpy64(stats.forward_kl) - truth[2]).max() <= 2e-7 * abs(shift)
+
+
 @pytest.mark.parametrize("gap", [103.0, 104.0, 200.0, 300.0])
 @pytest.mark.parametrize("vocabulary", [3, 40, 4099])
 def test_reference_logits_far_below_the_maximum(backend, vocabulary, gap):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32)
@@ -19,16 +20,34 @@ def _names(values: tuple[object, ...]) -> str:
 
 
 def check_tensor(name: str, value: object) -> None:
+    """A dense tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        came = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {came}")
+
+
+def check_not_transformed(*tensors: Tensor | None) -> None:
+    """No tensor stands for others, as inside torch.func.vmap, or carries a forward derivative."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and (
+            torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+            or forward_ad.unpack_dual(tensor).tangent is not None
+        ):
+            raise RuntimeError(
+                "tdpo_ext's compiled ops take no torch.func transform (grad, vmap, jvp, ...) and "
+                "no forward-mode derivative; use torch.autograd, or the functions of the same "
+                "names in tdpo_ext.reference"
+            )
 
 
 def check_logits(policy_logits: Tensor, reference_logits: Tensor) -> None:
     """Both ``[..., V]``, one shape, dtype and device, last dimension contiguous, V >= 1."""
     for name, logits in (("policy_logits", policy_logits), ("reference_logits", reference_logits)):
         check_tensor(name, logits)
-        if logits.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {logits.layout}")
         if logits.dtype not in LOGIT_DTYPES:
             raise TypeError(
                 f"{name} must have dtype {_names(LOGIT_DTYPES)}, got {_names((logits.dtype,))}"
@@ -119,7 +138,15 @@ def label_range_error(label: int, vocabulary: int, ignore_index: int) -> IndexEr
 
 
 def check_inplace_backward(policy_logits: Tensor) -> None:
-    """The gradient may overwrite the logits only if each element has an address of its own."""
+    """The gradient may overwrite the logits only if each element has an address of its own, and
+    rows are contiguous, as ``check_logits`` has it (a subclass may hide others)."""
+    if policy_logits.numel() == 0:
+        return
+    if policy_logits.shape[-1] > 1 and policy_logits.stride(-1) != 1:
+        raise ValueError(
+            "inplace_backward needs policy_logits that are contiguous in their last dimension, got "
+            f"strides {list(policy_logits.stride())}; pass inplace_backward=False"
+        )
     span = 1
     sizes_and_strides = zip(policy_logits.shape, policy_logits.stride(), strict=True)
     for stride, size in sorted((stride, size) for size, stride in sizes_and_strides if size > 1):

@@ -85,6 +85,7 @@ def _token_stats(
     shard: Shard | None,
 ) -> TokenStats:
     """Of checked arguments."""
+    checks.check_not_transformed(policy_logits, reference_logits, labels)
     if inplace_backward and not torch.compiler.is_compiling():  # then the op itself checks
         checks.check_inplace_backward(policy_logits)
     return ops.token_stats(

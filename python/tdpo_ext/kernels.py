@@ -113,6 +113,13 @@ def _workspace(device: torch.device, problem: tuple[Any, ...]) -> list[Tensor]:
     return [torch.empty(size, dtype=torch.uint8, device=device)]
 
 
+def _with_dense_rows(logits: Tensor) -> Tensor:
+    """What a kernel can read. The public functions have checked that, but of the tensor they were
+    given: a subclass, or PyTorch's own lazy zeros, may hand the op another one."""
+    dense = logits.stride(-1) == 1 or logits.shape[-1] == 1
+    return logits if dense else logits.contiguous()
+
+
 def contiguous_int64(labels: Tensor) -> Tensor:
     return labels.to(torch.int64).contiguous()
 
@@ -140,6 +147,7 @@ def token_stats(
         return fallback.forward(policy_logits, reference_logits, labels, ignore_index)
     outputs = empty_outputs(policy_logits, labels.shape)
     labels = contiguous_int64(labels)
+    policy_logits, reference_logits = map(_with_dense_rows, (policy_logits, reference_logits))
     problem = _problem(policy_logits, reference_logits, labels, ignore_index)
     workspace = _workspace(device, problem)
     wrong_label = _run(
@@ -239,6 +247,7 @@ def write_gradient(
         return
     # Incoming gradients are often expanded scalars, whose rows have no addresses of their own.
     labels = contiguous_int64(labels)
+    policy_logits, reference_logits = map(_with_dense_rows, (policy_logits, reference_logits))
     saved = [x.contiguous() for x in (normalizers, grad_logps, grad_kl)]
     _run(
         "token_stats_backward",

@@ -219,6 +219,7 @@ def _checked(
     policy, reference, shard = checked_heads(
         _autocast(policy), _autocast(reference), chunk_bytes, process_group
     )
+    checks.check_not_transformed(*policy, *reference)
     bytes_at_once = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     sharded = ("", 0, 0) if shard is None else shard
     options = Options(*checks.logit_options(*logits), ignore_index, bytes_at_once, *sharded)
@@ -228,7 +229,7 @@ def _checked(
 def _autocast(side: Side) -> Side:
     """As torch.nn.functional.linear does: under autocast the operands get its dtype."""
     device = side[0].device.type if isinstance(side[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return side
     dtype = torch.get_autocast_dtype(device)
     hidden, weight, bias = (

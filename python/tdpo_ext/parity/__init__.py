@@ -1,0 +1,125 @@
+"""Every backend present against float64: errors, the bounds they must keep, and eager PyTorch's.
+
+    python -m tdpo_ext.parity [--devices cpu cuda] [--quick] [--json PATH]
+
+or ``tdpo_ext.parity.check()``. A new card, processor or compiler is checked by this one command.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from tdpo_ext.parity import formulas, wanted
+from tdpo_ext.parity.backends import Backend, backends_of, checked_device, devices_present
+from tdpo_ext.parity.cases import LAYOUTS, Case, HeadInputs, Inputs, head_cases, logit_cases
+from tdpo_ext.parity.measure import CellErrors, Row, cells_of, row_of
+
+__all__ = ["Report", "Row", "check"]
+
+CHUNKS = (30_000, None)
+"""Of the fused head: a few tokens and words at a time, and the default."""
+
+
+class Report(NamedTuple):
+    rows: list[Row]
+
+    @property
+    def misses(self) -> list[Row]:
+        """The rows whose largest error is beyond its bound."""
+        return [row for row in self.rows if not row.kept]
+
+    @property
+    def passed(self) -> bool:
+        return not self.misses
+
+
+def check(
+    devices: Sequence[str] | None = None,
+    *,
+    quick: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Hold every backend to float64 on a grid of inputs.
+
+    The grid: dtypes, vocabulary sizes, kinds of rows (identical, close, far apart, certain of the
+    label, underflowing, masked with -inf, shifted), strides, ignored rows full of NaN, and upstream
+    gradients. The backends: each instruction set of the CPU's kernels, the CUDA kernels, plain
+    PyTorch, and the fused head on each. Quantities: the statistics and the gradients.
+
+    Args:
+        devices: device names such as "cpu", "cuda", "cuda:1"; None: all that are here.
+        quick: small vocabularies only; seconds.
+        progress: called with the name of each backend before it is checked.
+
+    Returns:
+        ``Report``: one row for each backend, dtype and quantity; ``passed`` if all bounds are kept.
+
+    Raises:
+        ValueError: a device that is not here.
+    """
+    chosen = [checked_device(name) for name in (devices or devices_present())]
+    rows: list[Row] = []
+    for device in dict.fromkeys(chosen):
+        backends = backends_of(device)
+        if progress:
+            progress(f"{device}: {', '.join(b.name for b in backends)}, from logits")
+        rows += _rows(_check_logits(backends, logit_cases(quick)), head=False)
+        if progress:
+            progress(f"{device}: the fused head on each")
+        rows += _rows(_check_heads(backends, head_cases(quick)), head=True)
+    return Report(rows)
+
+
+class _Checked(NamedTuple):
+    backend: str
+    dtype: torch.dtype
+    cells: dict[str, CellErrors]
+
+
+def _check_logits(backends: list[Backend], cases: Iterable[Case]) -> Iterator[_Checked]:
+    for case in cases:
+        inputs = case.logits()
+        true = wanted.of_logits(inputs)
+        here = _moved(inputs, backends[0].device)
+        layout = LAYOUTS[case.layout]
+        here = here._replace(policy=layout(here.policy), reference=layout(here.reference))
+        eager = formulas.of_logits(here, eager=True)
+        for backend in backends:
+            with backend.serving():
+                ours = formulas.of_logits(here, eager=False)
+            cells = cells_of(str(case), ours, eager, true, backend.is_fallback)
+            yield _Checked(str(backend), case.dtype, cells)
+
+
+def _check_heads(backends: list[Backend], cases: Iterable[Case]) -> Iterator[_Checked]:
+    for case in cases:
+        inputs = case.heads()
+        true = wanted.of_heads(inputs)
+        here = _moved(inputs, backends[0].device)
+        eager = formulas.of_heads(here, eager=True)
+        for backend, chunk_bytes in itertools.product(backends, CHUNKS):
+            with backend.serving():
+                ours = formulas.of_heads(here, eager=False, chunk_bytes=chunk_bytes)
+            cells = cells_of(str(case), ours, eager, true, backend.is_fallback)
+            yield _Checked(f"{backend}, fused head", case.dtype, cells)
+
+
+_Given = TypeVar("_Given", Inputs, HeadInputs)
+
+
+def _moved(inputs: _Given, device: torch.device) -> _Given:
+    return type(inputs)(*(x.to(device) for x in inputs))
+
+
+def _rows(checked: Iterator[_Checked], *, head: bool) -> list[Row]:
+    collected: dict[tuple[str, torch.dtype, str], list[CellErrors]] = defaultdict(list)
+    for backend, dtype, cells in checked:
+        for quantity, cell in cells.items():
+            collected[backend, dtype, quantity].append(cell)
+    rows = [row_of(*key, cells, head) for key, cells in collected.items()]
+    return sorted(rows, key=lambda row: row.backend)

@@ -1,0 +1,67 @@
+"""The backends that are present, and how to make each serve."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+from tdpo_ext import kernels, native
+
+
+class Backend(NamedTuple):
+    device: torch.device
+    name: str
+    """An instruction set, "kernels" or "fallback"."""
+
+    def __str__(self) -> str:
+        return f"{self.device} {self.name}"
+
+    @property
+    def is_fallback(self) -> bool:
+        return self.name == "fallback"
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """This backend serves every call in here."""
+        with contextlib.ExitStack() as stack:
+            if self.is_fallback:
+                stack.enter_context(mock.patch.object(kernels, "core", None))
+            elif self.device.type == "cpu":
+                asked = {kernels.INSTRUCTION_SET_VARIABLE: self.name}
+                stack.enter_context(mock.patch.dict(os.environ, asked))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "tdpo_ext runs its plain-PyTorch fallback")
+            yield
+
+
+def devices_present() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def backends_of(device: torch.device) -> list[Backend]:
+    """Those that can serve a device: compiled ones first, plain PyTorch last."""
+    names = []
+    if device.type == "cpu" and native.core is not None:
+        names = native.core.instruction_sets()
+    elif device.type != "cpu" and kernels.serves(device):
+        names = ["kernels"]
+    return [Backend(device, name) for name in (*names, "fallback")]
+
+
+def checked_device(name: str) -> torch.device:
+    """Raises ValueError for a device that torch does not know or that is not here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"devices must be present here ({', '.join(devices_present())}), got {name!r}: {said}"
+        ) from error
+    return device

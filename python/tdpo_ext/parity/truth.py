@@ -1,0 +1,67 @@
+"""What the backends are held to: the equations in float64, with the label beside the rest.
+
+Written for this purpose, apart from ``tdpo_ext.reference``: that one is a definition to read and to
+differentiate, and its 1 - p(y) has no digits left where the label has almost all of the mass. z are
+the policy's logits, r the reference's, p and q their softmaxes, y the label.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Truth(NamedTuple):
+    """float64: ``[N]`` but for the gradient of the logits, ``[N, V]``."""
+
+    policy_logps: Tensor
+    reference_logps: Tensor
+    forward_kl: Tensor
+    gradient: Tensor
+    terms: Tensor
+    """The largest of the terms that the gradient of a row is the sum of: what its rounding errors
+    are relative to."""
+
+
+def log_softmax(x: Tensor, label: Tensor) -> Tensor:
+    """``[N, V]``; at the label as -log(1 + odds of the rest), which keeps its digits near 0."""
+    at_label = x.gather(-1, label)
+    rest = x.scatter(-1, label, -torch.inf).logsumexp(-1, keepdim=True)
+    total = torch.logaddexp(rest, at_label)
+    return (x - total).scatter(-1, label, -torch.logaddexp(rest - at_label, torch.zeros_like(rest)))
+
+
+def token_stats(z: Tensor, r: Tensor, labels: Tensor, grad_logps: Tensor, grad_kl: Tensor) -> Truth:
+    """Of float64 rows ``[N, V]`` and labels ``[N]``; 0 for those that are ignored (-100)."""
+    ignored = labels == -100
+    blank = ignored.unsqueeze(-1)
+    label = labels.masked_fill(ignored, 0).unsqueeze(-1)
+    log_p, log_q = (log_softmax(x.masked_fill(blank, 0), label) for x in (z, r))
+    p, q = log_p.exp(), log_q.exp()
+    # log p - log q; where both are -inf neither side has mass.
+    u = (log_p - log_q).masked_fill((log_p == -torch.inf) & (log_q == -torch.inf), 0)
+    close = u.abs() < 0.5
+    small = u.masked_fill(~close, 0)
+    # KL = sum of q (e^u - 1 - u), no term of which is negative; q = 0 leaves p.
+    large = u.masked_fill(q == 0, 0)
+    kl = torch.where(close, q * (torch.expm1(small) - small), p - q - q * large).sum(-1)
+    difference = torch.where(close, q * torch.expm1(small), p - q)  # p - q
+    g_m, g_k = grad_logps.double().unsqueeze(-1), grad_kl.double().unsqueeze(-1)
+    at_p, at_q = (x.gather(-1, label) for x in (log_p, log_q))
+    of_label = g_m * -torch.expm1(at_p) + g_k * difference.gather(-1, label)
+    gradient = (g_k * difference - g_m * p).scatter(-1, label, of_label)
+    # p - q = q (e^u - 1) with u = z - r - ..., so it is known no better than z - r is. At the label
+    # it is the difference of 1 - q(y) and 1 - p(y).
+    not_p, not_q = (x.scatter(-1, label, -torch.expm1(y)) for x, y in ((p, at_p), (q, at_q)))
+    gap = (z - r).abs().nan_to_num(1).clamp(max=1)
+    terms = g_m.abs() * not_p + g_k.abs() * torch.maximum(not_p, not_q) * gap
+    largest = torch.maximum(terms, gradient.abs()).amax(-1)
+    return Truth(
+        at_p.squeeze(-1).masked_fill(ignored, 0),
+        at_q.squeeze(-1).masked_fill(ignored, 0),
+        kl.masked_fill(ignored, 0),
+        gradient.masked_fill(blank, 0),
+        largest.masked_fill(ignored, 0),
+    )

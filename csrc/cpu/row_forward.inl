@@ -107,7 +107,9 @@ class RowStats {
   // How far above the base an entry may lie: exponentials stay within the range of exp_in_range.
   static constexpr Real kHeadroom = 10;
   static constexpr Real kHuge = Real(-1e30);
-  // The excess may come from a difference of sums if it is at least this part of the mass.
+  // Bases within this of 0 have an exact rounder; it leaves out infinity and NaN.
+  static constexpr double kFar = 65536;
+  // The excess may come from a difference of masses if it is at least this part of the mass.
   static constexpr double kFarPart = 1.0 / 12;
   // From this centre on z - r, rounded, tells less of e^z than z does.
   static constexpr Real kLargeCentre = 8;
@@ -133,9 +135,14 @@ class RowStats {
   }
 
   void add(const T* policy, const T* reference, int64_t count) {
-    if (!base_is_finite) cover(policy, reference, count < kSample ? count : kSample);
-    for (int64_t at = 0; at < count; at += kBlock) {
-      const int64_t left = count - at, here = left < kBlock ? left : kBlock;
+    int64_t here = kBlock;
+    if (!base_is_usable) {  // the start of a row: its first entries show which way to take
+      here = kSample;
+      cover(policy, reference, count < kSample ? count : kSample);
+    }
+    for (int64_t at = 0; at < count; at += here, here = kBlock) {
+      const int64_t left = count - at;
+      if (left < here) here = left;
       const int64_t whole = here - here % kGroup;
       add_block(policy + at, reference + at, whole);
       if (here > whole) add_mixed(policy + at + whole, reference + at + whole, here - whole);
@@ -147,7 +154,10 @@ class RowStats {
   // The base as the vectors need it; 0 where a side has no finite maximum yet.
   Real policy_base, reference_base, centre;
   double k;  // e^(reference_max + centre - policy_max); 0 where there is none
-  bool base_is_finite;
+  // The same for exp_in_range: rounders, and what is left between base and steps.
+  Real policy_rounder, reference_rounder;
+  double policy_scale, reference_scale;
+  bool base_is_usable;
   int mixed_blocks = 0;
 
   void use_base() {
@@ -157,7 +167,14 @@ class RowStats {
     centre = Real(base.centre);
     const double scale = linear_scale(base.reference_max, base.centre, base.policy_max);
     k = finite_or_zero(Real(scale)) == 0 ? 0 : scale;
-    base_is_finite = std::isfinite(base.policy_max) && std::isfinite(base.reference_max) && k > 0;
+    const bool in_reach = std::fabs(base.policy_max) < kFar && std::fabs(base.reference_max) < kFar;
+    base_is_usable = in_reach && k > 0;
+    if (!base_is_usable) return;
+    const Steps<Real> policy(policy_base), reference(reference_base);
+    policy_rounder = policy.rounder(C::kCheckedBias);
+    reference_rounder = reference.rounder(C::kCheckedBias);
+    policy_scale = std::exp(policy.nats() - base.policy_max);
+    reference_scale = std::exp(reference.nats() - base.reference_max);
   }
 
   void move_to(const Base<double>& base) {
@@ -192,13 +209,22 @@ class RowStats {
   }
 
   void add_block(const T* policy, const T* reference, int64_t count) {
-    if (base_is_finite && mixed_blocks == 0) {
-      const bool mostly_excess = stats.excess_sum >= kFarPart * stats.policy_sum;
-      if (mostly_excess && stats.policy_sum > 0 && add_far(policy, reference, count)) return;
-      if (std::fabs(centre) < kLargeCentre) return add_close(policy, reference, count);
+    if (mixed_blocks > 0 || !base_is_usable) {
+      if (mixed_blocks > 0) --mixed_blocks;
+      return add_mixed(policy, reference, count);
     }
-    if (mixed_blocks > 0) --mixed_blocks;
-    add_mixed(policy, reference, count);
+    const bool try_far = differences_suffice(0, 0, 0);
+    if (try_far && add_far(policy, reference, count)) return;
+    if (add_close(policy, reference, count)) return;
+    if (try_far || !differences_suffice(0, 0, 0)) mixed_blocks = kMixedBlocks;
+  }
+
+  // Whether a difference of masses will do, with these sums beside those so far: the excess that
+  // is not the doing of a centre off by log(1 + x), x = E[e^d] - 1, is a good part of the mass.
+  bool differences_suffice(double policy_sum, double reference_sum, double excess_sum) const {
+    const double p = stats.policy_sum + policy_sum, w = k * (stats.reference_sum + reference_sum);
+    const double off = p - w;
+    return p > 0 && (stats.excess_sum + excess_sum) * w - off * off / 2 >= kFarPart * p * w;
   }
 
   // False, and nothing added, if the excess is too small or entries lie too far from the base.
@@ -210,16 +236,17 @@ class RowStats {
       prefetch(reference + group);
       for_each_vector(policy + group, reference + group, kGroup,
                       [&](Vector<Real> z, Vector<Real> r) {
-                        policy_sum += exp_in_range<Real>(z - policy_base, seen);
-                        const Vector<Real> w = exp_in_range<Real>(r - reference_base, seen);
+                        policy_sum += exp_in_range<Real>(z, policy_rounder, seen);
+                        const Vector<Real> w = exp_in_range<Real>(r, reference_rounder, seen);
                         reference_sum += w;
                         gap_sum += w * ((z - r) - centre);
                       });
     }
     if (any_bit(out_of_range<Real>(seen))) return false;
-    const double p = sum_of_lanes<Real>(policy_sum), w = sum_of_lanes<Real>(reference_sum);
-    const double gap = sum_of_lanes<Real>(gap_sum), excess = p - k * (w + gap);
-    if (stats.excess_sum + excess < kFarPart * (stats.policy_sum + p)) return false;
+    const double p = policy_scale * sum_of_lanes<Real>(policy_sum);
+    const double w = reference_scale * sum_of_lanes<Real>(reference_sum);
+    const double gap = reference_scale * sum_of_lanes<Real>(gap_sum), excess = p - k * (w + gap);
+    if (!differences_suffice(p, w, excess)) return false;
     stats.policy_sum += p;
     stats.reference_sum += w;
     stats.gap_sum += gap;
@@ -242,7 +269,7 @@ class RowStats {
       Vector<Real> largest{};
       for_each_vector(policy + at, reference + at, kGroup, [&](Vector<Real> z, Vector<Real> r) {
         const Vector<Real> d = (z - r) - centre;
-        const Vector<Real> w = exp_in_range<Real>(r - reference_base, seen);
+        const Vector<Real> w = exp_in_range<Real>(r, reference_rounder, seen);
         const Vector<Real> weighted_gap = w * d;
         largest = max_keeping_nan(largest, magnitude<Real>(d));
         own.reference += w;
@@ -257,14 +284,20 @@ class RowStats {
     return at;
   }
 
-  void add_close(const T* policy, const T* reference, int64_t count) {
+  // False if most groups had to go the mixed way.
+  bool add_close(const T* policy, const T* reference, int64_t count) {
+    if (std::fabs(centre) >= kLargeCentre) {
+      add_mixed(policy, reference, count);
+      return false;
+    }
     int64_t at = 0, groups_not_close = 0;
     while (at < count) {
       CloseSums sums;
       const int64_t start = at;
       at = close_groups(sums, policy, reference, start, count);
-      const double w = sum_of_lanes<Real>(sums.reference), gap = sum_of_lanes<Real>(sums.gap);
-      const double excess = sum_of_lanes<Real>(sums.excess);
+      const double w = reference_scale * sum_of_lanes<Real>(sums.reference);
+      const double gap = reference_scale * sum_of_lanes<Real>(sums.gap);
+      const double excess = reference_scale * sum_of_lanes<Real>(sums.excess);
       if (recentre(w, gap, excess)) {
         at = start;
         continue;
@@ -279,7 +312,7 @@ class RowStats {
         ++groups_not_close;
       }
     }
-    if (2 * groups_not_close * kGroup > count) mixed_blocks = kMixedBlocks;
+    return 2 * groups_not_close * kGroup <= count;
   }
 
   // Where the centre is off, most of the excess is its doing, and costs the divergence digits.

@@ -4,6 +4,7 @@
 // Each including file defines TDPO_INSTRUCTION_SET (a namespace) and TDPO_VECTOR_BYTES first.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -223,25 +224,20 @@ TDPO_INLINE void store_some(T* to, const Two<Real>& values, int64_t count) {
 
 // ---- exponentials ----
 //
-// e^x = 2^n 2^f, n = round(x log2 e), |f| <= 1/2. Rounding to an integer is the sum
+// 2^(x log2 e - N) = 2^n 2^f, n = round(x log2 e) - N, |f| <= 1/2. Rounding to an integer is the sum
 //
-//   t = x log2(e) 2^-s + (3 + bias 2^-s),
+//   t = x log2(e) 2^-s + (3 + (bias - N) 2^-s),
 //
 // where 2^-s is the unit in the last place of numbers in [2, 4): the lowest bits of t are n + bias,
-// and f 2^-s is what t has rounded away. A shift makes those bits an exponent.
+// and f 2^-s is what t has rounded away. A shift makes those bits an exponent. The steps N of a
+// whole power of two stand for the largest x, so that it need not be subtracted from each.
 
 template <class Real>
 struct ExpConstants;
 
-// 3 + bias 2^-s, s = kScale.
-template <class Real>
-constexpr Real rounder(int bias) {
-  return Real(3) + Real(bias) / Real(uint64_t(1) << ExpConstants<Real>::kScale);
-}
-
 template <>
 struct ExpConstants<float> {
-  static constexpr int kMantissaBits = 23, kScale = 22;
+  static constexpr int kMantissaBits = 23;
   static constexpr float kUnit = 0x1p-22f;
   static constexpr float kLog2E = 1.44269504f;
   static constexpr float kLn2High = 0.693359375f;  // few bits: n kLn2High is exact
@@ -261,7 +257,7 @@ struct ExpConstants<float> {
 
 template <>
 struct ExpConstants<double> {
-  static constexpr int kMantissaBits = 52, kScale = 51;
+  static constexpr int kMantissaBits = 52;
   static constexpr double kUnit = 0x1p-51;
   static constexpr double kLog2E = 1.4426950408889634;
   static constexpr double kLn2High = 0.6931471803691238;
@@ -325,17 +321,33 @@ TDPO_INLINE Vector<Real> polynomial(const Real (&coefficients)[kTerms], Vector<R
   return sum;
 }
 
-// f kUnit, from x and n kUnit.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kRoundsOnce = true;  // a * b + c
+#else
+constexpr bool kRoundsOnce = false;
+#endif
+
+// A whole number N of powers of two near x.
+template <class Real>
+struct Steps {
+  int count;
+  explicit Steps(Real x) : count(static_cast<int>(std::lround(x * ExpConstants<Real>::kLog2E))) {}
+  // N in nats, by the logarithm that remainder() uses.
+  double nats() const {
+    return kRoundsOnce ? count / double(ExpConstants<Real>::kLog2E) : count * 0.6931471805599453;
+  }
+  // 3 + (bias - N) 2^-s.
+  Real rounder(int bias) const { return Real(3) + Real(bias - count) * ExpConstants<Real>::kUnit; }
+};
+
+// f 2^-s, from x and round(x log2 e) 2^-s.
 template <class Real>
 TDPO_INLINE Vector<Real> remainder(Vector<Real> x, Vector<Real> n) {
   using C = ExpConstants<Real>;
-#if defined(__FMA__) || defined(__aarch64__)
-  return x * (C::kLog2E * C::kUnit) - n;  // rounded once
-#else
+  if (kRoundsOnce) return x * (C::kLog2E * C::kUnit) - n;
   constexpr Real kPerUnit = 1 / C::kUnit;
   return ((x - n * (C::kLn2High * kPerUnit)) - n * (C::kLn2Low * kPerUnit)) *
          (C::kLog2E * C::kUnit);
-#endif
 }
 
 // e^x for x up to the headroom of a base and beyond: exactly 1 at 0, exactly 0 where it would be
@@ -344,7 +356,7 @@ template <class Real>
 TDPO_INLINE Vector<Real> exp_of(Vector<Real> x) {
   using C = ExpConstants<Real>;
   static constexpr ScaledExp<Real> kPower(0);
-  constexpr Real kRounder = rounder<Real>(C::kFullExponent);
+  constexpr Real kRounder = Real(3) + C::kFullExponent * C::kUnit;
   x = max_keeping_nan(broadcast(C::kLowest), x);
   const Vector<Real> t = x * (C::kLog2E * C::kUnit) + kRounder;
   const Vector<Real> f = remainder<Real>(x, t - kRounder);
@@ -352,17 +364,16 @@ TDPO_INLINE Vector<Real> exp_of(Vector<Real> x) {
   return polynomial<Real>(kPower.coefficients, f) * bit_cast<Vector<Real>>(exponent);
 }
 
-// The same in fewer instructions for x in a range of about -77 to 10, or -665 to 44 for double.
-// `seen` gathers the bits of t: if all x were in range (checked_range_held) they are those of 3 and
-// the lowest kCheckedBits, since of all numbers only those in [2, 4) and some next to 0, which
-// x log2(e) 2^-s + 3 cannot be, have no other bits in their exponent.
+// e^(x - N in nats) in fewer instructions, for a difference from about -77 to 10, or -665 to 44 in
+// double. The rounder is that of N and kCheckedBias. `seen` gathers the bits of t: if all x were in
+// range they are those of 3 and the lowest kCheckedBits, since among numbers above 0 only those in
+// [2, 4) have no other bits in their exponent. (At t = 0 the result is 2^-kCheckedBias or less.)
 template <class Real>
-TDPO_INLINE Vector<Real> exp_in_range(Vector<Real> x, Bits<Real>& seen) {
+TDPO_INLINE Vector<Real> exp_in_range(Vector<Real> x, Real rounder, Bits<Real>& seen) {
   using C = ExpConstants<Real>;
   static constexpr ScaledExp<Real> kPower(C::kCheckedBias);
-  constexpr Real kRounder = rounder<Real>(C::kCheckedBias);
-  const Vector<Real> t = x * (C::kLog2E * C::kUnit) + kRounder;
-  const Vector<Real> f = remainder<Real>(x, t - kRounder);
+  const Vector<Real> t = x * (C::kLog2E * C::kUnit) + rounder;
+  const Vector<Real> f = remainder<Real>(x, t - rounder);
   const Bits<Real> bits = bit_cast<Bits<Real>>(t);
   seen |= bits;
   const Vector<Real> power = polynomial<Real>(kPower.coefficients, f);

@@ -27,27 +27,8 @@ namespace {
 // Few enough that both sides stay in the L1 cache, and that a lane's float32 sum takes in no more
 // than 256 terms before it joins the record, which is kept in double.
 constexpr int64_t kBlock = 1024;
-// What is close together or not: seldom spoilt by one entry, and worth its bookkeeping.
-constexpr int64_t kGroup = 64;
 // From how many entries a row's first base is made.
 constexpr int64_t kSample = 128;
-
-// Calls body(z, r) with one vector of each at a time; the last may be padded with -inf.
-template <class T, class Body>
-TDPO_INLINE void for_each_vector(const T* policy, const T* reference, int64_t count, Body body) {
-  constexpr int64_t kStep = kTwo<typename Storage<T>::Accumulator>;
-  int64_t at = 0;
-  for (; at + kStep <= count; at += kStep) {
-    const auto z = Storage<T>::load_two(policy + at), r = Storage<T>::load_two(reference + at);
-    body(z.first, r.first);
-    body(z.second, r.second);
-  }
-  if (at < count) {
-    const auto z = load_some(policy + at, count - at), r = load_some(reference + at, count - at);
-    body(z.first, r.first);
-    body(z.second, r.second);
-  }
-}
 
 template <class T>
 TDPO_INLINE typename Storage<T>::Accumulator element(const T* from) {

@@ -222,9 +222,30 @@ TDPO_INLINE void store_some(T* to, const Two<Real>& values, int64_t count) {
   std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(T));
 }
 
+// Entries that are close together or not: seldom spoilt by one of them, and worth the question.
+constexpr int64_t kGroup = 64;
+
+// Calls body(z, r) with one vector of each at a time; the last may be padded with -inf.
+template <class T, class Body>
+TDPO_INLINE void for_each_vector(const T* policy, const T* reference, int64_t count, Body body) {
+  constexpr int64_t kStep = kTwo<typename Storage<T>::Accumulator>;
+  int64_t at = 0;
+  for (; at + kStep <= count; at += kStep) {
+    const auto z = Storage<T>::load_two(policy + at), r = Storage<T>::load_two(reference + at);
+    body(z.first, r.first);
+    body(z.second, r.second);
+  }
+  if (at < count) {
+    const auto z = load_some(policy + at, count - at), r = load_some(reference + at, count - at);
+    body(z.first, r.first);
+    body(z.second, r.second);
+  }
+}
+
 // ---- exponentials ----
 //
-// 2^(x log2 e - N) = 2^n 2^f, n = round(x log2 e) - N, |f| <= 1/2. Rounding to an integer is the sum
+// 2^(x log2 e - N) = 2^n 2^f, n = round(x log2 e) - N, |f| <= 1/2. Rounding to an integer is the
+// sum
 //
 //   t = x log2(e) 2^-s + (3 + (bias - N) 2^-s),
 //

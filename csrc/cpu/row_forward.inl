@@ -272,6 +272,7 @@ class RowStats {
       return false;
     }
     int64_t at = 0, groups_not_close = 0;
+    bool may_recentre = true;
     while (at < count) {
       CloseSums sums;
       const int64_t start = at;
@@ -279,7 +280,8 @@ class RowStats {
       const double w = reference_scale * sum_of_lanes<Real>(sums.reference);
       const double gap = reference_scale * sum_of_lanes<Real>(sums.gap);
       const double excess = reference_scale * sum_of_lanes<Real>(sums.excess);
-      if (recentre(w, gap, excess)) {
+      if (may_recentre && recentre(k * (w + gap + excess), w, k * excess)) {
+        may_recentre = false;  // once: each centre makes other groups close
         at = start;
         continue;
       }
@@ -296,20 +298,21 @@ class RowStats {
     return 2 * groups_not_close * kGroup <= count;
   }
 
-  // Where the centre is off, most of the excess is its doing, and costs the divergence digits.
-  // Moves it to that of these sums if they matter. x is E[e^d] - 1.
-  bool recentre(double w, double gap, double excess) {
-    const double x = (gap + excess) / w;
-    const bool off = std::fabs(x) > 0.125 && x * x * w > excess;
-    if (!off || 8 * w < stats.reference_sum) return false;
+  // Where the centre is off, most of the excess is its doing, x - log(1 + x) for each of the mass,
+  // x = E[e^d] - 1, and costs the divergence digits. Moves it to that of these sums, if they
+  // matter.
+  bool recentre(double policy_sum, double reference_sum, double excess_sum) {
+    const double mass = k * reference_sum, x = (policy_sum - mass) / mass;
+    if (8 * reference_sum < stats.reference_sum || !(std::fabs(x) > 0.125)) return false;
+    const double shift = std::log1p(x);
+    if (!std::isfinite(shift) || 2 * (x - shift) * mass < excess_sum) return false;
     Base<double> base = stats.base;
-    base.centre = Real(base.centre + std::log1p(x));
-    if (base.centre == stats.base.centre) return false;
+    base.centre = Real(base.centre + shift);
     move_to(base);
     return true;
   }
 
-  void add_mixed(const T* policy, const T* reference, int64_t count) {
+  void add_mixed(const T* policy, const T* reference, int64_t count, bool may_recentre = true) {
     const Extremes<Real> extremes = extremes_of(policy, reference, count);
     cover(policy, reference, count, extremes);
     const Real scale = Real(k);
@@ -328,10 +331,13 @@ class RowStats {
       gap_sum += weighted_gap;
       excess_sum += magnitude<Real>(d) < C::kClose ? close : far;
     });
-    stats.policy_sum += sum_of_lanes<Real>(policy_sum);
-    stats.reference_sum += sum_of_lanes<Real>(reference_sum);
+    const double p = sum_of_lanes<Real>(policy_sum), w = sum_of_lanes<Real>(reference_sum);
+    const double excess = sum_of_lanes<Real>(excess_sum);
+    if (may_recentre && recentre(p, w, excess)) return add_mixed(policy, reference, count, false);
+    stats.policy_sum += p;
+    stats.reference_sum += w;
     stats.gap_sum += sum_of_lanes<Real>(gap_sum);
-    stats.excess_sum += sum_of_lanes<Real>(excess_sum);
+    stats.excess_sum += excess;
     // p = 0 < q makes the KL infinite, also where q is too small for w to show it.
     const bool infinite_logits = extremes.policy_min == -Real(INFINITY);
     if (infinite_logits && policy_excludes_an_entry(policy, reference, count)) {

@@ -10,6 +10,7 @@ policy's logits. Writes benchmarks/results/logits-cpu.json.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import statistics
@@ -110,10 +111,12 @@ def measure_time(batch: Batch, chosen: dict[str, Provider], rounds: int) -> dict
 
 
 def peak_bytes(function: Callable[[], object]) -> int | None:
-    """By how much this process grew at most; Linux only."""
-    if not CLEAR.exists():
+    """By how much this process grew at most; Linux with glibc only."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if not CLEAR.exists() or trim is None:
         return None
     gc.collect()
+    trim(0)  # memory that is freed but kept would hide what is taken from it
     CLEAR.write_text("5")  # forget earlier peaks
 
     def field(name: str) -> int:

@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks" / "results")
+    parser.add_argument("--note", default="", help="what a reader of the numbers must know")
     options = parser.parse_args()
     measurements = []
     for threads in sorted({1, torch.get_num_threads()}):
@@ -182,6 +183,7 @@ def main() -> None:
     torch.set_num_threads(1)
     report = {
         **machine.described(),
+        "note": options.note,
         "rows": options.rows,
         "rounds": options.rounds,
         "skipped": SKIPPED,

@@ -71,6 +71,7 @@ def logits_section(report: Report) -> list[str]:
         "for each pair (policy logit, reference logit). `eager` is the formula in PyTorch "
         "(`benchmarks/formula.py`), which `torch.compile` compiles.",
         "",
+        *([report["note"], ""] if report.get("note") else []),
         *(f"{name} is left out: {reason}." for name, reason in report["skipped"].items()),
         "",
         "Against the limits, in the same rounds: a read of both sides (`amax`), and a read of both "

@@ -21,7 +21,7 @@ lint: .venv/installed .venv/development
 	.venv/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh')
 
 bench: .venv/installed .venv/demo
-	$(python) benchmarks/against_eager.py
+	$(python) benchmarks/logits_cpu.py
 	$(python) benchmarks/fused_head.py benchmarks/results
 	$(python) benchmarks/render.py
 

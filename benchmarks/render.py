@@ -7,50 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from render_logits import logits_pictures, logits_section
+from tables import table
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 Report = dict[str, Any]
-
-
-def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
-    return ["", *(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])]
-
-
-def cpu_row(row: Report) -> list[str]:
-    t = row["nanoseconds"]
-    in_place = t["tdpo_ext in place: forward + backward"]
-    both = [t[f"{name}: forward + backward"] for name in ("eager", "torch.compile")]
-    cells = [
-        t["read"],
-        t["tdpo_ext: forward"],
-        t["eager: forward"],
-        t["torch.compile: forward"],
-        t["tdpo_ext: forward + backward"],
-        in_place,
-        *both,
-    ]
-    ratios = [f"{value / in_place:.1f}x" for value in both]
-    return [str(row["vocabulary"]), row["dtype"], *(f"{value:.2f}" for value in cells), *ratios]
-
-
-def cpu_section(report: Report) -> list[str]:
-    lines = [
-        "## On the CPU",
-        "",
-        f"Made by `make bench`: {report['processor']}, torch {report['torch']}, instruction set "
-        f"{report['instruction_set']}, {report['rows']} rows, medians of {report['rounds']} "
-        "interleaved rounds, nanoseconds for each pair (policy logit, reference logit). `read` is "
-        "a pass over the same bytes with `amax`. `eager` is the formula in PyTorch "
-        "(`benchmarks/formula.py`); `compile` is that under `torch.compile`.",
-    ]
-    head = ["V", "dtype", "read", "forward: ours", "eager", "compile", "forward + backward: ours"]
-    head += ["ours in place", "eager", "compile", "in place against eager", "against compile"]
-    for threads in sorted({row["threads"] for row in report["measurements"]}):
-        rows = [row for row in report["measurements"] if row["threads"] == threads]
-        lines += ["", f"### {threads} thread{'s' if threads > 1 else ''}"]
-        lines += table(head, map(cpu_row, rows))
-    return lines
 
 
 def share_of_copy(row: Report, name: str) -> str:
@@ -182,8 +145,8 @@ def page() -> str:
     for device in ("cuda", "cpu"):
         fused = load(f"fused-head-{device}.json")
         lines += ["", *fused_section(fused)] if fused else []
-    cpu = load("cpu-against-eager.json")
-    lines += ["", *cpu_section(cpu)] if cpu else []
+    logits = load("logits-cpu.json")
+    lines += ["", *logits_section(logits)] if logits else []
     return "\n".join(lines) + "\n"
 
 
@@ -192,6 +155,9 @@ def write_page() -> None:
     fused = load("fused-head-cpu.json")
     if fused:
         fused_picture(fused)
+    logits = load("logits-cpu.json")
+    if logits:
+        logits_pictures(logits, PAGE.parent)
     print(f"wrote {PAGE.relative_to(ROOT)}")
 
 

@@ -19,6 +19,8 @@ endif()
 target_compile_options(
   tdpo_cpu
   PRIVATE -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra
+          # Let GCC interleave chains of dependent instructions before it allocates registers.
+          $<$<CXX_COMPILER_ID:GNU>:-fschedule-insns -fsched-pressure>
           # GCC 12's own AVX-512 header reads what it calls undefined.
           $<$<CXX_COMPILER_ID:GNU>:-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized>)
 

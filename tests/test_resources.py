@@ -137,8 +137,9 @@ def test_the_thread_count_follows_torch():
     assert threads["4"] == threads["before"] + 3
 
 
-def test_the_number_of_threads_changes_no_bit(compiled):
-    policy, reference = pair_of_logits(40, 3000)
+@pytest.mark.parametrize("shape", [(40, 3000), (1, 70000), (3, 70000)])
+def test_the_number_of_threads_changes_no_bit(compiled, shape):
+    policy, reference = pair_of_logits(*shape)
     labels = labels_for(policy, 0.3)
     results = []
     before = torch.get_num_threads()

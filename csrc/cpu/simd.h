@@ -4,10 +4,12 @@
 // Each including file defines TDPO_INSTRUCTION_SET (a namespace) and TDPO_VECTOR_BYTES first.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -68,8 +70,19 @@ TDPO_INLINE V max_keeping_nan(V floor, V x) {
   return floor > x ? floor : x;
 }
 
-// ---- loads and stores: no alignment is assumed
-// ---------------------------------------------------
+// ---- loads and stores: no alignment is assumed ----
+//
+// Two vectors at a time, since two of bfloat16 are best taken apart together. Which entry goes into
+// which lane is the storage's own affair: kernels treat all alike.
+
+template <class Real>
+struct Two {
+  Vector<Real> first, second;
+};
+
+// Entries in two vectors.
+template <class Real>
+constexpr int64_t kTwo = 2 * Lanes<Real>::kCount;
 
 template <class T>
 struct Storage;
@@ -85,6 +98,13 @@ struct PlainStorage {
   }
   static TDPO_INLINE void store(Real* to, Vector<Real> value) {
     std::memcpy(to, &value, sizeof(value));
+  }
+  static TDPO_INLINE Two<Real> load_two(const Real* from) {
+    return {load(from), load(from + Lanes<Real>::kCount)};
+  }
+  static TDPO_INLINE void store_two(Real* to, const Two<Real>& values) {
+    store(to, values.first);
+    store(to + Lanes<Real>::kCount, values.second);
   }
 };
 template <>
@@ -103,20 +123,29 @@ TDPO_INLINE void store_half_bits(void* to, Bits<float> value) {
   std::memcpy(to, &bits, sizeof(bits));
 }
 
+// A bfloat16 is the upper half of a float. A 32-bit lane holds two of them: one becomes a float by
+// a shift, the other by a mask.
 template <>
 struct Storage<BFloat16> {
   using Accumulator = float;
   static constexpr BFloat16 kNegativeInfinity = {0xff80};
-  static TDPO_INLINE Vector<float> load(const BFloat16* from) {
-    const Bits<float> bits = __builtin_convertvector(load_half_bits(from), Bits<float>);
-    return bit_cast<Vector<float>>(bits << 16);
+  static constexpr uint32_t kUpper = 0xffff0000;
+  static TDPO_INLINE Two<float> load_two(const BFloat16* from) {
+    Bits<float> both;
+    std::memcpy(&both, from, sizeof(both));
+    return {bit_cast<Vector<float>>(both << 16), bit_cast<Vector<float>>(both & kUpper)};
   }
-  // Round to nearest, ties to even; NaN stays NaN.
-  static TDPO_INLINE void store(BFloat16* to, Vector<float> value) {
+  static TDPO_INLINE void store_two(BFloat16* to, const Two<float>& values) {
+    const Bits<float> both = (rounded(values.first) >> 16) | (rounded(values.second) & kUpper);
+    std::memcpy(to, &both, sizeof(both));
+  }
+
+ private:
+  // Its upper half is the nearest bfloat16, ties to even; NaN stays NaN.
+  static TDPO_INLINE Bits<float> rounded(Vector<float> value) {
     const Bits<float> bits = bit_cast<Bits<float>>(value);
-    const Bits<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Bits<float> quiet_nan = (bits >> 16) | 0x40;
-    store_half_bits(to, value == value ? rounded : quiet_nan);
+    const Bits<float> nan = Bits<float>{} + 0x7fc00000;
+    return value == value ? bits + 0x7fff + ((bits >> 16) & 1) : nan;
   }
 };
 
@@ -124,6 +153,15 @@ template <>
 struct Storage<Float16> {
   using Accumulator = float;
   static constexpr Float16 kNegativeInfinity = {0xfc00};
+  static TDPO_INLINE Two<float> load_two(const Float16* from) {
+    return {load(from), load(from + Lanes<float>::kCount)};
+  }
+  static TDPO_INLINE void store_two(Float16* to, const Two<float>& values) {
+    store(to, values.first);
+    store(to + Lanes<float>::kCount, values.second);
+  }
+
+ private:
 #if defined(__AVX512F__)
   static TDPO_INLINE Vector<float> load(const Float16* from) {
     return (Vector<float>)_mm512_cvtph_ps((__m256i)load_half_bits(from));
@@ -168,71 +206,99 @@ struct Storage<Float16> {
 #endif
 };
 
-// The first `count` < kCount elements; what lies behind them becomes -inf, an entry without mass.
-template <class T>
-TDPO_INLINE auto load_some(const T* from, int64_t count) {
-  using Real = typename Storage<T>::Accumulator;
-  T padded[Lanes<Real>::kCount];
+// The first `count` < kTwo elements; what lies behind them becomes -inf, an entry without mass.
+template <class T, class Real = typename Storage<T>::Accumulator>
+TDPO_INLINE Two<Real> load_some(const T* from, int64_t count) {
+  T padded[kTwo<Real>];
   for (T& element : padded) element = Storage<T>::kNegativeInfinity;
   std::memcpy(padded, from, static_cast<size_t>(count) * sizeof(T));
-  return Storage<T>::load(padded);
+  return Storage<T>::load_two(padded);
 }
 
-template <class T>
-TDPO_INLINE void store_some(T* to, Vector<typename Storage<T>::Accumulator> value, int64_t count) {
-  T padded[Lanes<typename Storage<T>::Accumulator>::kCount];
-  Storage<T>::store(padded, value);
+template <class T, class Real = typename Storage<T>::Accumulator>
+TDPO_INLINE void store_some(T* to, const Two<Real>& values, int64_t count) {
+  T padded[kTwo<Real>];
+  Storage<T>::store_two(padded, values);
   std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(T));
 }
 
-// ---- exponentials
-// --------------------------------------------------------------------------------
+// Entries that are close together or not: seldom spoilt by one of them, and worth the question.
+constexpr int64_t kGroup = 64;
+
+// Calls body(z, r) with one vector of each at a time; the last may be padded with -inf.
+template <class T, class Body>
+TDPO_INLINE void for_each_vector(const T* policy, const T* reference, int64_t count, Body body) {
+  constexpr int64_t kStep = kTwo<typename Storage<T>::Accumulator>;
+  int64_t at = 0;
+  for (; at + kStep <= count; at += kStep) {
+    const auto z = Storage<T>::load_two(policy + at), r = Storage<T>::load_two(reference + at);
+    body(z.first, r.first);
+    body(z.second, r.second);
+  }
+  if (at < count) {
+    const auto z = load_some(policy + at, count - at), r = load_some(reference + at, count - at);
+    body(z.first, r.first);
+    body(z.second, r.second);
+  }
+}
+
+// ---- exponentials ----
 //
-// e^x = 2^n e^f, n = round(x / ln 2), |f| <= ln 2 / 2. Adding kRoundToInteger leaves n plus the
-// exponent bias in the low bits of the sum, where a shift makes them the exponent of 2^n.
+// 2^(x log2 e - N) = 2^n 2^f, n = round(x log2 e) - N, |f| <= 1/2. Rounding to an integer is the
+// sum
+//
+//   t = x log2(e) 2^-s + (3 + (bias - N) 2^-s),
+//
+// where 2^-s is the unit in the last place of numbers in [2, 4): the lowest bits of t are n + bias,
+// and f 2^-s is what t has rounded away. A shift makes those bits an exponent. The steps N of a
+// whole power of two stand for the largest x, so that it need not be subtracted from each.
 
 template <class Real>
 struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
-  static constexpr float kLowest = -88.1f;  // n = -127: the exponent field is 0 and so is 2^n
-  static constexpr float kLog2E = 1.44269504f;
-  static constexpr float kRoundToInteger = 12582912.0f + 127.0f;  // 1.5 2^23, and the bias
-  static constexpr float kLn2High = 0.693359375f;                 // few bits: n kLn2High is exact
-  static constexpr float kLn2Low = -2.12194440e-4f;
   static constexpr int kMantissaBits = 23;
-  // Minimax (Remez) for e^f = 1 + f + f^2 P(f): relative error 3e-9.
-  static constexpr float kExp[] = {
-      1.0f, 1.0f, 0.4999999343f, 0.166665204f, 0.04166839077f, 0.008368745038f, 0.001381454055f};
-  // Minimax for (e^d - 1 - d) / d^2 on |d| <= 1/2: relative error 2.4e-8.
-  static constexpr float kExcess[] = {0.500000012f,    0.1666666546f,   0.04166579594f,
-                                      0.008333452171f, 0.001398199736f, 0.0001987562958f};
+  static constexpr float kUnit = 0x1p-22f;
+  static constexpr float kLog2E = 1.44269504f;
+  static constexpr float kLn2High = 0.693359375f;  // few bits: n kLn2High is exact
+  static constexpr float kLn2Low = -2.12194440e-4f;
+  // Minimax (Remez) for 2^f with 2^0 = 1: relative error 9.2e-8.
+  static constexpr float kExp[] = {1.0f,           0.6931469776f,   0.2402224209f,
+                                   0.05550733746f, 0.009671512633f, 0.001326472641f};
+  // Minimax for (e^d - 1 - d) / d^2 on |d| <= kClose: relative error 4.1e-7.
+  static constexpr float kClose = 1.25f;
+  static constexpr float kExcess[] = {0.500000058592f,   0.166667779609f,   0.0416660896189f,
+                                      0.00832747925823f, 0.00138949093043f, 0.000205995459198f,
+                                      2.50490478339e-5f};
+  static constexpr int kFullExponent = 127;
+  static constexpr float kLowest = -88.1f;  // n = -127: the exponent is 0 and so is 2^n
+  static constexpr int kCheckedBits = 7, kCheckedBias = 112;  // -112 <= n < 16
 };
 
 template <>
 struct ExpConstants<double> {
-  static constexpr double kLowest = -709.4;  // n = -1023
+  static constexpr int kMantissaBits = 52;
+  static constexpr double kUnit = 0x1p-51;
   static constexpr double kLog2E = 1.4426950408889634;
-  static constexpr double kRoundToInteger = 6755399441055744.0 + 1023.0;  // 1.5 2^52, and the bias
   static constexpr double kLn2High = 0.6931471803691238;
   static constexpr double kLn2Low = 1.9082149292705878e-10;
-  static constexpr int kMantissaBits = 52;
-  // Taylor: the first term left out is below 5e-18 of the sum.
+  // Taylor: ln(2)^k / k!; the first term left out is below 5e-18 of the sum.
   static constexpr double kExp[] = {1.0,
-                                    1.0,
-                                    1.0 / 2,
-                                    1.0 / 6,
-                                    1.0 / 24,
-                                    1.0 / 120,
-                                    1.0 / 720,
-                                    1.0 / 5040,
-                                    1.0 / 40320,
-                                    1.0 / 362880,
-                                    1.0 / 3628800,
-                                    1.0 / 39916800,
-                                    1.0 / 479001600,
-                                    1.0 / 6227020800};
+                                    0.69314718055994531,
+                                    0.24022650695910072,
+                                    0.055504108664821580,
+                                    0.0096181291076284772,
+                                    0.0013333558146428443,
+                                    0.00015403530393381608,
+                                    1.5252733804059841e-5,
+                                    1.3215486790144309e-6,
+                                    1.0178086009239699e-7,
+                                    7.0549116208011233e-9,
+                                    4.4455382718708115e-10,
+                                    2.5678435993488205e-11,
+                                    1.3691488853904128e-12};
+  static constexpr double kClose = 0.5;
   static constexpr double kExcess[] = {1.0 / 2,
                                        1.0 / 6,
                                        1.0 / 24,
@@ -248,6 +314,24 @@ struct ExpConstants<double> {
                                        1.0 / 87178291200,
                                        1.0 / 1307674368000,
                                        1.0 / 20922789888000};
+  static constexpr int kFullExponent = 1023;
+  static constexpr double kLowest = -709.4;                    // n = -1023
+  static constexpr int kCheckedBits = 10, kCheckedBias = 960;  // -960 <= n < 64
+};
+
+// The coefficients of 2^f 2^-bias as a polynomial in f kUnit.
+template <class Real>
+struct ScaledExp {
+  static constexpr int kTerms = sizeof(ExpConstants<Real>::kExp) / sizeof(Real);
+  Real coefficients[kTerms];
+  explicit constexpr ScaledExp(int bias) : coefficients() {
+    Real scale = 1;
+    for (int i = 0; i < bias; ++i) scale /= 2;
+    for (int term = 0; term < kTerms; ++term) {
+      coefficients[term] = ExpConstants<Real>::kExp[term] * scale;
+      scale /= ExpConstants<Real>::kUnit;
+    }
+  }
 };
 
 template <class Real, int kTerms>
@@ -258,31 +342,100 @@ TDPO_INLINE Vector<Real> polynomial(const Real (&coefficients)[kTerms], Vector<R
   return sum;
 }
 
-// e^x for x <= 0: exactly 1 at 0, exactly 0 where it would be subnormal, NaN for NaN.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kRoundsOnce = true;  // a * b + c
+#else
+constexpr bool kRoundsOnce = false;
+#endif
+
+// A whole number N of powers of two near x.
 template <class Real>
-TDPO_INLINE Vector<Real> exp_of_nonpositive(Vector<Real> x) {
+struct Steps {
+  int count;
+  explicit Steps(Real x) : count(static_cast<int>(std::lround(x * ExpConstants<Real>::kLog2E))) {}
+  // N in nats, by the logarithm that remainder() uses.
+  double nats() const {
+    return kRoundsOnce ? count / double(ExpConstants<Real>::kLog2E) : count * 0.6931471805599453;
+  }
+  // 3 + (bias - N) 2^-s.
+  Real rounder(int bias) const { return Real(3) + Real(bias - count) * ExpConstants<Real>::kUnit; }
+};
+
+// f 2^-s, from x and round(x log2 e) 2^-s.
+template <class Real>
+TDPO_INLINE Vector<Real> remainder(Vector<Real> x, Vector<Real> n) {
   using C = ExpConstants<Real>;
+  if (kRoundsOnce) return x * (C::kLog2E * C::kUnit) - n;
+  constexpr Real kPerUnit = 1 / C::kUnit;
+  return ((x - n * (C::kLn2High * kPerUnit)) - n * (C::kLn2Low * kPerUnit)) *
+         (C::kLog2E * C::kUnit);
+}
+
+// e^x for x up to the headroom of a base and beyond: exactly 1 at 0, exactly 0 where it would be
+// subnormal, NaN for NaN.
+template <class Real>
+TDPO_INLINE Vector<Real> exp_of(Vector<Real> x) {
+  using C = ExpConstants<Real>;
+  static constexpr ScaledExp<Real> kPower(0);
+  constexpr Real kRounder = Real(3) + C::kFullExponent * C::kUnit;
   x = max_keeping_nan(broadcast(C::kLowest), x);
-  const Vector<Real> shifted = x * C::kLog2E + C::kRoundToInteger;
-  const Vector<Real> n = shifted - C::kRoundToInteger;
-  const Vector<Real> f = (x - n * C::kLn2High) - n * C::kLn2Low;
-  const Bits<Real> exponent = bit_cast<Bits<Real>>(shifted) << C::kMantissaBits;
-  return polynomial<Real>(C::kExp, f) * bit_cast<Vector<Real>>(exponent);
+  const Vector<Real> t = x * (C::kLog2E * C::kUnit) + kRounder;
+  const Vector<Real> f = remainder<Real>(x, t - kRounder);
+  const Bits<Real> exponent = bit_cast<Bits<Real>>(t) << C::kMantissaBits;
+  return polynomial<Real>(kPower.coefficients, f) * bit_cast<Vector<Real>>(exponent);
 }
 
-// e^d - 1 - d for |d| <= 1/2, from d and d^2: exactly 0 at 0.
+// e^(x - N in nats) in fewer instructions, for a difference from about -77 to 10, or -665 to 44 in
+// double. The rounder is that of N and kCheckedBias. `seen` gathers the bits of t: if all x were in
+// range they are those of 3 and the lowest kCheckedBits, since among numbers above 0 only those in
+// [2, 4) have no other bits in their exponent. (At t = 0 the result is 2^-kCheckedBias or less.)
 template <class Real>
-TDPO_INLINE Vector<Real> excess_of_close(Vector<Real> d, Vector<Real> d_squared) {
-  return d_squared * polynomial<Real>(ExpConstants<Real>::kExcess, d);
+TDPO_INLINE Vector<Real> exp_in_range(Vector<Real> x, Real rounder, Bits<Real>& seen) {
+  using C = ExpConstants<Real>;
+  static constexpr ScaledExp<Real> kPower(C::kCheckedBias);
+  const Vector<Real> t = x * (C::kLog2E * C::kUnit) + rounder;
+  const Vector<Real> f = remainder<Real>(x, t - rounder);
+  const Bits<Real> bits = bit_cast<Bits<Real>>(t);
+  seen |= bits;
+  const Vector<Real> power = polynomial<Real>(kPower.coefficients, f);
+  return bit_cast<Vector<Real>>(bit_cast<Bits<Real>>(power) + (bits << C::kMantissaBits));
 }
 
-// ---- lanes together
-// ------------------------------------------------------------------------------
+template <class V>
+TDPO_INLINE bool any_bit(V bits) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)bits, (__m512i)bits) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)bits, (__m256i)bits);
+#else
+  const Bits<double> words = bit_cast<Bits<double>>(bits);
+  uint64_t all = 0;
+  for (int lane = 0; lane < Lanes<double>::kCount; ++lane) all |= words[lane];
+  return all != 0;
+#endif
+}
+
+// The bits that should not have been seen.
+template <class Real>
+TDPO_INLINE Bits<Real> out_of_range(Bits<Real> seen) {
+  using C = ExpConstants<Real>;
+  using Word = std::remove_reference_t<decltype(seen[0])>;
+  const Word three = bit_cast<Word>(Real(3)), lowest = (Word(1) << C::kCheckedBits) - 1;
+  return seen & ~(three | lowest);
+}
+
+// (e^d - 1 - d) / d^2 for |d| <= kClose.
+template <class Real>
+TDPO_INLINE Vector<Real> excess_over_square(Vector<Real> d) {
+  return polynomial<Real>(ExpConstants<Real>::kExcess, d);
+}
+
+// ---- lanes together ----
 
 template <class Real>
-TDPO_INLINE Real sum_of_lanes(Vector<Real> value) {
-  Real sum = 0;
-  for (int lane = 0; lane < Lanes<Real>::kCount; ++lane) sum += value[lane];
+TDPO_INLINE double sum_of_lanes(Vector<Real> value) {
+  double sum = 0;
+  for (int lane = 0; lane < Lanes<Real>::kCount; ++lane) sum += double(value[lane]);
   return sum;
 }
 
@@ -293,6 +446,12 @@ TDPO_INLINE Real max_of_lanes(Vector<Real> value) {
     largest = largest > value[lane] ? largest : value[lane];
   }
   return largest;
+}
+
+template <class Real>
+TDPO_INLINE Vector<Real> magnitude(Vector<Real> value) {
+  constexpr int kSign = 8 * sizeof(Real) - 1;
+  return bit_cast<Vector<Real>>(bit_cast<Bits<Real>>(value) & ~((Bits<Real>{} + 1) << kSign));
 }
 
 }  // namespace tdpo::cpu::TDPO_INSTRUCTION_SET

@@ -1,11 +1,14 @@
-// Rows over threads. Each row is one thread's from start to end, so the same inputs give the same
-// bits for any number of threads.
+// Rows over threads. A row is one thread's from start to end, or where rows are few each piece of
+// it is; the shape alone decides, so the same inputs give the same bits for any number of threads.
 #include "../token_stats.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
+#include "huge_pages.h"
 #include "row_kernels.h"
 
 namespace tdpo::cpu {
@@ -15,6 +18,35 @@ namespace {
 constexpr int64_t kSerialWork = 1 << 15;
 // What finishing a row costs, in such entries.
 constexpr int64_t kWorkOfFinish = 256;
+
+// Fewer rows than this are split, into about kPieces in all, none of them short.
+constexpr int64_t kFewRows = 8, kPieces = 16, kLeastPiece = 16384;
+// What backward decides for entries together: pieces start at a multiple of it.
+constexpr int64_t kTogether = 64;
+
+struct Split {
+  int64_t pieces, width;  // of a row; the last piece may be narrower
+};
+
+Split split_of(const TokenStatsProblem& problem) {
+  const int64_t rows = problem.rows, vocabulary = problem.vocabulary;
+  if (rows >= kFewRows || vocabulary < 2 * kLeastPiece) return {1, vocabulary};
+  const int64_t longest = vocabulary / kLeastPiece, wanted = kPieces / std::max<int64_t>(rows, 1);
+  const int64_t pieces = std::min(longest, wanted);
+  const int64_t width = (vocabulary / pieces / kTogether + 1) * kTogether;
+  return {(vocabulary + width - 1) / width, width};
+}
+
+// One piece of a row.
+struct Piece {
+  int64_t row, start, width, label;
+};
+
+Piece piece_of(const TokenStatsProblem& problem, const Split& split, int64_t index) {
+  const int64_t row = index / split.pieces, start = index % split.pieces * split.width;
+  return {row, start, std::min(split.width, problem.vocabulary - start),
+          problem.labels[row] - start};
+}
 
 size_t logit_size(DType dtype) {
   switch (dtype) {
@@ -65,11 +97,13 @@ void with_real(DType dtype, const Body& body) {
   }
 }
 
-RowForward row_of(const TokenStatsProblem& problem, int64_t row, void* record) {
-  const size_t logit = logit_size(problem.dtype);
-  return {advance(problem.policy.data, row_offset(problem.policy.rows, row), logit),
-          advance(problem.reference.data, row_offset(problem.reference.rows, row), logit),
-          problem.vocabulary, problem.labels[row], record};
+const void* logits_of(const Logits& logits, const Piece& piece, DType dtype) {
+  return advance(logits.data, row_offset(logits.rows, piece.row) + piece.start, logit_size(dtype));
+}
+
+RowForward forward_of(const TokenStatsProblem& problem, const Piece& piece, void* record) {
+  return {logits_of(problem.policy, piece, problem.dtype),
+          logits_of(problem.reference, piece, problem.dtype), piece.width, piece.label, record};
 }
 
 template <class Real>
@@ -92,18 +126,33 @@ int64_t token_stats_forward(const TokenStatsForward& work, const RowKernels& ker
   const int64_t wrong = first_wrong_label(problem);
   if (wrong != kAllLabelsValid) return wrong;
   const auto kernel = kernels.forward[static_cast<int>(problem.dtype)];
+  const Split split = split_of(problem);
   with_real(problem.dtype, [&](auto real) {
     using Real = decltype(real);
-    for_each_row(problem.rows, problem.vocabulary, threads, [&](int64_t row) {
-      const int64_t label = problem.labels[row];
-      if (label == problem.ignore_index) {
-        write(work.outputs, row, row_of_nothing(Real(0)));
-        return;
-      }
-      LabelledStats<Real> stats = empty_labelled_stats<Real>();
-      kernel(row_of(problem, row, &stats));
+    using Records = std::vector<LabelledStats<Real>>;
+    const int64_t pieces = problem.rows * split.pieces;
+    Records records(split.pieces > 1 ? pieces : 0, empty_labelled_stats<Real>());
+    const auto finish = [&](int64_t row, const LabelledStats<Real>* of_row) {
+      LabelledStats<Real> stats = of_row[0];
+      for (int64_t i = 1; i < split.pieces; ++i) stats = merge(stats, of_row[i]);
       write(work.outputs, row, finalise(stats));
+    };
+    for_each_row(pieces, split.width, threads, [&](int64_t index) {
+      const Piece piece = piece_of(problem, split, index);
+      if (problem.labels[piece.row] == problem.ignore_index) {
+        if (piece.start == 0) write(work.outputs, piece.row, row_of_nothing(Real(0)));
+      } else if (split.pieces > 1) {
+        kernel(forward_of(problem, piece, &records[index]));
+      } else {
+        LabelledStats<Real> stats = empty_labelled_stats<Real>();
+        kernel(forward_of(problem, piece, &stats));
+        finish(piece.row, &stats);
+      }
     });
+    if (split.pieces == 1) return;
+    for (int64_t row = 0; row < problem.rows; ++row) {
+      if (problem.labels[row] != problem.ignore_index) finish(row, &records[row * split.pieces]);
+    }
   });
   return kAllLabelsValid;
 }
@@ -111,11 +160,14 @@ int64_t token_stats_forward(const TokenStatsForward& work, const RowKernels& ker
 void token_stats_tile(const TokenStatsTile& work, const RowKernels& kernels, int threads) {
   const TokenStatsProblem& problem = work.problem;
   const auto kernel = kernels.forward[static_cast<int>(problem.dtype)];
+  const Split whole = {1, problem.vocabulary};
   with_real(problem.dtype, [&](auto real) {
     auto* records = static_cast<LabelledStats<decltype(real)>*>(work.records);
     for_each_row(problem.rows, problem.vocabulary, threads, [&](int64_t row) {
+    for_each_row(problem.rows, problem.vocabulary, threads, [&](int64_t row) {
       if (problem.labels[row] == problem.ignore_index) return;
-      kernel(row_of(problem, row, records + row));
+      kernel(forward_of(problem, piece_of(problem, whole, row), records + row));
+    });
     });
   });
 }
@@ -144,17 +196,26 @@ void token_stats_backward(const TokenStatsBackward& work, const RowKernels& kern
   const TokenStatsProblem& problem = work.problem;
   const size_t logit = logit_size(problem.dtype), real = accumulator_size(problem.dtype);
   const auto kernel = kernels.backward[static_cast<int>(problem.dtype)];
-  for_each_row(problem.rows, problem.vocabulary, threads, [&](int64_t row) {
+  const Split split = split_of(problem);
+  const RowLayout& rows = work.gradient_rows;
+  if (work.gradient != problem.policy.data && rows.dims == 1 &&
+      rows.strides[0] == problem.vocabulary) {
+    wish_for_huge_pages(work.gradient,
+                        static_cast<size_t>(problem.rows * problem.vocabulary) * logit);
+  }
+  for_each_row(problem.rows * split.pieces, split.width, threads, [&](int64_t index) {
+    const Piece piece = piece_of(problem, split, index);
+    const int64_t row = piece.row;
     RowBackward one;
-    one.vocabulary = problem.vocabulary;
-    one.label = problem.labels[row];
-    one.gradient = advance(work.gradient, row_offset(work.gradient_rows, row), logit);
-    if (one.label == problem.ignore_index) {
-      std::memset(one.gradient, 0, static_cast<size_t>(problem.vocabulary) * logit);
+    one.vocabulary = piece.width;
+    one.label = piece.label;
+    one.gradient = advance(work.gradient, row_offset(work.gradient_rows, row) + piece.start, logit);
+    if (problem.labels[row] == problem.ignore_index) {
+      std::memset(one.gradient, 0, static_cast<size_t>(piece.width) * logit);
       return;
     }
-    one.policy = advance(problem.policy.data, row_offset(problem.policy.rows, row), logit);
-    one.reference = advance(problem.reference.data, row_offset(problem.reference.rows, row), logit);
+    one.policy = logits_of(problem.policy, piece, problem.dtype);
+    one.reference = logits_of(problem.reference, piece, problem.dtype);
     one.normalizers = advance(work.normalizers, row, sizeof(Normalizers<char>) * real);
     one.grad_policy_logp = advance(work.grad_policy_logps, row, real);
     one.grad_forward_kl = advance(work.grad_forward_kl, row, real);

@@ -164,10 +164,8 @@ void token_stats_tile(const TokenStatsTile& work, const RowKernels& kernels, int
   with_real(problem.dtype, [&](auto real) {
     auto* records = static_cast<LabelledStats<decltype(real)>*>(work.records);
     for_each_row(problem.rows, problem.vocabulary, threads, [&](int64_t row) {
-    for_each_row(problem.rows, problem.vocabulary, threads, [&](int64_t row) {
       if (problem.labels[row] == problem.ignore_index) return;
       kernel(forward_of(problem, piece_of(problem, whole, row), records + row));
-    });
     });
   });
 }

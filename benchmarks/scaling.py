@@ -16,7 +16,7 @@ CHUNK_BYTES = 256 * 2**20
 
 FLOPS = 650e12  # a second, bfloat16
 WITHIN_NODE = 400e9  # bytes a second that one GPU receives from the 7 others of its node
-BETWEEN_NODES = 45e9  # and from other nodes
+BETWEEN_NODES = 45e9  # and from other nodes, each GPU through a network card of its own
 
 
 class Layout(NamedTuple):
@@ -43,13 +43,17 @@ def step(layout: Layout, width: int) -> dict[str, Any]:
     kept_by_fsdp = weight / layout.data
     sharded = layout.data > 1
     flops = UNITS * 2 * TOKENS * rows * width
-    # Gathered for forward and again for backward, the reference for both as well; and the gradient.
-    fsdp_bytes = (4 + 1) * weight * (layout.data - 1) / layout.data
+    # The policy's gathered for forward and again for backward, the reference's once; the gradient.
+    fsdp_bytes = (3 + 1) * weight * (layout.data - 1) / layout.data
     records = TOKENS * RECORD * (layout.tensor - 1)
     hidden = 2 * TOKENS * width * 4 * (layout.tensor - 1) / layout.tensor
-    bandwidth = WITHIN_NODE if layout.gpus <= 8 else BETWEEN_NODES
-    # Gathered heads, the head's float32 gradient, hidden states and their gradients, tiles.
-    memory = 2 * weight + 2 * weight + TOKENS * width * (2 + 2 + 4 + 2) + CHUNK_BYTES
+    # What the GPUs of a node have in common comes into it once, through all of their cards.
+    shared = min(8, layout.gpus) // layout.tensor
+    between = min(WITHIN_NODE, BETWEEN_NODES * shared)
+    bandwidth = WITHIN_NODE if layout.gpus <= 8 else between
+    # Gathered heads, the policy's gradient in float32 and in bfloat16, hidden states and their
+    # gradients, tiles.
+    memory = 2 * weight + (2 + 1) * weight + TOKENS * width * (2 + 2 + 4 + 2) + CHUNK_BYTES
     if sharded:
         memory += 2 * kept_by_fsdp
     return {

@@ -3,6 +3,8 @@
 torchrun --nproc-per-node 2 examples/fsdp2.py
 """
 
+import os
+
 import tiny
 import torch
 import torch.distributed as dist
@@ -13,22 +15,26 @@ from tdpo_ext.integrations.attach import HEAD_INPUTS, TDPOTargets, attach_tdpo
 
 dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 rank, processes = dist.get_rank(), dist.get_world_size()
-device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+gpu = torch.cuda.is_available()
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
 
 
-def sharded(model: torch.nn.Module) -> torch.nn.Module:
+def sharded(model: torch.nn.Module, **root: bool) -> torch.nn.Module:
     model.to(device)
     for layer in model.model.layers:
         fully_shard(layer)
-    return fully_shard(model)
+    return fully_shard(model, **root)
 
 
-# Attach first, shard then.
+# Attach first, shard then. No backward ever frees the reference's root: forward has to.
 policy = sharded(attach_tdpo(tiny.language_model(), LinearTDPOLoss(beta=0.1, alpha=0.5)))
-reference = sharded(attach_tdpo(tiny.language_model()).requires_grad_(False))
+reference = attach_tdpo(tiny.language_model()).requires_grad_(False)
+reference = sharded(reference, reshard_after_forward=True)
 optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
 
-for step, batch in enumerate(tiny.batches()[rank::processes]):
+batches = tiny.batches()
+steps = len(batches) // processes  # the same on all
+for step, batch in enumerate(batches[rank::processes][:steps]):
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     labels = batch.pop("labels")
     with torch.no_grad():

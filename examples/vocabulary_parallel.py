@@ -3,6 +3,8 @@
 torchrun --nproc-per-node 2 examples/vocabulary_parallel.py
 """
 
+import os
+
 import tiny
 import torch
 import torch.distributed as dist
@@ -11,7 +13,8 @@ import tdpo_ext
 
 dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 rank, processes = dist.get_rank(), dist.get_world_size()
-device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+gpu = torch.cuda.is_available()
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
 
 # The layers are whole here, and the same everywhere; a tensor-parallel plan would shard them too.
 policy, reference = (tiny.language_model().to(device) for _ in range(2))

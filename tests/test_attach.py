@@ -14,7 +14,13 @@ from tiny_models import CONFIGS, tiny_batch, tiny_model
 
 from tdpo_ext import LinearTDPOLoss, pair_loss, reference
 from tdpo_ext.integrations.attach import HEAD_INPUTS, TDPOTargets, attach_tdpo, detach_tdpo
-from tdpo_ext.integrations.hidden import LogitOptions, head_of, weight_and_bias
+from tdpo_ext.integrations.hidden import (
+    LogitOptions,
+    check_rebuilt_logits,
+    head_of,
+    probe_inputs,
+    weight_and_bias,
+)
 
 
 def targets(model: Any, reference_model: Any, batch: dict[str, Any]) -> TDPOTargets:
@@ -251,6 +257,34 @@ def test_packed_sequences() -> None:
         logits = [each(**packed).logits.view(rows, tokens, -1) for each in (model, reference_model)]
     expected = reference.tdpo_loss(*logits, batch["labels"]).loss
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_on_the_meta_device_is_attached_unprobed() -> None:
+    with pytest.warns(UserWarning, match="meta device"):
+        attach_tdpo(tiny_model().to("meta"))
+
+
+def test_an_error_in_forward_leaves_nothing_behind() -> None:
+    model = attach_tdpo(tiny_model())
+    batch = tiny_batch(model)
+    asked = targets(model, model, batch)
+    model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**batch["inputs"], tdpo=asked)
+    attachment = model.__dict__["_tdpo"]
+    assert attachment.request is attachment.result is attachment.numbers is None
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_probe_knows_roundings_of_half_width(name: str) -> None:
+    """It allows these, and not much more: a softcap at twice the largest logit is seen."""
+    model = tiny_model(name).bfloat16()
+    attach_tdpo(model)
+    with torch.no_grad():
+        logits = model(**probe_inputs(model)).logits
+    cap = 2 * logits.abs().max()
+    with pytest.raises(ValueError, match="no known field"):
+        check_rebuilt_logits(model, cap * torch.tanh(logits / cap), logits)
 
 
 def test_wrong_requests_say_what_is_wrong() -> None:

@@ -125,6 +125,38 @@ def test_evaluation_and_metrics(make: Any, tmp_path: Any) -> None:
     assert "eval_loss" in metrics
 
 
+@pytest.mark.parametrize("make", [transformers_trainer, trl_trainer])
+def test_evaluations_do_not_touch_each_other(make: Any, tmp_path: Any) -> None:
+    given = as_text if make is trl_trainer else list
+    sets = {"a": given(examples(3, seed=1)), "b": given(examples(4, seed=2))}
+    options = {"ref_model" if make is trl_trainer else "reference": tiny_model(seed=1)}
+    made = make(tiny_model(), tmp_path, eval_dataset=sets, **options)
+    metrics = made.evaluate()
+    alone = made.evaluate(made.eval_dataset["b"], metric_key_prefix="test")
+    assert metrics["eval_a_kl/chosen"] != metrics["eval_b_kl/chosen"]
+    assert alone["test_kl/chosen"] == pytest.approx(metrics["eval_b_kl/chosen"], rel=1e-6)
+
+
+def test_what_was_frozen_stays_frozen(tmp_path: Any) -> None:
+    """PEFT lets every adapter be trained that it switches on again."""
+    model = lora(tiny_model(), target_modules=["q_proj", "v_proj"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    made = transformers_trainer(model, tmp_path, max_steps=2)
+    recorder = Recorder()
+    recorder.watch(made)
+    made.train()
+    assert all("lora_B" in name for name in recorder.gradients[-1])
+    assert all(p.requires_grad == ("lora_B" in n) for n, p in model.named_parameters())
+
+
+def test_no_reference_is_copied_from_partitioned_parameters(tmp_path: Any) -> None:
+    model = tiny_model()
+    model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks what it partitions
+    with pytest.raises(ValueError, match=r"partitioned.*pass it as reference="):
+        transformers_trainer(model, tmp_path)
+
+
 def test_cached_hidden_states_serve_as_reference(tmp_path: Any) -> None:
     model = tiny_model()
     before = copy.deepcopy(model)

@@ -7,11 +7,24 @@ import copy
 import tempfile
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from distributed_worker import scenario, unwrapped_name, whole
+from model_scenarios import LEARNING_RATE, Engine, named, steps_of
 from test_attach import lora
 from tiny_models import tiny_model
-from trainer_checks import Recorder, check_against_float64, transformers_trainer, trl_trainer
+from torch import Tensor
+from trainer_checks import (
+    Recorder,
+    check_against_float64,
+    examples,
+    transformers_trainer,
+    trl_trainer,
+)
+
+from tdpo_ext import reference
+from tdpo_ext.integrations import transformers as of_transformers
 
 
 def trained(
@@ -39,6 +52,25 @@ def trained(
     return check_against_float64(steps, losses, recorded, before, reference_model)
 
 
+class Accelerated(Engine):
+    """A loop of one's own with ``accelerator.prepare``."""
+
+    def __init__(self, model: Any) -> None:
+        self.accelerator = Accelerator(cpu=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+
+    def backward(self, loss: Tensor) -> dict[str, Tensor]:
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        return {unwrapped_name(n): p.grad for n, p in self.model.named_parameters()}
+
+
+@scenario
+def accelerate_loop() -> dict[str, float]:
+    return steps_of(named("llama"), Accelerated)
+
+
 @scenario
 def transformers_trainer_full() -> dict[str, float]:
     model = tiny_model()
@@ -62,3 +94,28 @@ def trl_trainer_full() -> dict[str, float]:
         gradient_accumulation_steps=2,
         gradient_checkpointing=False,
     )
+
+
+@scenario
+def evaluation_counts_every_pair_once() -> dict[str, float]:
+    """Five pairs do not divide evenly: what a process repeats to fill its batch is left out."""
+    rows, whole_batch = examples(5, seed=1), of_transformers.PreferenceCollator(0)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        made = transformers_trainer(
+            tiny_model(),
+            folder,
+            eval_dataset=rows,
+            reference=tiny_model(seed=1),
+            per_device_eval_batch_size=1,
+        )
+        metrics = made.evaluate()
+    batch = whole_batch(rows)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        logits = [tiny_model(seed=seed).double()(**inputs).logits for seed in (0, 1)]
+    expected = reference.tdpo_loss(*logits, batch["labels"]).metrics()
+    errors = [
+        abs(metrics[f"eval_{name}"] - value.item()) / max(1, abs(value.item()))
+        for name, value in expected.items()
+    ]
+    return {"loss": max(errors), "gradient": 0.0}

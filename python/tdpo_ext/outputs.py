@@ -57,18 +57,21 @@ class TDPOOutput(NamedTuple):
         """Means over the batch as 0-d tensors on the loss's device, under the names TRL logs.
 
         Nothing is copied to the host: call ``.item()`` when you log, not before.
-        ``kl/margin`` is chosen minus rejected, as in the paper's code.
         """
+        return {name: values.mean() for name, values in self.metrics_of_pairs().items()}
+
+    def metrics_of_pairs(self) -> dict[str, Tensor]:
+        """The same of each pair, ``[B]``. ``kl/margin`` is chosen minus rejected, as in the paper's
+        code."""
+        accuracies = self.chosen_rewards > self.rejected_rewards
         return {
-            "rewards/chosen": self.chosen_rewards.mean(),
-            "rewards/rejected": self.rejected_rewards.mean(),
-            "rewards/accuracies": (self.chosen_rewards > self.rejected_rewards)
-            .to(self.losses.dtype)
-            .mean(),
-            "rewards/margins": (self.chosen_rewards - self.rejected_rewards).mean(),
-            "logps/chosen": self.chosen_logps.mean(),
-            "logps/rejected": self.rejected_logps.mean(),
-            "kl/chosen": self.chosen_kl.mean(),
-            "kl/rejected": self.rejected_kl.mean(),
-            "kl/margin": (self.chosen_kl - self.rejected_kl).mean(),
+            "rewards/chosen": self.chosen_rewards,
+            "rewards/rejected": self.rejected_rewards,
+            "rewards/accuracies": accuracies.to(self.losses.dtype),
+            "rewards/margins": self.chosen_rewards - self.rejected_rewards,
+            "logps/chosen": self.chosen_logps,
+            "logps/rejected": self.rejected_logps,
+            "kl/chosen": self.chosen_kl,
+            "kl/rejected": self.rejected_kl,
+            "kl/margin": self.chosen_kl - self.rejected_kl,
         }

@@ -210,9 +210,9 @@ def _model_forward(self: Any, *args: Any, tdpo: Any = None, **kwargs: Any) -> An
     try:
         with _last_hook(head_of(self), attachment.keep_numbers):
             outputs = _call(self, args, {**kwargs, "return_dict": True})
-    finally:
+    finally:  # also after an error: what is kept would keep the graph alive
         attachment.request = None
-    result = attachment.take_result()
+        result = attachment.take_result()
     if result is None:
         raise RuntimeError(
             f"{type(self).__name__} did not call its head ({type(head_of(self)).__name__}); use "
@@ -277,7 +277,8 @@ def attach_tdpo(
         loss: the options of the loss (those of the logits are the model's own). None: statistics
             per token instead, as ``linear_token_stats``, for losses of your own.
         probe: compare four tokens' logits, rebuilt from what the head takes, with the model's own;
-            a model that ZeRO-3 has partitioned already is not compared, and a warning says so.
+            a model on the meta device, or one that ZeRO-3 has partitioned already, is not compared,
+            and a warning says so.
 
     Returns:
         ``model``.
@@ -290,7 +291,8 @@ def attach_tdpo(
     inner = language_model(model)
     detach_tdpo(model)
     head = head_of(inner)
-    if not _is_partitioned(head):
+    without_values = _without_values(head)
+    if not without_values:
         weight_and_bias(head)  # refuses a head that cannot be fused
     attachment = Attachment(inner, head, loss)
     for module, forward in ((inner, _model_forward), (head, _head_forward)):
@@ -302,11 +304,11 @@ def attach_tdpo(
         wrapped = functools.wraps(type(module).forward)(_copied(forward))
         module.__dict__["_tdpo_forward_before"] = before
         module.__dict__["forward"] = types.MethodType(wrapped, module)
-    if probe and _is_partitioned(head):
+    if probe and without_values:
         warnings.warn(
-            f"the parameters of {type(inner).__name__} are partitioned (ZeRO-3), so its logits are "
-            "not compared with those rebuilt from its hidden states; attach_tdpo a small model of "
-            "the same architecture once, to be sure of it",
+            f"the parameters of {type(inner).__name__} are {without_values}, so its logits are not "
+            "compared with those rebuilt from its hidden states; attach_tdpo a small model of the "
+            "same architecture once, to be sure of it",
             stacklevel=2,
         )
     elif probe:
@@ -318,10 +320,12 @@ def attach_tdpo(
     return model
 
 
-def _is_partitioned(head: nn.Module) -> bool:
-    """Whether ZeRO-3 has taken the head's weight away until an engine gathers it."""
+def _without_values(head: nn.Module) -> str:
+    """Why the head's weight cannot be read as yet; empty if it can."""
     parameter = parameter_of(head)
-    return hasattr(parameter, "ds_id") and parameter.numel() == 0
+    if hasattr(parameter, "ds_id") and parameter.numel() == 0:
+        return "partitioned (ZeRO-3)"
+    return "on the meta device" if parameter.is_meta else ""
 
 
 def _copied(function: Any) -> types.FunctionType:

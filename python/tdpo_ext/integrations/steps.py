@@ -13,32 +13,27 @@ from tdpo_ext.outputs import TDPOOutput
 
 
 class PairMetrics:
-    """Means over pairs, batches and processes; nothing waits for a device until asked.
+    """Means over pairs and batches; nothing waits for a device until asked."""
 
-    Of training and evaluation apart.
-    """
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
+        """One for each name, and the number of pairs."""
 
-    def __init__(self, accelerator: Any) -> None:
-        self.accelerator = accelerator
-        self.sums: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
-        self.pairs = {True: 0, False: 0}
+    def add(self, names: list[str], values: Tensor) -> None:
+        """``[pairs, names]``"""
+        sums = torch.cat([values.sum(0), values.new_tensor([len(values)])])
+        self.names, self.sums = names, sums if self.sums is None else self.sums + sums
 
-    def add(self, metrics: dict[str, Tensor], pairs: int, *, training: bool) -> None:
-        sums = self.sums[training]
-        for name, mean in metrics.items():
-            sums[name] = sums.get(name, 0) + mean.detach() * pairs
-        self.pairs[training] += pairs
-
-    def take(self, *, training: bool) -> dict[str, float]:
-        """Means since the last time, over all processes; every process must ask."""
-        sums, pairs = self.sums[training], self.pairs[training]
-        self.sums[training], self.pairs[training] = {}, 0
-        if not sums:
+    def take(self, accelerator: Any = None) -> dict[str, float]:
+        """Means since the last time; of all processes together, if each passes its accelerator."""
+        sums, self.sums = self.sums, None
+        if sums is None:
             return {}
-        values = torch.stack([*sums.values()])
-        row = torch.cat([values, values.new_tensor([pairs])])
-        total = self.accelerator.gather(row[None]).sum(0).tolist()
-        return {name: value / total[-1] for name, value in zip(sums, total, strict=False)}
+        if accelerator is not None:
+            sums = accelerator.gather(sums[None]).sum(0)
+        *means, pairs = sums.tolist()
+        return {name: value / pairs for name, value in zip(self.names, means, strict=True)}
 
 
 class TDPOSteps:
@@ -49,7 +44,8 @@ class TDPOSteps:
     """
 
     accelerator: Any
-    pair_metrics: PairMetrics
+    training_metrics: PairMetrics
+    evaluation_metrics: PairMetrics
     loss_is_scaled_for_ga: bool | None = True
     tdpo_ran = False
 
@@ -61,7 +57,14 @@ class TDPOSteps:
 
     def begin(self) -> None:
         """After the Trainer's own construction."""
-        self.pair_metrics = PairMetrics(self.accelerator)
+        self.training_metrics, self.evaluation_metrics = PairMetrics(), PairMetrics()
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        for name in ("cp_enabled", "sp_enabled"):
+            if getattr(parallelism, name, False):
+                raise ValueError(
+                    f"parallelism_config has {name}: the trainer would split sequences before the "
+                    "loss sums over them; examples/sequence_parallel.py does it in a loop"
+                )
         self.model_accepts_loss_kwargs = True  # to Trainers that do not know loss_is_scaled_for_ga
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -79,11 +82,16 @@ class TDPOSteps:
         num_items_in_batch: Any = None,
     ) -> Any:
         output, aux_loss = self.tdpo_output(model, dict(inputs))
-        pairs, metrics, loss = pairs_of(inputs), output.metrics(), output.loss
+        pairs, metrics, loss = pairs_of(inputs), output.metrics_of_pairs(), output.loss
         if aux_loss is not None:
-            metrics["aux_loss"] = aux_loss
+            metrics["aux_loss"] = aux_loss.detach().expand(pairs)
             loss = loss + aux_loss
-        self.pair_metrics.add(metrics, pairs, training=model.training)
+        values = torch.stack([*metrics.values()], dim=-1)
+        if model.training:
+            self.training_metrics.add([*metrics], values)
+        else:  # accelerate drops what it has repeated to fill the last batch
+            gathered = self.accelerator.gather_for_metrics(values)
+            self.evaluation_metrics.add([*metrics], gathered)
         self.tdpo_ran = True
         if num_items_in_batch is not None:
             # Gradients are averaged over processes; so the whole is a mean over all pairs.
@@ -113,11 +121,26 @@ class TDPOSteps:
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """With the metrics of all pairs beside the Trainer's own, under the same prefix."""
+        self.evaluation_metrics.take()  # of a loop that an error has ended
+        output = super().evaluation_loop(  # type: ignore[misc]
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        means = self.evaluation_metrics.take()
+        output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in means.items()})
+        return output
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        evaluation = any(key.startswith("eval_") for key in logs)
-        prefix = "eval_" if evaluation else ""
-        means = self.pair_metrics.take(training=not evaluation)
-        logs.update({prefix + name: value for name, value in means.items()})
+        if "loss" in logs or "train_runtime" in logs:  # the Trainer's own, on every process
+            logs.update(self.training_metrics.take(self.accelerator))
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
@@ -149,28 +172,32 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 class ReferenceAdapter:
-    """Within it, a PEFT model is its own reference: adapter "ref" if it has one, else none."""
+    """Within it, a PEFT model is its own reference: adapter "ref" if it has one, else none.
+
+    PEFT lets every adapter it activates be trained; afterwards that is again as it was.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def __enter__(self) -> None:
-        if "ref" in self.model.peft_config:
-            self.before = self.model.active_adapter
-            self._activate("ref")
-        else:
-            self.off = self.model.disable_adapter()
+        named = self.model.named_parameters()
+        self.trained = {name: parameter.requires_grad for name, parameter in named}
+        self.before = self.model.active_adapter
+        self.off = None if "ref" in self.model.peft_config else self.model.disable_adapter()
+        if self.off is not None:
             self.off.__enter__()
+        else:
+            self.model.set_adapter("ref")
+            self._restore()
 
     def __exit__(self, *error: Any) -> None:
-        if "ref" in self.model.peft_config:
-            self._activate(self.before)
-        else:
+        if self.off is not None:
             self.off.__exit__(*error)
+        else:
+            self.model.set_adapter(self.before)
+        self._restore()
 
-    def _activate(self, name: str) -> None:
-        """As ``set_adapter``, but what was trained is still trained."""
-        trained = {n: p.requires_grad for n, p in self.model.named_parameters()}
-        self.model.set_adapter(name)
-        for parameter_name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(trained[parameter_name])
+    def _restore(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self.trained[name])

@@ -118,9 +118,12 @@ class CachedReference(NamedTuple):
         options = LogitOptions.of(language_model(model).config)
         return cls(weight.detach().clone(), copied, options)
 
+    def to(self, device: torch.device) -> CachedReference:
+        bias = None if self.bias is None else self.bias.to(device)
+        return CachedReference(self.weight.to(device), bias, self.logit_options)
+
     def with_hidden(self, hidden: Tensor) -> HeadInputs:
-        bias = None if self.bias is None else self.bias.to(hidden.device)
-        return HeadInputs(hidden, self.weight.to(hidden.device), bias, self.logit_options)
+        return HeadInputs(hidden, *self.to(hidden.device))
 
 
 class TDPOTrainer(TDPOSteps, transformers.Trainer):
@@ -162,6 +165,7 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         _check_options(args, loss, others)
         args.remove_unused_columns = False  # the collator uses what forward does not take
         if reference is None and not hasattr(model, "peft_config"):
+            _check_copyable(model)
             reference = copy.deepcopy(detach_tdpo(model))
         without_dropout(model)
         super().__init__(attach_tdpo(model, loss), args, **others)
@@ -170,6 +174,8 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         if isinstance(reference, nn.Module):
             attach_tdpo(without_dropout(reference)).requires_grad_(False).eval()
             self.reference = self._placed(reference)
+        elif reference is not None:
+            self.reference = reference.to(self.accelerator.device)
 
     def _placed(self, reference: nn.Module) -> nn.Module:
         """On this process's device, whole, or partitioned as the policy is by ZeRO-3."""
@@ -221,6 +227,14 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
                 result = model(**inputs, tdpo=HEAD_INPUTS)
         assert isinstance(result, HeadInputs)
         return result
+
+
+def _check_copyable(model: nn.Module) -> None:
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            "the model's parameters are partitioned (ZeRO-3), so no reference can be copied from "
+            "it; load the reference with from_pretrained as well and pass it as reference="
+        )
 
 
 def _check_options(

@@ -74,7 +74,8 @@ class TDPOTrainer(TDPOSteps, trl.DPOTrainer):
             if args.disable_dropout:
                 without_dropout(each)
             if args.tdpo_fused_head:
-                attach_tdpo(unwrapped(each), linear_loss)
+                # What an engine has wrapped already cannot be called without it.
+                attach_tdpo(unwrapped(each), linear_loss, probe=unwrapped(each) is each)
 
     def tdpo_output(
         self, model: nn.Module, inputs: dict[str, Any]

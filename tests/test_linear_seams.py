@@ -231,7 +231,7 @@ def test_opcheck(on_host, dtype):
         for name in ("hidden", "weight", "bias")
     ]
     labels = torch.tensor([1, -100, 3, 32, 0])
-    options = (0.7, 3.0, 1.0, 0.0, -100, 10_000)
+    options = (0.7, 3.0, 1.0, 0.0, -100, 10_000, "", 0, 0)
     torch.library.opcheck(OPS.linear_token_stats.default, (*heads, labels, *options))
     normalizers = OPS.linear_token_stats(*heads, labels, *options)[3]
     upstream = torch.randn(2, 5)

@@ -34,6 +34,8 @@ def faults(text: str) -> list[str]:
             names = [node.module or ""]
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
+            if called.endswith(".eval") and not node.args:
+                continue  # a module's, into evaluation mode
             if called.split(".")[-1] in CALLS and called not in ALLOWED:
                 found.append(f"line {node.lineno}: {called}()")
             continue

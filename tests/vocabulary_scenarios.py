@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import tdpo_ext
 from tdpo_ext import kernels, reference
+from tdpo_ext.distributed import shard_of
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 VOCABULARY, TOKENS, PAIRS, WIDTH = 240, 7, 2, 16
@@ -147,6 +148,15 @@ def logits_of_the_definition() -> dict[str, float]:
 def logits_compiled() -> dict[str, float]:
     compiled = torch.compile(tdpo_ext.token_stats, fullgraph=True, backend="aot_eager")
     return sharded_stats(compiled)
+
+
+@scenario
+def op_of_a_shard() -> dict[str, float]:
+    policy, ref, labels = (x.nan_to_num(0, 0, 0) if x.is_floating_point() else x for x in logits())
+    shard = shard_of(group(), VOCABULARY // dist.get_world_size())
+    arguments = (own(policy.float()), own(ref.float()), labels, -100, *shard)
+    torch.library.opcheck(torch.ops.tdpo_ext.token_stats_of_shard.default, arguments)
+    return {"opcheck": 0.0}
 
 
 @scenario

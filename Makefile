@@ -50,7 +50,12 @@ clean:
 	$(python) -m pip install --requirement requirements-development.txt
 	@touch $@
 
+# What the extra names, without building tdpo_ext once more as ".[demo]" would.
+extra := from importlib.metadata import requires; \
+	print(*[r.split(";")[0] for r in requires("tdpo_ext") if "demo" in r], sep="\n")
+
 .venv/demo: .venv/installed pyproject.toml
 	@echo "== Installing what the demo needs"
-	$(python) -m pip install --editable ".[demo]"
+	$(python) -c '$(extra)' > .venv/demo.txt
+	$(python) -m pip install --requirement .venv/demo.txt
 	@touch $@

@@ -38,10 +38,10 @@ namespace tdpo {
 
 // What the sums of a record are relative to.
 //
-// The centre is lse(z) - lse(r) of the part of the vocabulary (an entry, a block) where r is
-// largest: there E[e^d] = 1, however a single entry may lie. And since that lse(r) is at least
-// reference_max, reference_max + centre is at most policy_max plus the logarithm of the part's
-// size: no exponential below overflows.
+// The centre is lse(z) - lse(r) of a part of the vocabulary (an entry, a block) that has much of
+// q's mass: there E[e^d] = 1, however a single entry may lie. And since that lse(r) is no more than
+// a few nats below reference_max, reference_max + centre is at most policy_max plus the logarithm
+// of the part's size and those nats: no exponential below overflows.
 template <class Real>
 struct Base {
   Real policy_max;     // max z, or a number at most a few nats below it
@@ -187,18 +187,24 @@ TDPO_ALGEBRA VocabStats<Real> rebase(const VocabStats<Real>& stats, const Base<R
   return moved;
 }
 
-// The base that two parts share: the larger maxima, and the centre that belongs to the larger r.
+// The base that two parts share: the larger maxima, and the centre of the part with more of q's
+// mass, whose digits count. (Not that of the larger reference_max: that may be an entry or, being a
+// number some nats below the largest entry, say nothing.)
 template <class Real>
-TDPO_ALGEBRA Base<Real> common_base(const Base<Real>& a, const Base<Real>& b) {
-  return {a.policy_max > b.policy_max ? a.policy_max : b.policy_max,
-          a.reference_max > b.reference_max ? a.reference_max : b.reference_max,
-          a.reference_max >= b.reference_max ? a.centre : b.centre};
+TDPO_ALGEBRA Base<Real> common_base(const VocabStats<Real>& a, const VocabStats<Real>& b) {
+  const Real policy_max =
+      a.base.policy_max > b.base.policy_max ? a.base.policy_max : b.base.policy_max;
+  const Real reference_max =
+      a.base.reference_max > b.base.reference_max ? a.base.reference_max : b.base.reference_max;
+  const Real of_a = a.reference_sum * relative_scale(a.base.reference_max, reference_max);
+  const Real of_b = b.reference_sum * relative_scale(b.base.reference_max, reference_max);
+  return {policy_max, reference_max, of_a >= of_b ? a.base.centre : b.base.centre};
 }
 
 // The record of two disjoint parts of the vocabulary together.
 template <class Real>
 TDPO_ALGEBRA VocabStats<Real> merge(const VocabStats<Real>& a, const VocabStats<Real>& b) {
-  const Base<Real> base = common_base(a.base, b.base);
+  const Base<Real> base = common_base(a, b);
   VocabStats<Real> sum = rebase(a, base);
   const VocabStats<Real> other = rebase(b, base);
   sum.policy_sum += other.policy_sum;

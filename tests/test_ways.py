@@ -69,7 +69,8 @@ def test_masked_entries_in_some_blocks(backend, dtype, mask):
 @pytest.mark.parametrize("count", [64, 130, 2000])
 def test_a_start_without_mass_that_is_shifted_costs_no_digits(compiled, shift, count):
     """The first entries give the centre of gaps; it must not stay theirs."""
-    not_yet_on_cuda(compiled)
+    if count == 2000:
+        not_yet_on_cuda(compiled)
     policy, reference = pair_of_logits(4, 40000, scale=1.0, gap=3e-3)
     reference[:, :count] -= 6
     policy[:, :count] += shift - 6
@@ -79,7 +80,7 @@ def test_a_start_without_mass_that_is_shifted_costs_no_digits(compiled, shift, c
 @pytest.mark.parametrize("gap", [0.2, 0.35, 0.5, 0.7])
 @pytest.mark.parametrize("scale", [1.0, 5.0, 10.0])
 def test_divergences_at_the_seam_of_close_and_far(compiled, gap, scale):
-    if scale > 5:
+    if (scale, gap) == (10.0, 0.35):
         not_yet_on_cuda(compiled)
     policy, reference = pair_of_logits(4, 40000, scale=scale, gap=gap)
     check_kl(policy, reference, rel=2e-5)

@@ -92,7 +92,8 @@ class RowStats {
   static constexpr double kFar = 65536;
   // The excess may come from a difference of masses if it is at least this part of the mass.
   static constexpr double kFarPart = 1.0 / 12;
-  // From this centre on z - r, rounded, tells less of e^z than z does.
+  // From this centre on z - r, rounded, loses digits of both: the mixed way first takes a whole
+  // number near the centre off the larger side, which is exact for all entries that matter.
   static constexpr Real kLargeCentre = 8;
   // How many blocks go the mixed way, untried, after one most of whose groups had to.
   static constexpr int kMixedBlocks = 8;
@@ -190,7 +191,7 @@ class RowStats {
   }
 
   void add_block(const T* policy, const T* reference, int64_t count) {
-    if (mixed_blocks > 0 || !base_is_usable) {
+    if (mixed_blocks > 0 || !base_is_usable || std::fabs(centre) >= kLargeCentre) {
       if (mixed_blocks > 0) --mixed_blocks;
       return add_mixed(policy, reference, count);
     }
@@ -267,10 +268,6 @@ class RowStats {
 
   // False if most groups had to go the mixed way.
   bool add_close(const T* policy, const T* reference, int64_t count) {
-    if (std::fabs(centre) >= kLargeCentre) {
-      add_mixed(policy, reference, count);
-      return false;
-    }
     int64_t at = 0, groups_not_close = 0;
     bool may_recentre = true;
     while (at < count) {
@@ -312,17 +309,32 @@ class RowStats {
     return true;
   }
 
+  struct Shifts {
+    Real policy, reference;
+  };
+
+  // What is taken off each side; the difference is the whole number.
+  Shifts shifts() const {
+    const Real size = std::fabs(centre);
+    const Real shift = size >= kLargeCentre && size < Real(kFar) ? std::rint(centre) : Real(0);
+    if (std::fabs(policy_base) >= std::fabs(reference_base)) return {shift, Real(0)};
+    return {Real(0), -shift};
+  }
+
   void add_mixed(const T* policy, const T* reference, int64_t count, bool may_recentre = true) {
     const Extremes<Real> extremes = extremes_of(policy, reference, count);
     cover(policy, reference, count, extremes);
     const Real scale = Real(k);
+    const auto [policy_shift, reference_shift] = shifts();
+    const Real centre_after = centre - (policy_shift - reference_shift);
     const Vector<Real> far_gap = broadcast(Real(1e30));
     Vector<Real> policy_sum{}, reference_sum{}, gap_sum{}, excess_sum{};
     for_each_vector(policy, reference, count, [&](Vector<Real> z, Vector<Real> r) {
       const Vector<Real> policy_mass = exp_of<Real>(z - policy_base);
       const Vector<Real> w = exp_of<Real>(r - reference_base);
       // Where w = 0 the gap may be infinite or NaN; any large number makes w d = 0 and it far.
-      const Vector<Real> d = w == Real(0) ? far_gap : (z - r) - centre;
+      const Vector<Real> d =
+          w == Real(0) ? far_gap : ((z - policy_shift) - (r - reference_shift)) - centre_after;
       const Vector<Real> weighted_gap = w * d;
       const Vector<Real> close = (scale * weighted_gap * d) * excess_over_square<Real>(d);
       const Vector<Real> far = policy_mass - scale * (w + weighted_gap);

@@ -114,17 +114,18 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>
   const bool takes_outer = part == 0 && Scope::rank() < kLanes;  // the first warp of the row
   const int rounds = inner_rounds + (takes_outer ? RowVectors<T>::kOuterRounds : 0);
   Pair<T> pair = load_inner(begin + Scope::rank());
-  WarpStats<T> stats(WarpStats<T>::template base_of<Scope>(pair));
-  bool raised = false;
+  WarpStats<T> stats(WarpStats<T>::template start_of<Scope>(pair).base);
+  bool base_is_right = true;
   for (int round = 1;;) {
     Pair<T> next = {};
     if (round < inner_rounds) next = load_inner(begin + round * Scope::size() + Scope::rank());
-    if (!stats.add(pair, raised)) {
-      stats.raise_base(pair);
-      raised = true;
+    if (!stats.add(pair, base_is_right)) {
+      stats.move_base(pair);
+      base_is_right = true;
       continue;  // and load `next` again: kept meanwhile it would cost registers
     }
-    raised = false;
+    if (base_is_right) stats.keep_base();
+    base_is_right = false;
     if (round == rounds) break;
     pair = round < inner_rounds ? next : load_outer(round - inner_rounds);
     ++round;

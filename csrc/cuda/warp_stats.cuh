@@ -9,6 +9,13 @@
 //   far     the sums of two exponentials, and the excess as their difference. It is exact enough
 //           if the excess so far is a good part of the mass so far.
 //   mixed   otherwise, after the sums of the far way: entry by entry, as its own |d| asks for.
+//
+// The base is that of the first vectors. It moves where entries exceed it too far, and where a lane
+// has come to as much of the reference's mass as the whole warp had when the centre was last looked
+// at: then what the centre was made from may be next to nothing, and if it lies off, the divergence
+// is the small difference of two large numbers. A centre that was right for 1/m of the mass costs
+// at most a factor of about m in the divergence's rounding error, since gaps that differ between
+// parts of the row are a divergence themselves.
 #pragma once
 
 #include "row_vectors.cuh"
@@ -33,14 +40,23 @@ class WarpStats {
   static constexpr Real kHeadroom = 65536;
   // The excess may come from a difference of masses if it is at least this part of the mass.
   static constexpr Real kFarPart = Real(0.25);
-  // From this centre on z - r, rounded, tells less of e^z than z does.
-  static constexpr Real kLargeCentre = 8;
+  // From this centre on z - r, rounded, loses digits of both: gap_of takes a whole number near the
+  // centre off z first, which is exact for all z that matter.
+  static constexpr Real kLargeCentre = 8, kHugeCentre = 65536;
+  // A centre that is off by less is kept.
+  static constexpr Real kCentreOff = Real(0.125);
   static constexpr Real kLowest = sizeof(Real) == 4 ? Real(-3.402823466e38) : Real(-1.7e308);
 
  public:
-  // The base that suits a vector of each lane; Scope is the team, or Team<1> for the warp alone.
+  // Vectors of each lane, taken together.
+  struct Start {
+    Base<Real> base;
+    Real reference_sum;  // relative to the base
+  };
+
+  // Scope is the team, or Team<1> for the warp alone.
   template <class Scope>
-  static __device__ Base<Real> base_of(Pair<T> vectors) {
+  static __device__ Start start_of(Pair<T> vectors) {
     if (!vectors.present) vectors.policy = vectors.reference = Side<T>::nothing();
     Values z, r;
     unpack(vectors, z, r);
@@ -54,15 +70,16 @@ class WarpStats {
     sum = Scope::sum(sum);
     const Real log_sums = log(sum.policy) - log(sum.reference);
     const Real gap = (largest.policy - largest.reference) + log_sums;
-    return {largest.policy, largest.reference, finite_or_zero(gap)};
+    return {{largest.policy, largest.reference, finite_or_zero(gap)}, sum.reference};
   }
 
-  explicit __device__ WarpStats(const Base<Real>& base) : stats(empty_stats<Real>()) {
+  explicit __device__ WarpStats(const Base<Real>& base)
+      : stats(empty_stats<Real>()), reference_limit(Real(INFINITY)) {
     set_base(base);
   }
 
-  // False if entries exceed the base too far: then raise_base and another call are wanted for what
-  // is left of the vectors. After that the base is right in any case (NaN exceeds every base).
+  // False if the base should be looked at: then move_base and another call are wanted for what is
+  // left of the vectors. After that the base is right in any case (NaN exceeds every base).
   __device__ __forceinline__ bool add(Pair<T>& vectors, bool base_is_right) {
     Values z, r, d;
     unpack(vectors, z, r);
@@ -74,17 +91,29 @@ class WarpStats {
     return (all_of_warp(close) && add_close(r, d)) || add_far_or_mixed(vectors, base_is_right);
   }
 
-  // Rare: only where a row has grown by more than the headroom since its first vectors.
-  __device__ void raise_base(const Pair<T>& vectors) {
-    const Base<Real> own = base_of<Team<1>>(vectors);
+  // Rare: a handful of times in a row.
+  __device__ void move_base(const Pair<T>& vectors) {
+    const Start own = start_of<Team<1>>(vectors);
+    const Two<Real> before = {sum_lanes(stats.policy_sum), sum_lanes(stats.reference_sum)};
     Base<Real> base = stats.base;
-    if (own.policy_max > base.policy_max) base.policy_max = own.policy_max;
-    if (own.reference_max > base.reference_max) {
-      base.reference_max = own.reference_max;
-      base.centre = own.centre;
-    }
+    if (own.base.policy_max > base.policy_max) base.policy_max = own.base.policy_max;
+    if (own.base.reference_max > base.reference_max) base.reference_max = own.base.reference_max;
+    const Real of_own =
+        own.reference_sum * relative_scale(own.base.reference_max, base.reference_max);
+    const Real of_before =
+        before.reference * relative_scale(stats.base.reference_max, base.reference_max);
+    const Real off = of_own > of_before ? own.base.centre - base.centre
+                                        : log(before.policy / (k * before.reference));
+    if (fabs(finite_or_zero(off)) > kCentreOff) base.centre += off;
     stats = rebase(stats, base);
     set_base(base);
+    reference_limit = Real(INFINITY);
+  }
+
+  // After vectors for which the base was made.
+  __device__ void keep_base() {
+    const Real sum = sum_lanes(stats.reference_sum);
+    reference_limit = fmax(sum, 2 * stats.reference_sum);
   }
 
   // The sum over the lanes, in each of them.
@@ -99,6 +128,7 @@ class WarpStats {
 
  private:
   VocabStats<Real> stats;
+  Real reference_limit;  // of a lane's reference_sum; from there the base is looked at
   Real k;  // e^(reference_max + centre - policy_max); 0 while one of them is not known
 
   static __device__ __forceinline__ void unpack(const Pair<T>& vectors, Values& z, Values& r) {
@@ -113,7 +143,11 @@ class WarpStats {
     k = finite_or_zero(linear_scale(base.reference_max, base.centre, base.policy_max));
   }
 
-  // False, and nothing added, if the reference exceeds the base too far.
+  __device__ __forceinline__ bool within_limit(Real reference_sum) const {
+    return !(reference_sum > reference_limit);  // NaN is let through: looking again would not help
+  }
+
+  // False, and nothing added, if the base should be looked at.
   __device__ __forceinline__ bool add_close(const Values& r, const Values& d) {
     Real reference_sum = 0, gap_sum = 0, excess_sum = 0;
     for (int i = 0; i < kPerVector; ++i) {
@@ -123,8 +157,9 @@ class WarpStats {
       gap_sum += weighted_gap;
       excess_sum += (weighted_gap * d[i]) * excess_over_square(d[i]);
     }
-    if (!all_of_warp(reference_sum <= kHeadroom)) return false;
-    stats.reference_sum += reference_sum;
+    const Real reference_total = stats.reference_sum + reference_sum;
+    if (!all_of_warp(reference_sum <= kHeadroom && within_limit(reference_total))) return false;
+    stats.reference_sum = reference_total;
     stats.gap_sum += gap_sum;
     stats.policy_sum += k * ((reference_sum + gap_sum) + excess_sum);
     stats.excess_sum += k * excess_sum;
@@ -137,7 +172,11 @@ class WarpStats {
   };
 
   __device__ __forceinline__ Real gap_of(Real z, Real r) const {
-    return (z - r) - stats.base.centre;
+    const Real centre = stats.base.centre, size = fabs(centre);
+    const Real shift = size >= kLargeCentre && size < kHugeCentre ? rint(centre) : Real(0);
+    const bool of_policy = fabs(stats.base.policy_max) >= fabs(stats.base.reference_max);
+    const Real policy_shift = of_policy ? shift : Real(0), reference_shift = policy_shift - shift;
+    return ((z - policy_shift) - (r - reference_shift)) - (centre - shift);
   }
   // Instead of an infinite gap, or NaN where both are -inf: where w = 0 any will do.
   static __device__ __forceinline__ Real finite_gap(Real d) {
@@ -177,14 +216,16 @@ class WarpStats {
       Storage<T>::unpack({vectors.policy.word[0], vectors.policy.word[1]}, z);
       Storage<T>::unpack({vectors.reference.word[0], vectors.reference.word[1]}, r);
       const FarSums sums = far_sums(z, r);
-      const bool fits = sums.policy <= kHeadroom && sums.reference <= kHeadroom;
+      const Real reference_total = stats.reference_sum + sums.reference;
+      const bool fits =
+          sums.policy <= kHeadroom && sums.reference <= kHeadroom && within_limit(reference_total);
       if (!base_is_right && !all_of_warp(fits)) return false;
       Real excess = sums.policy - k * (sums.reference + sums.gap);
       stats.policy_sum += sums.policy;
       if (!all_of_warp(stats.excess_sum + excess >= kFarPart * stats.policy_sum)) {
         excess = mixed_excess(z, r);
       }
-      stats.reference_sum += sums.reference;
+      stats.reference_sum = reference_total;
       stats.gap_sum += sums.gap;
       stats.excess_sum += excess;
       if (sums.excluded) stats.gap_sum = -Real(INFINITY);

@@ -8,8 +8,9 @@ sources := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/*)
 .PHONY: test demo lint bench docs clean
 .DELETE_ON_ERROR:
 
+# Two test processes: most tests keep one core busy. Threads that wait for work must not spin then.
 test: .venv/installed .venv/development .venv/demo
-	$(python) -m pytest
+	OMP_WAIT_POLICY=passive $(python) -m pytest --numprocesses 2 --dist worksteal
 
 demo: .venv/installed .venv/demo
 	$(python) examples/sentiment

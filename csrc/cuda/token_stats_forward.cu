@@ -5,7 +5,7 @@
 // where the policy is close to its reference, else two. A card that moves 4.3 TB/s with 132
 // multiprocessors at 1.9 GHz passes 1.07e12 bfloat16 pairs a second, which leaves a pair 30 issued
 // instructions and 3.7 results of the special-function unit. The close way takes about 22 and 1,
-// the far way about 22 and 2, the mixed way about 34 and 2: memory is the limit except where the
+// the far way about 24 and 2, the mixed way about 38 and 2: memory is the limit except where the
 // gap between policy and reference is about 1/2 throughout. float32 has twice that room. float64 is
 // bound by its arithmetic on cards that have little of it.
 //

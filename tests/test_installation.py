@@ -110,6 +110,19 @@ def test_flags_of_the_user_do_not_flush_denormals(commands, flags):
     assert "crtfastmath" not in said
 
 
+@needs_compiler
+@pytest.mark.parametrize("flags", ["-march=native", "-march=x86-64-v3", "-march=x86-64-v4"])
+def test_flags_of_the_user_may_bring_more_instructions(commands, flags):
+    """To all instruction sets' files: vectors stay as wide as each file's own."""
+    build, lines = commands
+    lines = [line for line in lines if "cpu/kernels_" in line and "TDPO_X86" in line]
+    if not lines:
+        pytest.skip("no x86-64")
+    for line in lines:
+        done = run(*shlex.split(line.replace(LOOSE[0], flags)), "-fsyntax-only", cwd=build)
+        assert done.returncode == 0, done.stdout
+
+
 # --- no compiler ----------------------------------------------------------------------------------
 
 

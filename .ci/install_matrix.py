@@ -29,7 +29,7 @@ ROWS: list[dict[str, str]] = [
     {"LDFLAGS": "-Wl,-z,now"},
     {"CMAKE_ARGS": "-DCMAKE_BUILD_TYPE=Debug"},
     {"CXX": "clang++"},
-    {"CXX": "clang++", "CXXFLAGS": "-ffast-math -Werror"},
+    {"CXX": "clang++", "CXXFLAGS": "-ffast-math"},
 ]
 TESTS = ["test_not_finite.py", "test_precision.py", "test_token_stats.py", "test_autograd.py"]
 

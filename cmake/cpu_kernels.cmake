@@ -14,8 +14,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64" AND NOT CMAKE_OSX_ARCHITE
     PROPERTIES COMPILE_OPTIONS "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mfma;-mf16c")
 endif()
 
-# No -ffast-math: NaN, infinities and the order of sums mean something here. What is allowed: a * b + c
-# in one rounding, and comparisons that raise no floating-point flag.
+# What strict arithmetic (CMakeLists.txt) still allows: a * b + c in one rounding, and comparisons that
+# raise no floating-point flag.
 target_compile_options(
   tdpo_cpu
   PRIVATE -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra

@@ -30,6 +30,8 @@ def eager_gradient(policy: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "output of a model"])
 def test_in_place_the_compiled_gradient_is_the_eager_one(compile_loss, batch, leaf):
+    if leaf and torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 does not compile a backward that writes to a leaf: it raises")
     policy, reference, labels = batch
     wanted = eager_gradient(*batch)
     logits = policy.clone().requires_grad_()

@@ -2,6 +2,7 @@
 // compiler's vector types (GCC and Clang): one text serves SSE2, AVX2, AVX-512 and NEON.
 //
 // Each including file defines TDPO_INSTRUCTION_SET (a namespace) and TDPO_VECTOR_BYTES first.
+// CXXFLAGS (-march=native) may bring more instructions than the width is for.
 #pragma once
 
 #include <cmath>
@@ -162,7 +163,7 @@ struct Storage<Float16> {
   }
 
  private:
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && TDPO_VECTOR_BYTES == 64
   static TDPO_INLINE Vector<float> load(const Float16* from) {
     return (Vector<float>)_mm512_cvtph_ps((__m256i)load_half_bits(from));
   }
@@ -170,7 +171,7 @@ struct Storage<Float16> {
     const __m256i bits = _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
     std::memcpy(to, &bits, sizeof(bits));
   }
-#elif defined(__F16C__)
+#elif defined(__F16C__) && TDPO_VECTOR_BYTES == 32
   static TDPO_INLINE Vector<float> load(const Float16* from) {
     return (Vector<float>)_mm256_cvtph_ps((__m128i)load_half_bits(from));
   }
@@ -403,9 +404,9 @@ TDPO_INLINE Vector<Real> exp_in_range(Vector<Real> x, Real rounder, Bits<Real>& 
 
 template <class V>
 TDPO_INLINE bool any_bit(V bits) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && TDPO_VECTOR_BYTES == 64
   return _mm512_test_epi32_mask((__m512i)bits, (__m512i)bits) != 0;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && TDPO_VECTOR_BYTES == 32
   return !_mm256_testz_si256((__m256i)bits, (__m256i)bits);
 #else
   const Bits<double> words = bit_cast<Bits<double>>(bits);

@@ -70,6 +70,18 @@ def test_strides_change_nothing(backend, view, dtype):
     assert_same_sums(backend, (*strided[0], strided[1]), (*wanted[0], wanted[1]))
 
 
+@pytest.mark.parametrize("elements", [1, 90])
+def test_plain_pytorch_takes_rows_a_block_at_a_time(monkeypatch, elements):
+    """One at least, and in the last block what is left; real blocks are larger than tests."""
+    monkeypatch.setattr("tdpo_ext.kernels.core", None)
+    policy, reference = pair_of_logits(7, 40)
+    labels = labels_for(policy, 0.2)
+    wanted = stats_and_gradient(policy, reference, labels)
+    monkeypatch.setattr("tdpo_ext.fallback._BLOCK_ELEMENTS", elements)
+    ours = stats_and_gradient(policy, reference, labels)
+    assert_same_bits((*ours[0], ours[1]), (*wanted[0], wanted[1]))
+
+
 def test_a_reference_that_all_rows_share(backend):
     policy, reference = pair_of_logits(6, 5, 43)
     shared = reference[:1, :1].expand(6, 5, 43)
@@ -107,6 +119,12 @@ def test_no_rows(backend, shape):
 
 def test_a_vocabulary_of_one(backend):
     policy, reference = pair_of_logits(5, 1, scale=30)
+    stats, gradient = stats_and_gradient(policy, reference, torch.zeros(5, dtype=torch.int64))
+    assert not any(values.any() for values in (*stats, gradient))
+
+
+def test_a_vocabulary_of_one_may_have_any_stride(backend):
+    policy, reference = (x.T[:, :1] for x in pair_of_logits(3, 5))
     stats, gradient = stats_and_gradient(policy, reference, torch.zeros(5, dtype=torch.int64))
     assert not any(values.any() for values in (*stats, gradient))
 

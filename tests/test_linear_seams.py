@@ -270,8 +270,11 @@ def test_compiled_in_one_graph(variant, alpha, way, backend_of_compile):
             torch.testing.assert_close(a, b)
 
 
-def test_the_module_is_the_function(on_host):
-    given, labels = arguments_of(4, 5), labels_for(torch.empty(4, 5, 131), 0.2)
+@pytest.mark.parametrize("bounds", [None, torch.tensor([0, 5, 9, 17, 20])], ids=["", "packed"])
+def test_the_module_is_the_function(on_host, bounds):
+    shape = (4, 5) if bounds is None else (20,)
+    given = arguments_of(*shape, policy_bias=True, reference_bias=True)
+    labels = labels_for(torch.empty(*shape, 131), 0.2)
     options = {
         "beta": 0.3,
         "alpha": 0.7,
@@ -288,10 +291,8 @@ def test_the_module_is_the_function(on_host):
     }
     labels[labels == -100] = -1
     module = tdpo_ext.LinearTDPOLoss(**options)
-    ours = module(**given, labels=labels)
-    for a, b in zip(
-        ours, tdpo_ext.linear_tdpo_loss(**given, labels=labels, **options), strict=True
-    ):
+    given |= {"labels": labels, "cu_seqlens": bounds}
+    for a, b in zip(module(**given), tdpo_ext.linear_tdpo_loss(**given, **options), strict=True):
         assert torch.equal(a, b)
     assert all(f"{name}=" in repr(module) for name in options)
 
@@ -380,13 +381,43 @@ REFUSED = {
         "float64",
     ),
     "another device": ({"policy_weight": torch.randn(9, 5, device="meta")}, ValueError, "device"),
+    "the reference on another device": (
+        {
+            "reference_hidden": torch.randn(4, 6, 3, device="meta"),
+            "reference_weight": torch.randn(9, 3, device="meta"),
+        },
+        ValueError,
+        "reference_hidden must be on the device of policy_hidden",
+    ),
+    "no vocabulary": (
+        {"policy_weight": torch.randn(0, 5), "reference_weight": torch.randn(0, 3)},
+        ValueError,
+        "V, H >= 1",
+    ),
+    "reference's bias requires grad": (
+        {"reference_bias": torch.randn(9, requires_grad=True)},
+        ValueError,
+        "reference_bias.*detach",
+    ),
     "labels": ({"labels": torch.zeros(4, 5, dtype=torch.int64)}, ValueError, "labels"),
+    "labels on another device": (
+        {"labels": torch.zeros(4, 6, dtype=torch.int64, device="meta")},
+        ValueError,
+        "labels must be on the device",
+    ),
     "label too large": ({"labels": torch.full((4, 6), 9)}, IndexError, "labels.*got 9"),
     "scale": ({"logit_scale": float("inf")}, ValueError, "logit_scale"),
+    "reference's scale": (
+        {"reference_logit_scale": float("nan")},
+        ValueError,
+        "reference_logit_scale",
+    ),
+    "softcap infinite": ({"logit_softcap": float("inf")}, ValueError, "logit_softcap"),
     "softcap 0": ({"logit_softcap": 0.0}, ValueError, "logit_softcap"),
     "softcap negative": ({"reference_logit_softcap": -1.0}, ValueError, "reference_logit_softcap"),
     "softcap a string": ({"logit_softcap": "30"}, TypeError, "logit_softcap"),
     "chunk_bytes 0": ({"chunk_bytes": 0}, ValueError, "chunk_bytes"),
+    "chunk_bytes a bool": ({"chunk_bytes": True}, TypeError, "chunk_bytes"),
     "chunk_bytes float": ({"chunk_bytes": 1e6}, TypeError, "chunk_bytes"),
 }
 

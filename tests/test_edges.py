@@ -36,7 +36,7 @@ def assert_same_bits(ours, wanted):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(37,), (5, 37), (2, 3, 37), (2, 3, 2, 37), (2, 1, 3, 1, 37)])
+@pytest.mark.parametrize("shape", [(37,), (5, 37), (2, 3, 37), (2, 3, 2, 37), (2, 1, 2, 1, 3, 2, 2, 37)])
 def test_any_number_of_leading_dimensions(backend, shape, dtype):
     policy, reference = pair_of_logits(*shape, dtype=dtype)
     labels = labels_for(policy)
@@ -88,6 +88,15 @@ def test_a_reference_that_all_rows_share(backend):
     labels = labels_for(policy)
     ours, wanted = (stats_and_gradient(policy, x, labels) for x in (shared, shared.contiguous()))
     assert_same_sums(backend, (*ours[0], ours[1]), (*wanted[0], wanted[1]))
+
+
+def test_as_many_leading_dimensions_as_the_kernels_count(backend):
+    """Four that no stride merges; one of size 1 is none."""
+    policy, reference = (x[:2, :2, None, :2, :2] for x in pair_of_logits(3, 3, 3, 3, 7))
+    labels = labels_for(policy, 0.2)
+    ours, gradient = stats_and_gradient(policy, reference, labels)
+    wanted = stats_and_gradient(policy.contiguous(), reference.contiguous(), labels)
+    assert_same_sums(backend, (*ours, gradient), (*wanted[0], wanted[1]))
 
 
 def test_more_leading_dimensions_than_strides_can_merge(compiled):

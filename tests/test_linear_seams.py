@@ -100,6 +100,18 @@ def test_units_of_any_upstream_gradients(on_host, monkeypatch, batch, asked, uni
     assert counted.units() == units
 
 
+def test_tokens_that_no_gradient_reaches_cost_nothing(on_host, monkeypatch):
+    given, leaves = requiring_grad(arguments_of(TOKENS, vocabulary=VOCABULARY, width=WIDTH))
+    counted = CountedProducts(monkeypatch, TOKENS)
+    labels = torch.randint(0, VOCABULARY, (TOKENS,))
+    stats = tdpo_ext.linear_token_stats(**given, labels=labels)
+    counted.units()
+    torch.autograd.grad(stats.policy_logps[: TOKENS // 2].sum(), leaves)
+    # Of the others logits of the policy, dh and dW; in plain PyTorch those of the reference too.
+    of_reference = 13 / WIDTH if on_host == "fallback" else 0
+    assert counted.units() == (3 + of_reference) / 2
+
+
 @needs_linux
 @needs_core
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

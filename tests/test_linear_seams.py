@@ -43,7 +43,8 @@ class CountedProducts:
 
 @pytest.fixture(params=[0.0, 0.5], ids=["all kept", "half ignored"])
 def batch(request) -> tuple[dict[str, Any], torch.Tensor, int]:
-    given = arguments_of(4, TOKENS // 4, vocabulary=VOCABULARY, width=WIDTH, reference_width=WIDTH)
+    sizes = {"vocabulary": VOCABULARY, "width": WIDTH, "reference_width": WIDTH}
+    given = arguments_of(4, TOKENS // 4, **sizes, policy_bias=True)  # it costs no product
     labels = torch.randint(0, VOCABULARY, (4, 3))
     if request.param:
         labels.view(-1)[::2] = -100

@@ -36,7 +36,9 @@ def assert_same_bits(ours, wanted):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(37,), (5, 37), (2, 3, 37), (2, 3, 2, 37), (2, 1, 2, 1, 3, 2, 2, 37)])
+@pytest.mark.parametrize(
+    "shape", [(37,), (5, 37), (2, 3, 37), (2, 3, 2, 37), (2, 1, 2, 1, 3, 2, 2, 37)]
+)
 def test_any_number_of_leading_dimensions(backend, shape, dtype):
     policy, reference = pair_of_logits(*shape, dtype=dtype)
     labels = labels_for(policy)

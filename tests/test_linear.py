@@ -145,6 +145,7 @@ WAYS = {
     "direction": {"frozen": True},
     "direction, token by token": {"frozen": True, "chunk_bytes": 1},
     "a pair at a time": {"chunk_bytes": 15_000},
+    "two pairs of three at a time": {"chunk_bytes": 25_000},
     "all pairs": {},
 }
 

@@ -101,6 +101,12 @@ def test_units_of_any_upstream_gradients(on_host, monkeypatch, batch, asked, uni
     assert counted.units() == units
 
 
+def test_no_gradient_is_promised_of_the_reference(on_host):
+    given, _ = requiring_grad(arguments_of(5))
+    stats = tdpo_ext.linear_token_stats(**given, labels=torch.randint(0, 131, (5,)))
+    assert [x.requires_grad for x in stats] == [True, False, True]
+
+
 def test_tokens_that_no_gradient_reaches_cost_nothing(on_host, monkeypatch):
     given, leaves = requiring_grad(arguments_of(TOKENS, vocabulary=VOCABULARY, width=WIDTH))
     counted = CountedProducts(monkeypatch, TOKENS)

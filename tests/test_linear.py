@@ -196,6 +196,21 @@ def test_the_loss(backend, variant, alpha, way, options, average):
     assert not gradients[0][1].any()
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_reductions(backend, way):
+    options = {"chunk_bytes": WAYS[way].get("chunk_bytes")}
+    given, leaves = requiring_grad(arguments_of(6, 5), WAYS[way].get("frozen", False))
+    options["labels"] = labels_for(torch.empty(6, 5, 131), 0.2)
+    none = loss_and_gradients(given, leaves, reduction="none", weights=torch.ones(3), **options)
+    total = loss_and_gradients(given, leaves, reduction="sum", **options)
+    mean = loss_and_gradients(given, leaves, **options)
+    torch.testing.assert_close(total[0].loss, none[0].loss.sum())
+    torch.testing.assert_close(mean[0].loss, none[0].loss.mean())
+    for one, of_sum, of_mean in zip(none[1], total[1], mean[1], strict=True):
+        torch.testing.assert_close(of_sum, one, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(3 * of_mean, one, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("variant", ["tdpo1", "tdpo2"])
 def test_the_ways_agree_in_float64(backend, variant):
     """Also where alpha is no float32."""

@@ -435,6 +435,7 @@ REFUSED = {
     "softcap 0": ({"logit_softcap": 0.0}, ValueError, "logit_softcap"),
     "softcap negative": ({"reference_logit_softcap": -1.0}, ValueError, "reference_logit_softcap"),
     "softcap a string": ({"logit_softcap": "30"}, TypeError, "logit_softcap"),
+    "ignore_index a float": ({"ignore_index": -100.0}, TypeError, "ignore_index"),
     "chunk_bytes 0": ({"chunk_bytes": 0}, ValueError, "chunk_bytes"),
     "chunk_bytes a bool": ({"chunk_bytes": True}, TypeError, "chunk_bytes"),
     "chunk_bytes float": ({"chunk_bytes": 1e6}, TypeError, "chunk_bytes"),
@@ -460,6 +461,23 @@ def test_the_loss_refuses_what_are_no_pairs(shape, message):
     given = arguments_of(*shape, vocabulary=9)
     with pytest.raises(ValueError, match=message):
         tdpo_ext.linear_tdpo_loss(**given, labels=torch.zeros(*shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("module", [tdpo_ext, tdpo_ext.reference], ids=["ours", "reference"])
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [
+        ("reduction", "batchmean"),
+        ("variant", "tdpo3"),
+        ("beta", 0.0),
+        ("alpha", -0.1),
+        ("label_smoothing", 0.5),
+    ],
+)
+def test_the_loss_refuses_options(option, wrong, module):
+    given = arguments_of(4, 6, vocabulary=9) | {option: wrong}
+    with pytest.raises(ValueError, match=option):
+        module.linear_tdpo_loss(**given, labels=torch.zeros(4, 6, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from test_resources import measure, needs_core, needs_linux
 from torch.autograd import gradcheck, gradgradcheck
 
 import tdpo_ext
-from tdpo_ext import gemm
+from tdpo_ext import fused_head, gemm
 
 OPS = torch.ops.tdpo_ext
 
@@ -85,6 +85,17 @@ def test_units_of_the_loss(on_host, monkeypatch, batch, way, method):
     with torch.no_grad():
         tdpo_ext.linear_tdpo_loss(**given, **options, chunk_bytes=chunk_bytes)
     assert counted.units() == 2
+
+
+def test_without_chunk_bytes_there_are_256_mebibytes(on_host, monkeypatch):
+    """Seen by how much of the logits exists at a time, with another number in their place."""
+    assert fused_head.DEFAULT_CHUNK_BYTES == 256 * 2**20
+    monkeypatch.setattr("tdpo_ext.linear.DEFAULT_CHUNK_BYTES", 20_000)
+    given, _ = requiring_grad(arguments_of(4, TOKENS // 4, vocabulary=VOCABULARY, width=WIDTH))
+    counted = CountedProducts(monkeypatch, TOKENS)
+    labels = torch.zeros(4, TOKENS // 4, dtype=torch.int64)
+    tdpo_ext.linear_tdpo_loss(**given, shift_labels=labels)
+    assert counted.units() == 1 + 13 / WIDTH  # no gradient is made in forward
 
 
 @pytest.mark.parametrize(("asked", "units"), [([0], 3), ([1], 3), ([0, 1], 4)])
@@ -326,6 +337,14 @@ def test_under_autocast_operands_get_its_dtype(on_host):
     wanted = tdpo_ext.linear_tdpo_loss(**half, labels=labels)
     assert torch.equal(output.loss, wanted.loss)
     assert all(g.dtype == torch.float32 for g in gradients)
+
+
+def test_autocast_leaves_float64_alone(on_host):
+    """As it does in torch.nn.functional.linear."""
+    given, labels = arguments_of(4, 5, dtype=torch.float64), labels_for(torch.empty(4, 5, 131), 0.2)
+    wanted = tdpo_ext.linear_tdpo_loss(**given, labels=labels).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tdpo_ext.linear_tdpo_loss(**given, labels=labels).loss, wanted)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -85,6 +86,32 @@ def test_units_of_the_loss(on_host, monkeypatch, batch, way, method):
     with torch.no_grad():
         tdpo_ext.linear_tdpo_loss(**given, **options, chunk_bytes=chunk_bytes)
     assert counted.units() == 2
+
+
+# A token takes two logits of 640 words and the states it gathers: 5120 + 116 bytes.
+@pytest.mark.parametrize(
+    ("packed", "chunk_bytes", "whole"),
+    [(False, 31_000, False), (False, 31_500, True), (True, 50_000, False), (True, 63_000, True)],
+)
+def test_whole_pairs_are_taken_where_they_fit(on_host, monkeypatch, packed, chunk_bytes, whole):
+    """One of 6 tokens; of packed ones all 12, since the host does not know how long each is."""
+    shape = (TOKENS,) if packed else (4, TOKENS // 4)
+    given, _ = requiring_grad(arguments_of(*shape, vocabulary=VOCABULARY, width=WIDTH))
+    given["cu_seqlens"] = torch.tensor([0, 3, 6, 9, 12]) if packed else None
+    counted = CountedProducts(monkeypatch, TOKENS)
+    labels = torch.zeros(shape, dtype=torch.int64)
+    tdpo_ext.linear_tdpo_loss(**given, shift_labels=labels, chunk_bytes=chunk_bytes)
+    assert counted.units() == 1 + 13 / WIDTH + (2 if whole else 0)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_pairs_and_no_tokens(on_host, frozen, shape):
+    given, leaves = requiring_grad(arguments_of(*shape), frozen)
+    labels = torch.zeros(shape, dtype=torch.int64)
+    output, gradients = loss_and_gradients(given, leaves, labels=labels, reduction="sum")
+    assert output.loss.item() == pytest.approx(shape[0] / 2 * math.log(2))
+    assert not any(gradient.any() for gradient in gradients)
 
 
 def test_without_chunk_bytes_there_are_256_mebibytes(on_host, monkeypatch):

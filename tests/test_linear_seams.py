@@ -352,6 +352,7 @@ def test_the_module_is_the_function(on_host, bounds):
     for a, b in zip(module(**given), tdpo_ext.linear_tdpo_loss(**given, **options), strict=True):
         assert torch.equal(a, b)
     assert all(f"{name}=" in repr(module) for name in options)
+    assert "process_group" not in repr(module)  # there is none
 
 
 def test_under_autocast_operands_get_its_dtype(on_host):

@@ -169,6 +169,7 @@ def test_the_module_is_the_function(backend, bounds):
     ):
         assert torch.equal(ours, wanted)
     assert all(f"{name}=" in repr(module) for name in options)
+    assert "process_group" not in repr(module)  # there is none
 
 
 def test_only_the_loss_carries_a_gradient_and_metrics_are_named_as_trl_names_them(backend):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -96,6 +97,9 @@ def test_what_a_config_says_of_its_logits() -> None:
     assert read["cohere-scale"] == (0.25, None)
     assert read["granite-scaling"] == (0.25, None)
     assert read["falcon-h1-multiplier"] == (0.3, None)
+    # Granite divides by what is called so, this one multiplies.
+    config = SimpleNamespace(model_type="hyperclovax", logits_scaling=4.0)
+    assert LogitOptions.of(config) == (4.0, None)
 
 
 def test_a_model_that_does_something_unknown_to_its_logits_is_refused() -> None:

@@ -311,8 +311,9 @@ def test_the_probe_knows_roundings_of_half_width(name: str) -> None:
         check_rebuilt_logits(model, cap * torch.tanh(logits / cap), logits)
 
 
-def test_the_reference_has_options_of_its_own() -> None:
-    """And a bias, and half-width hidden states, as a cache has, beside a weight in float32."""
+@pytest.mark.parametrize("half", ["hidden", "weight"])
+def test_the_reference_has_options_of_its_own(half: str) -> None:
+    """And a bias, and one of its tensors in half width, as a cache has its hidden states."""
     model, reference_model = tiny_model("gemma2-softcap"), tiny_model(seed=1)
     batch = tiny_batch(model)
     for each in (model, reference_model):
@@ -321,16 +322,17 @@ def test_the_reference_has_options_of_its_own() -> None:
         policy = model(**batch["inputs"], tdpo=HEAD_INPUTS)
         given = reference_model(**batch["inputs"], tdpo=HEAD_INPUTS)
     vocabulary = policy.weight.shape[0]
-    hidden, weight = given.hidden.bfloat16(), torch.randn(vocabulary, given.hidden.shape[-1])
-    given = HeadInputs(hidden, weight, torch.randn(vocabulary), LogitOptions(0.7, 3.0))
+    bias, options = torch.randn(vocabulary), LogitOptions(0.7, 3.0)
+    given = HeadInputs(given.hidden, torch.randn_like(given.weight), bias, options)
+    given = given._replace(**{half: getattr(given, half).bfloat16()})
     got = model(**batch["inputs"], tdpo=TDPOTargets(given, batch["labels"])).loss
     wanted = reference.linear_tdpo_loss(
         policy.hidden,
         policy.weight,
-        hidden.float(),
-        weight,
+        given.hidden.float(),
+        given.weight.float(),
         batch["labels"],
-        reference_bias=given.bias,
+        reference_bias=bias,
         logit_softcap=0.5,
         reference_logit_scale=0.7,
         reference_logit_softcap=3.0,

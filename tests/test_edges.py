@@ -215,6 +215,20 @@ def test_masked_vocabulary(backend, vocabulary):
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("vocabulary", [5, 3000])
+def test_masked_words_beside_close_ones(backend, vocabulary):
+    """Both mask a word; the reference alone masks one of which the policy has little."""
+    policy, reference = pair_of_logits(2, vocabulary, gap=0.01)
+    policy[0, 1] = reference[:, 1] = -math.inf
+    policy[1, 1] = -12.0
+    policy.requires_grad_()
+    stats = tdpo_ext.token_stats(policy, reference, torch.tensor([0, 0]))
+    (gradient,) = torch.autograd.grad(stats.forward_kl.sum(), policy)
+    p, q = (x.detach().double().softmax(-1) for x in (policy, reference))
+    assert stats.forward_kl.max() < 0.5
+    torch.testing.assert_close(gradient.double(), p - q, rtol=1e-4, atol=1e-8)
+
+
 @pytest.mark.parametrize("position", [0, 5, 2999])
 def test_no_policy_mass_is_infinite_however_little_the_reference_has(backend, position):
     """q = e^-90 is no normal float32, and still not 0; where q = 0 the KL stays finite."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -15,6 +16,7 @@ from tiny_models import CONFIGS, tiny_batch, tiny_model
 from tdpo_ext import LinearTDPOLoss, pair_loss, reference
 from tdpo_ext.integrations.attach import HEAD_INPUTS, TDPOTargets, attach_tdpo, detach_tdpo
 from tdpo_ext.integrations.hidden import (
+    HeadInputs,
     LogitOptions,
     check_rebuilt_logits,
     head_of,
@@ -95,6 +97,9 @@ def test_what_a_config_says_of_its_logits() -> None:
     assert read["cohere-scale"] == (0.25, None)
     assert read["granite-scaling"] == (0.25, None)
     assert read["falcon-h1-multiplier"] == (0.3, None)
+    # Granite divides by what is called so, this one multiplies.
+    config = SimpleNamespace(model_type="hyperclovax", logits_scaling=4.0)
+    assert LogitOptions.of(config) == (4.0, None)
 
 
 def test_a_model_that_does_something_unknown_to_its_logits_is_refused() -> None:
@@ -109,6 +114,25 @@ def test_a_model_that_does_something_unknown_to_its_logits_is_refused() -> None:
         attach_tdpo(model)
     assert "forward" not in model.__dict__
     assert "forward" not in model.lm_head.__dict__
+
+
+def test_rebuilt_logits_of_another_sign_shape_or_none_are_refused() -> None:
+    model = tiny_model()
+    logits = torch.randn(2, 2, 61)
+    check_rebuilt_logits(model, logits, logits)
+    for wrong in (logits + 0.1, logits - 0.1, logits * torch.nan):
+        with pytest.raises(ValueError, match="no known field"):
+            check_rebuilt_logits(model, logits, wrong)
+    with pytest.raises(ValueError, match="have shape"):
+        check_rebuilt_logits(model, logits[:1], logits)
+
+
+def test_the_probe_leaves_every_module_as_it_was() -> None:
+    model = tiny_model().train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    attach_tdpo(model)
+    assert [module.training for module in model.modules()] == before
 
 
 def test_a_model_that_does_not_call_its_head_is_refused() -> None:
@@ -287,6 +311,54 @@ def test_the_probe_knows_roundings_of_half_width(name: str) -> None:
         check_rebuilt_logits(model, cap * torch.tanh(logits / cap), logits)
 
 
+@pytest.mark.parametrize("half", ["hidden", "weight"])
+def test_the_reference_has_options_of_its_own(half: str) -> None:
+    """And a bias, and one of its tensors in half width, as a cache has its hidden states."""
+    model, reference_model = tiny_model("gemma2-softcap"), tiny_model(seed=1)
+    batch = tiny_batch(model)
+    for each in (model, reference_model):
+        attach_tdpo(each)
+    with torch.no_grad():
+        policy = model(**batch["inputs"], tdpo=HEAD_INPUTS)
+        given = reference_model(**batch["inputs"], tdpo=HEAD_INPUTS)
+    vocabulary = policy.weight.shape[0]
+    bias, options = torch.randn(vocabulary), LogitOptions(0.7, 3.0)
+    given = HeadInputs(given.hidden, torch.randn_like(given.weight), bias, options)
+    given = given._replace(**{half: getattr(given, half).bfloat16()})
+    got = model(**batch["inputs"], tdpo=TDPOTargets(given, batch["labels"])).loss
+    wanted = reference.linear_tdpo_loss(
+        policy.hidden,
+        policy.weight,
+        given.hidden.float(),
+        given.weight.float(),
+        batch["labels"],
+        reference_bias=bias,
+        logit_softcap=0.5,
+        reference_logit_scale=0.7,
+        reference_logit_softcap=3.0,
+    )
+    torch.testing.assert_close(got.detach(), wanted.loss, rtol=1e-5, atol=1e-6)
+    given = given._replace(logit_options=LogitOptions())
+    with pytest.raises(ValueError, match="the reference does not"):
+        model(**batch["inputs"], tdpo=TDPOTargets(given, batch["labels"]))
+
+
+def test_no_gradient_reaches_a_reference_that_was_asked_with_gradients_on() -> None:
+    model, reference_model = attach_tdpo(tiny_model()), attach_tdpo(tiny_model(seed=1))
+    batch = tiny_batch(model)
+    given = reference_model(**batch["inputs"], tdpo=HEAD_INPUTS)
+    assert given.hidden.requires_grad
+    model(**batch["inputs"], tdpo=TDPOTargets(given, batch["labels"])).loss.backward()
+    assert all(parameter.grad is None for parameter in reference_model.parameters())
+
+
+def test_statistics_need_labels_that_are_aligned() -> None:
+    model = attach_tdpo(tiny_model(), None)
+    batch = tiny_batch(model)
+    with pytest.raises(ValueError, match="need shift_labels"):
+        model(**batch["inputs"], tdpo=targets(model, model, batch))
+
+
 def test_wrong_requests_say_what_is_wrong() -> None:
     model = attach_tdpo(tiny_model())
     batch = tiny_batch(model)
@@ -342,7 +414,21 @@ def test_lora_with_the_adapter_off_as_reference(options: dict[str, Any]) -> None
     assert_equal_gradients(gradients(model, got), expected, 5e-5)
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_dropout": 0.1}])
+def test_a_merged_adapter_is_not_added_again() -> None:
+    model = lora(tiny_model(), target_modules=["lm_head"])
+    batch = tiny_batch(model)
+    before = model(**batch["inputs"]).logits
+    model.merge_adapter()
+    attach_tdpo(model)
+    with torch.no_grad():
+        rebuilt = model(**batch["inputs"], tdpo=HEAD_INPUTS).logits()
+    torch.testing.assert_close(rebuilt, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"lora_dropout": 0.1}, {"lora_bias": True}],
+)
 def test_adapters_on_the_head_that_cannot_be_folded_are_refused(options: dict[str, Any]) -> None:
     model = lora(tiny_model(), target_modules=["lm_head"], **options).train()
     with pytest.raises(ValueError, match=r"cannot be fused.*modules_to_save"):

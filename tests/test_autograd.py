@@ -103,6 +103,15 @@ def test_in_place_a_second_backward_raises(backend):
         loss.backward()
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["reference", "labels"])
+def test_a_constant_that_changes_before_backward_is_noticed(backend, which):
+    policy, *constants = small(6, 30)
+    loss = tdpo_ext.token_stats(policy, *constants).forward_kl.sum()
+    constants[which].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_in_place_a_second_derivative_raises(backend):
     policy, reference, labels = small(6, 30)
     stats = tdpo_ext.token_stats(policy * 1, reference, labels, inplace_backward=True)

@@ -36,7 +36,9 @@ def assert_same_bits(ours, wanted):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(37,), (5, 37), (2, 3, 37), (2, 3, 2, 37), (2, 1, 3, 1, 37)])
+@pytest.mark.parametrize(
+    "shape", [(37,), (5, 37), (2, 3, 37), (2, 3, 2, 37), (2, 1, 2, 1, 3, 2, 2, 37)]
+)
 def test_any_number_of_leading_dimensions(backend, shape, dtype):
     policy, reference = pair_of_logits(*shape, dtype=dtype)
     labels = labels_for(policy)
@@ -70,12 +72,33 @@ def test_strides_change_nothing(backend, view, dtype):
     assert_same_sums(backend, (*strided[0], strided[1]), (*wanted[0], wanted[1]))
 
 
+@pytest.mark.parametrize("elements", [1, 90])
+def test_plain_pytorch_takes_rows_a_block_at_a_time(monkeypatch, elements):
+    """One at least, and in the last block what is left; real blocks are larger than tests."""
+    monkeypatch.setattr("tdpo_ext.kernels.core", None)
+    policy, reference = pair_of_logits(7, 40)
+    labels = labels_for(policy, 0.2)
+    wanted = stats_and_gradient(policy, reference, labels)
+    monkeypatch.setattr("tdpo_ext.fallback._BLOCK_ELEMENTS", elements)
+    ours = stats_and_gradient(policy, reference, labels)
+    assert_same_bits((*ours[0], ours[1]), (*wanted[0], wanted[1]))
+
+
 def test_a_reference_that_all_rows_share(backend):
     policy, reference = pair_of_logits(6, 5, 43)
     shared = reference[:1, :1].expand(6, 5, 43)
     labels = labels_for(policy)
     ours, wanted = (stats_and_gradient(policy, x, labels) for x in (shared, shared.contiguous()))
     assert_same_sums(backend, (*ours[0], ours[1]), (*wanted[0], wanted[1]))
+
+
+def test_as_many_leading_dimensions_as_the_kernels_count(backend):
+    """Four that no stride merges; one of size 1 is none."""
+    policy, reference = (x[:2, :2, :1, :2, :2] for x in pair_of_logits(3, 3, 3, 3, 3, 7))
+    labels = labels_for(policy, 0.2)
+    ours, gradient = stats_and_gradient(policy, reference, labels)
+    wanted = stats_and_gradient(policy.contiguous(), reference.contiguous(), labels)
+    assert_same_sums(backend, (*ours, gradient), (*wanted[0], wanted[1]))
 
 
 def test_more_leading_dimensions_than_strides_can_merge(compiled):
@@ -107,6 +130,12 @@ def test_no_rows(backend, shape):
 
 def test_a_vocabulary_of_one(backend):
     policy, reference = pair_of_logits(5, 1, scale=30)
+    stats, gradient = stats_and_gradient(policy, reference, torch.zeros(5, dtype=torch.int64))
+    assert not any(values.any() for values in (*stats, gradient))
+
+
+def test_a_vocabulary_of_one_may_have_any_stride(backend):
+    policy, reference = (x.T[:, :1] for x in pair_of_logits(3, 5))
     stats, gradient = stats_and_gradient(policy, reference, torch.zeros(5, dtype=torch.int64))
     assert not any(values.any() for values in (*stats, gradient))
 
@@ -184,6 +213,20 @@ def test_masked_vocabulary(backend, vocabulary):
     assert stats.forward_kl[2] == math.inf
     assert not stats.policy_logps.isnan().any()
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("vocabulary", [5, 3000])
+def test_masked_words_beside_close_ones(backend, vocabulary):
+    """Both mask a word; the reference alone masks one of which the policy has little."""
+    policy, reference = pair_of_logits(2, vocabulary, gap=0.01)
+    policy[0, 1] = reference[:, 1] = -math.inf
+    policy[1, 1] = -12.0
+    policy.requires_grad_()
+    stats = tdpo_ext.token_stats(policy, reference, torch.tensor([0, 0]))
+    (gradient,) = torch.autograd.grad(stats.forward_kl.sum(), policy)
+    p, q = (x.detach().double().softmax(-1) for x in (policy, reference))
+    assert stats.forward_kl.max() < 0.5
+    torch.testing.assert_close(gradient.double(), p - q, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("position", [0, 5, 2999])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tdpo_ext
+from tdpo_ext import checks
 
 B2, T, V = 4, 5, 7
 
@@ -30,9 +31,9 @@ def packed(**changes: object) -> dict[str, object]:
     }
 
 
-def with_label(value: int) -> torch.Tensor:
+def with_label(value: int, later: int = 0) -> torch.Tensor:
     labels = torch.randint(0, V, (B2, T))
-    labels[2, 3] = value
+    labels[2, 3], labels[3, 1] = value, later
     return labels
 
 
@@ -56,7 +57,11 @@ OF_TOKEN_STATS = {
         "policy_logits",
     ),
     "no tensor": ({"policy_logits": [[0.0]]}, TypeError, "policy_logits"),
-    "no vocabulary": ({"policy_logits": torch.randn(B2, T, 0)}, ValueError, "policy_logits"),
+    "no vocabulary": (
+        {"policy_logits": torch.randn(B2, T, 0), "reference_logits": torch.randn(B2, T, 0)},
+        ValueError,
+        "policy_logits.*V >= 1",
+    ),
     "no dimensions": ({"policy_logits": torch.tensor(0.0)}, ValueError, "policy_logits"),
     "last dimension not contiguous": (
         {"policy_logits": torch.randn(B2, V, T).transpose(1, 2)},
@@ -80,11 +85,24 @@ OF_TOKEN_STATS = {
         ValueError,
         "labels",
     ),
+    "labels transposed": (
+        {"labels": torch.zeros(T, B2, dtype=torch.int64)},
+        ValueError,
+        "labels must have the shape",
+    ),
+    "labels on another device": (
+        {"labels": torch.zeros(B2, T, dtype=torch.int64, device="meta")},
+        ValueError,
+        "labels must be on the device",
+    ),
     "label too large": ({"labels": with_label(V)}, IndexError, f"labels.*got {V}"),
+    "every label too large": ({"labels": torch.full((B2, T), V)}, IndexError, f"labels.*got {V}"),
+    "the first of two": ({"labels": with_label(V, V + 1)}, IndexError, f"labels.*got {V}$"),
     "label negative": ({"labels": with_label(-1)}, IndexError, "labels.*got -1"),
     "label huge": ({"labels": with_label(2**40)}, IndexError, "labels"),
     "ignore_index too large": ({"ignore_index": 2**63}, ValueError, "ignore_index"),
     "ignore_index no int": ({"ignore_index": 0.5}, TypeError, "ignore_index"),
+    "ignore_index a bool": ({"ignore_index": False}, TypeError, "ignore_index"),
 }
 
 OF_LOSS = {
@@ -139,6 +157,16 @@ OF_LOSS = {
         TypeError,
         "cu_seqlens",
     ),
+    "cu_seqlens of two dimensions": (
+        packed(cu_seqlens=torch.tensor([[0, 5, 10, 15, 20]])),
+        ValueError,
+        "cu_seqlens must have shape",
+    ),
+    "cu_seqlens on another device": (
+        packed(cu_seqlens=torch.zeros(5, dtype=torch.int64, device="meta")),
+        ValueError,
+        "cu_seqlens must be on the device",
+    ),
     "cu_seqlens with padded logits": (
         {"cu_seqlens": torch.tensor([0, 5, 20])},
         ValueError,
@@ -149,7 +177,10 @@ OF_LOSS = {
     "beta 0": ({"beta": 0.0}, ValueError, "beta"),
     "beta negative": ({"beta": -0.1}, ValueError, "beta"),
     "beta NaN": ({"beta": float("nan")}, ValueError, "beta"),
+    "beta infinite": ({"beta": float("inf")}, ValueError, "beta"),
+    "beta a bool": ({"beta": True}, TypeError, "beta"),
     "beta a string": ({"beta": "0.1"}, TypeError, "beta"),
+    "alpha infinite": ({"alpha": float("inf")}, ValueError, "alpha"),
     "alpha negative": ({"alpha": -0.1}, ValueError, "alpha"),
     "label_smoothing too large": ({"label_smoothing": 0.5}, ValueError, "label_smoothing"),
     "label_smoothing negative": ({"label_smoothing": -0.1}, ValueError, "label_smoothing"),
@@ -208,6 +239,40 @@ def test_inplace_backward_needs_memory_of_its_own(on_host, logits):
     check_raises(tdpo_ext.token_stats, changes, ValueError, "inplace_backward")
 
 
+@pytest.mark.parametrize(
+    "logits",
+    [
+        torch.randn(T, V).as_strided((1, T, 1, V), (0, V, 0, 1)),
+        torch.randn(1, 0, V).expand(B2, 0, V),
+    ],
+    ids=["dimensions of 1", "no elements"],
+)
+def test_inplace_backward_takes_strides_of_nothing(on_host, logits):
+    """Where a stride is of no consequence it may be 0."""
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.int64)
+    policy, reference = logits.requires_grad_(), torch.zeros_like(logits)
+    stats = tdpo_ext.token_stats(policy * 1, reference, labels)
+    ours = tdpo_ext.token_stats(policy, reference, labels, inplace_backward=True)
+    wanted, gradient = (torch.autograd.grad(x.policy_logps.sum(), policy)[0] for x in (stats, ours))
+    assert torch.equal(gradient, wanted)
+
+
+@pytest.mark.parametrize("ignore_index", [-(2**63), 2**63 - 1])
+def test_any_int64_may_be_the_ignore_index(on_host, ignore_index):
+    given = arguments()
+    given["labels"][1, 2] = ignore_index
+    stats = tdpo_ext.token_stats(**given, ignore_index=ignore_index)
+    assert stats.policy_logps[1, 2] == 0
+    assert (stats.policy_logps == 0).sum() == 1
+
+
+def test_a_vocabulary_that_cuda_cannot_count_is_refused():
+    """No memory holds one: looked at without a row of it."""
+    checks.check_cuda_vocabulary(torch.zeros(1).expand(2**30))
+    with pytest.raises(ValueError, match=r"policy_logits.*2\^30"):
+        checks.check_cuda_vocabulary(torch.zeros(1).expand(2**30 + 1))
+
+
 @pytest.mark.parametrize("name", ["variant", "reduction", "beta", "alpha", "label_smoothing"])
 def test_the_module_refuses_when_it_is_made(name):
     wrong = {
@@ -219,6 +284,12 @@ def test_the_module_refuses_when_it_is_made(name):
     }
     with pytest.raises(ValueError, match=name):
         tdpo_ext.TDPOLoss(**{name: wrong[name]})
+
+
+@pytest.mark.parametrize("module", [tdpo_ext.TDPOLoss, tdpo_ext.LinearTDPOLoss])
+def test_the_modules_refuse_an_ignore_index_when_they_are_made(module):
+    with pytest.raises(TypeError, match="ignore_index"):
+        module(ignore_index=-100.0)
 
 
 PAIRS = {

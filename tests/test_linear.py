@@ -145,6 +145,7 @@ WAYS = {
     "direction": {"frozen": True},
     "direction, token by token": {"frozen": True, "chunk_bytes": 1},
     "a pair at a time": {"chunk_bytes": 15_000},
+    "two pairs of three at a time": {"chunk_bytes": 25_000},
     "all pairs": {},
 }
 
@@ -195,15 +196,30 @@ def test_the_loss(backend, variant, alpha, way, options, average):
     assert not gradients[0][1].any()
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_reductions(backend, way):
+    options = {"chunk_bytes": WAYS[way].get("chunk_bytes")}
+    given, leaves = requiring_grad(arguments_of(6, 5), WAYS[way].get("frozen", False))
+    options["labels"] = labels_for(torch.empty(6, 5, 131), 0.2)
+    none = loss_and_gradients(given, leaves, reduction="none", weights=torch.ones(3), **options)
+    total = loss_and_gradients(given, leaves, reduction="sum", **options)
+    mean = loss_and_gradients(given, leaves, **options)
+    torch.testing.assert_close(total[0].loss, none[0].loss.sum())
+    torch.testing.assert_close(mean[0].loss, none[0].loss.mean())
+    for one, of_sum, of_mean in zip(none[1], total[1], mean[1], strict=True):
+        torch.testing.assert_close(of_sum, one, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(3 * of_mean, one, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("variant", ["tdpo1", "tdpo2"])
 def test_the_ways_agree_in_float64(backend, variant):
+    """Also where alpha is no float32."""
     given = arguments_of(4, 5, dtype=torch.float64, logit_softcap=3.0)
     labels, results = labels_for(torch.empty(4, 5, 131), 0.2), []
-    for frozen, chunk_bytes in ((False, 30_000), (True, None), (False, None)):
+    options = {"shift_labels": labels, "variant": variant, "alpha": 0.7, "average_log_prob": True}
+    for frozen, chunk_bytes in ((False, 20_000), (True, None), (False, None)):
         with_grad, leaves = requiring_grad({**given, "chunk_bytes": chunk_bytes}, frozen)
-        output, gradients = loss_and_gradients(
-            with_grad, leaves, shift_labels=labels, variant=variant, average_log_prob=True
-        )
+        output, gradients = loss_and_gradients(with_grad, leaves, **options)
         results.append([output.loss, *gradients])
     recomputed, frozen, at_once = results
     for ours, wanted in [

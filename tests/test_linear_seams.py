@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -13,7 +14,7 @@ from test_resources import measure, needs_core, needs_linux
 from torch.autograd import gradcheck, gradgradcheck
 
 import tdpo_ext
-from tdpo_ext import gemm
+from tdpo_ext import fused_head, gemm
 
 OPS = torch.ops.tdpo_ext
 
@@ -43,7 +44,8 @@ class CountedProducts:
 
 @pytest.fixture(params=[0.0, 0.5], ids=["all kept", "half ignored"])
 def batch(request) -> tuple[dict[str, Any], torch.Tensor, int]:
-    given = arguments_of(4, TOKENS // 4, vocabulary=VOCABULARY, width=WIDTH, reference_width=WIDTH)
+    sizes = {"vocabulary": VOCABULARY, "width": WIDTH, "reference_width": WIDTH}
+    given = arguments_of(4, TOKENS // 4, **sizes, policy_bias=True)  # it costs no product
     labels = torch.randint(0, VOCABULARY, (4, 3))
     if request.param:
         labels.view(-1)[::2] = -100
@@ -86,6 +88,43 @@ def test_units_of_the_loss(on_host, monkeypatch, batch, way, method):
     assert counted.units() == 2
 
 
+# A token takes two logits of 640 words and the states it gathers: 5120 + 116 bytes.
+@pytest.mark.parametrize(
+    ("packed", "chunk_bytes", "whole"),
+    [(False, 31_000, False), (False, 31_500, True), (True, 50_000, False), (True, 63_000, True)],
+)
+def test_whole_pairs_are_taken_where_they_fit(on_host, monkeypatch, packed, chunk_bytes, whole):
+    """One of 6 tokens; of packed ones all 12, since the host does not know how long each is."""
+    shape = (TOKENS,) if packed else (4, TOKENS // 4)
+    given, _ = requiring_grad(arguments_of(*shape, vocabulary=VOCABULARY, width=WIDTH))
+    given["cu_seqlens"] = torch.tensor([0, 3, 6, 9, 12]) if packed else None
+    counted = CountedProducts(monkeypatch, TOKENS)
+    labels = torch.zeros(shape, dtype=torch.int64)
+    tdpo_ext.linear_tdpo_loss(**given, shift_labels=labels, chunk_bytes=chunk_bytes)
+    assert counted.units() == 1 + 13 / WIDTH + (2 if whole else 0)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_pairs_and_no_tokens(on_host, frozen, shape):
+    given, leaves = requiring_grad(arguments_of(*shape), frozen)
+    labels = torch.zeros(shape, dtype=torch.int64)
+    output, gradients = loss_and_gradients(given, leaves, labels=labels, reduction="sum")
+    assert output.loss.item() == pytest.approx(shape[0] / 2 * math.log(2))
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_without_chunk_bytes_there_are_256_mebibytes(on_host, monkeypatch):
+    """Seen by how much of the logits exists at a time, with another number in their place."""
+    assert fused_head.DEFAULT_CHUNK_BYTES == 256 * 2**20
+    monkeypatch.setattr("tdpo_ext.linear.DEFAULT_CHUNK_BYTES", 20_000)
+    given, _ = requiring_grad(arguments_of(4, TOKENS // 4, vocabulary=VOCABULARY, width=WIDTH))
+    counted = CountedProducts(monkeypatch, TOKENS)
+    labels = torch.zeros(4, TOKENS // 4, dtype=torch.int64)
+    tdpo_ext.linear_tdpo_loss(**given, shift_labels=labels)
+    assert counted.units() == 1 + 13 / WIDTH  # no gradient is made in forward
+
+
 @pytest.mark.parametrize(("asked", "units"), [([0], 3), ([1], 3), ([0, 1], 4)])
 def test_units_of_any_upstream_gradients(on_host, monkeypatch, batch, asked, units):
     """What does not require a gradient costs none."""
@@ -98,6 +137,24 @@ def test_units_of_any_upstream_gradients(on_host, monkeypatch, batch, asked, uni
     total = stats.policy_logps.sum() + 0.3 * stats.forward_kl.sum()
     torch.autograd.grad(total, [given[NAMES[index]] for index in asked])
     assert counted.units() == units
+
+
+def test_no_gradient_is_promised_of_the_reference(on_host):
+    given, _ = requiring_grad(arguments_of(5))
+    stats = tdpo_ext.linear_token_stats(**given, labels=torch.randint(0, 131, (5,)))
+    assert [x.requires_grad for x in stats] == [True, False, True]
+
+
+def test_tokens_that_no_gradient_reaches_cost_nothing(on_host, monkeypatch):
+    given, leaves = requiring_grad(arguments_of(TOKENS, vocabulary=VOCABULARY, width=WIDTH))
+    counted = CountedProducts(monkeypatch, TOKENS)
+    labels = torch.randint(0, VOCABULARY, (TOKENS,))
+    stats = tdpo_ext.linear_token_stats(**given, labels=labels)
+    counted.units()
+    torch.autograd.grad(stats.policy_logps[: TOKENS // 2].sum(), leaves)
+    # Of the others logits of the policy, dh and dW; in plain PyTorch those of the reference too.
+    of_reference = 13 / WIDTH if on_host == "fallback" else 0
+    assert counted.units() == (3 + of_reference) / 2
 
 
 @needs_linux
@@ -270,8 +327,11 @@ def test_compiled_in_one_graph(variant, alpha, way, backend_of_compile):
             torch.testing.assert_close(a, b)
 
 
-def test_the_module_is_the_function(on_host):
-    given, labels = arguments_of(4, 5), labels_for(torch.empty(4, 5, 131), 0.2)
+@pytest.mark.parametrize("bounds", [None, torch.tensor([0, 5, 9, 17, 20])], ids=["", "packed"])
+def test_the_module_is_the_function(on_host, bounds):
+    shape = (4, 5) if bounds is None else (20,)
+    given = arguments_of(*shape, policy_bias=True, reference_bias=True)
+    labels = labels_for(torch.empty(*shape, 131), 0.2)
     options = {
         "beta": 0.3,
         "alpha": 0.7,
@@ -288,12 +348,11 @@ def test_the_module_is_the_function(on_host):
     }
     labels[labels == -100] = -1
     module = tdpo_ext.LinearTDPOLoss(**options)
-    ours = module(**given, labels=labels)
-    for a, b in zip(
-        ours, tdpo_ext.linear_tdpo_loss(**given, labels=labels, **options), strict=True
-    ):
+    given |= {"labels": labels, "cu_seqlens": bounds}
+    for a, b in zip(module(**given), tdpo_ext.linear_tdpo_loss(**given, **options), strict=True):
         assert torch.equal(a, b)
     assert all(f"{name}=" in repr(module) for name in options)
+    assert "process_group" not in repr(module)  # there is none
 
 
 def test_under_autocast_operands_get_its_dtype(on_host):
@@ -306,6 +365,14 @@ def test_under_autocast_operands_get_its_dtype(on_host):
     wanted = tdpo_ext.linear_tdpo_loss(**half, labels=labels)
     assert torch.equal(output.loss, wanted.loss)
     assert all(g.dtype == torch.float32 for g in gradients)
+
+
+def test_autocast_leaves_float64_alone(on_host):
+    """As it does in torch.nn.functional.linear."""
+    given, labels = arguments_of(4, 5, dtype=torch.float64), labels_for(torch.empty(4, 5, 131), 0.2)
+    wanted = tdpo_ext.linear_tdpo_loss(**given, labels=labels).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tdpo_ext.linear_tdpo_loss(**given, labels=labels).loss, wanted)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -380,13 +447,44 @@ REFUSED = {
         "float64",
     ),
     "another device": ({"policy_weight": torch.randn(9, 5, device="meta")}, ValueError, "device"),
+    "the reference on another device": (
+        {
+            "reference_hidden": torch.randn(4, 6, 3, device="meta"),
+            "reference_weight": torch.randn(9, 3, device="meta"),
+        },
+        ValueError,
+        "reference_hidden must be on the device of policy_hidden",
+    ),
+    "no vocabulary": (
+        {"policy_weight": torch.randn(0, 5), "reference_weight": torch.randn(0, 3)},
+        ValueError,
+        "V, H >= 1",
+    ),
+    "reference's bias requires grad": (
+        {"reference_bias": torch.randn(9, requires_grad=True)},
+        ValueError,
+        "reference_bias.*detach",
+    ),
     "labels": ({"labels": torch.zeros(4, 5, dtype=torch.int64)}, ValueError, "labels"),
+    "labels on another device": (
+        {"labels": torch.zeros(4, 6, dtype=torch.int64, device="meta")},
+        ValueError,
+        "labels must be on the device",
+    ),
     "label too large": ({"labels": torch.full((4, 6), 9)}, IndexError, "labels.*got 9"),
     "scale": ({"logit_scale": float("inf")}, ValueError, "logit_scale"),
+    "reference's scale": (
+        {"reference_logit_scale": float("nan")},
+        ValueError,
+        "reference_logit_scale",
+    ),
+    "softcap infinite": ({"logit_softcap": float("inf")}, ValueError, "logit_softcap"),
     "softcap 0": ({"logit_softcap": 0.0}, ValueError, "logit_softcap"),
     "softcap negative": ({"reference_logit_softcap": -1.0}, ValueError, "reference_logit_softcap"),
     "softcap a string": ({"logit_softcap": "30"}, TypeError, "logit_softcap"),
+    "ignore_index a float": ({"ignore_index": -100.0}, TypeError, "ignore_index"),
     "chunk_bytes 0": ({"chunk_bytes": 0}, ValueError, "chunk_bytes"),
+    "chunk_bytes a bool": ({"chunk_bytes": True}, TypeError, "chunk_bytes"),
     "chunk_bytes float": ({"chunk_bytes": 1e6}, TypeError, "chunk_bytes"),
 }
 
@@ -410,6 +508,23 @@ def test_the_loss_refuses_what_are_no_pairs(shape, message):
     given = arguments_of(*shape, vocabulary=9)
     with pytest.raises(ValueError, match=message):
         tdpo_ext.linear_tdpo_loss(**given, labels=torch.zeros(*shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("module", [tdpo_ext, tdpo_ext.reference], ids=["ours", "reference"])
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [
+        ("reduction", "batchmean"),
+        ("variant", "tdpo3"),
+        ("beta", 0.0),
+        ("alpha", -0.1),
+        ("label_smoothing", 0.5),
+    ],
+)
+def test_the_loss_refuses_options(option, wrong, module):
+    given = arguments_of(4, 6, vocabulary=9) | {option: wrong}
+    with pytest.raises(ValueError, match=option):
+        module.linear_tdpo_loss(**given, labels=torch.zeros(4, 6, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(

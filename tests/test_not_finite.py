@@ -10,6 +10,7 @@ import torch
 from conftest import DTYPES, labels_for, numpy64, pair_of_logits
 
 import tdpo_ext
+from tdpo_ext import fallback
 
 # In float32 e^-104 is 0; in float64 e^-746 is.
 UNDERFLOWS = {torch.float64: 800.0}
@@ -97,3 +98,12 @@ def test_the_largest_finite_logits_give_no_nan(backend, dtype):
         assert torch.equal(stats.reference_logps, logps)
         # That is the divergence too. In float32 and float64 sums this large may overflow to inf.
         assert stats.forward_kl > 0.9 * largest
+
+
+def test_in_plain_pytorch_a_label_outside_the_vocabulary_gives_nan():
+    """As on a card, where no host looks at the labels: in what is saved for backward as well."""
+    policy, reference = pair_of_logits(4, 40)
+    outputs = fallback.forward(policy, reference, torch.tensor([0, 40, -1, -100]), -100)
+    for values in outputs:
+        assert values.view(4, -1).isnan().all(-1).tolist() == [False, True, True, False]
+        assert not values[[0, 3]].isnan().any()

@@ -34,6 +34,13 @@ def test_opcheck(backend, dtype, shape):
     torch.library.opcheck(OPS.token_stats_backward_.default, arguments)
 
 
+def test_opcheck_of_transposed_logits(backend):
+    """The gradient is laid out as the fake says, whatever the strides."""
+    policy, *rest = backward_arguments(4, 3, 17)
+    policy = policy.transpose(0, 1).contiguous().transpose(0, 1)
+    torch.library.opcheck(OPS.token_stats_backward.default, (policy, *rest))
+
+
 def test_opcheck_of_the_bounds():
     torch.library.opcheck(OPS.sequence_bounds.default, (torch.tensor([0, 2, 2, 7]), 7))
 

@@ -146,8 +146,10 @@ def test_ignore_index_may_be_a_vocabulary_entry(backend):
     assert torch.equal(gradient, wanted_gradient)
 
 
-def test_the_module_is_the_function(backend):
-    policy, reference = pair_of_logits(4, 6, 20)
+@pytest.mark.parametrize("bounds", [None, [0, 5, 9, 17, 24]], ids=["", "packed"])
+def test_the_module_is_the_function(backend, bounds):
+    policy, reference = pair_of_logits(*((4, 6) if bounds is None else (24,)), 20)
+    bounds = None if bounds is None else torch.tensor(bounds)
     labels = labels_for(policy, 0.2)
     options = {
         "beta": 0.3,
@@ -161,12 +163,13 @@ def test_the_module_is_the_function(backend):
     labels[labels == -100] = -1
     module = tdpo_ext.TDPOLoss(**options)
     for ours, wanted in zip(
-        module(policy, reference, labels),
-        tdpo_ext.tdpo_loss(policy, reference, labels, **options),
+        module(policy, reference, labels, cu_seqlens=bounds),
+        tdpo_ext.tdpo_loss(policy, reference, labels, cu_seqlens=bounds, **options),
         strict=True,
     ):
         assert torch.equal(ours, wanted)
     assert all(f"{name}=" in repr(module) for name in options)
+    assert "process_group" not in repr(module)  # there is none
 
 
 def test_only_the_loss_carries_a_gradient_and_metrics_are_named_as_trl_names_them(backend):

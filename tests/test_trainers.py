@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import peft
 import pytest
 import torch
+import transformers
 import trl
 from recording import record
 from test_attach import lora
@@ -26,6 +29,7 @@ from trainer_checks import (
 from tdpo_ext import reference
 from tdpo_ext.integrations import transformers as of_transformers
 from tdpo_ext.integrations import trl as of_trl
+from tdpo_ext.integrations.steps import TDPOSteps
 
 LOSS_BOUND, GRADIENT_BOUND = 2e-6, 5e-5
 
@@ -48,7 +52,7 @@ def test_every_step_is_that_of_the_definition(
     if adapters:
         model = lora(model, target_modules=["q_proj", "v_proj"])
     before = copy.deepcopy(model)
-    loss = {"beta": 0.3, "alpha": 0.7}
+    loss = {"beta": 0.3, "alpha": 0.7, "label_smoothing": 0.1}
     recorder = Recorder()
     if trainer.startswith("plain"):
         plain_loop(
@@ -102,7 +106,8 @@ def test_every_step_is_that_of_the_definition(
 def test_evaluation_and_metrics(make: Any, tmp_path: Any) -> None:
     model = tiny_model()
     rows = examples(5, seed=1)
-    options: dict[str, Any] = {"eval_dataset": rows}
+    # The Trainer would drop all columns of such a dataset, which no forward takes.
+    options: dict[str, Any] = {"eval_dataset": datasets.Dataset.from_list(rows)}
     if make is trl_trainer:
         options = {
             "eval_dataset": as_text(rows),
@@ -132,6 +137,7 @@ def test_evaluations_do_not_touch_each_other(make: Any, tmp_path: Any) -> None:
     options = {"ref_model" if make is trl_trainer else "reference": tiny_model(seed=1)}
     made = make(tiny_model(), tmp_path, eval_dataset=sets, **options)
     metrics = made.evaluate()
+    made.evaluation_metrics.add(["left"] * 9, torch.ones(2, 9))  # by one that an error has ended
     alone = made.evaluate(made.eval_dataset["b"], metric_key_prefix="test")
     assert metrics["eval_a_kl/chosen"] != metrics["eval_b_kl/chosen"]
     assert alone["test_kl/chosen"] == pytest.approx(metrics["eval_b_kl/chosen"], rel=1e-6)
@@ -212,6 +218,21 @@ def test_a_mixture_of_experts_keeps_its_router_loss(tmp_path: Any) -> None:
     assert losses[1] > losses[0] + 1
 
 
+def test_transformers_adds_the_router_loss_that_the_config_asks_for(tmp_path: Any) -> None:
+    losses = []
+    for coefficient in (0.0, 10.0):
+        model = tiny_model("mixtral")
+        model.config.output_router_logits = True
+        model.config.router_aux_loss_coef = coefficient
+        made = transformers_trainer(model, tmp_path, max_steps=1)
+        recorder = Recorder()
+        recorder.watch(made)
+        made.train()
+        losses.append(recorder.losses[0])
+        assert (recorder.logs[0]["aux_loss"] > 0) == (coefficient > 0)
+    assert losses[1] > losses[0] + 1
+
+
 def test_the_adapter_named_ref_is_the_reference(tmp_path: Any) -> None:
     """TRL makes it for a model that comes with a trained adapter."""
     model = lora(tiny_model(), target_modules=["q_proj", "v_proj"])
@@ -228,9 +249,12 @@ def test_the_adapter_named_ref_is_the_reference(tmp_path: Any) -> None:
 def test_dropout_is_off_everywhere(tmp_path: Any) -> None:
     model = tiny_model("gpt2-tied")
     assert model.transformer.h[0].attn.attn_dropout.p > 0
-    transformers_trainer(model, tmp_path)
+    reference_model = tiny_model("gpt2-tied").train()
+    made = transformers_trainer(model, tmp_path, reference=reference_model)
+    assert not any(module.training for module in reference_model.modules())
+    assert not any(parameter.requires_grad for parameter in made.reference.parameters())
     model.train()
-    for module in model.modules():
+    for module in (*model.modules(), *reference_model.modules()):
         assert getattr(module, "p", 0) == 0
         assert not getattr(module, "attention_dropout", 0)
 
@@ -279,6 +303,33 @@ def test_options_of_transformers_that_tdpo_has_not_raise(
 ) -> None:
     with pytest.raises(ValueError, match=name):
         transformers_trainer(tiny_model(), tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "model_init"])
+def test_functions_that_cannot_be_called_are_refused(name: str, tmp_path: Any) -> None:
+    arguments = transformers.TrainingArguments(str(tmp_path), **ARGUMENTS)
+    with pytest.raises(ValueError, match=name):
+        of_transformers.TDPOTrainer(tiny_model(), arguments, **{name: print})
+    if name == "compute_metrics":
+        config = of_trl.TDPOConfig(str(tmp_path), **ARGUMENTS)
+        with pytest.raises(ValueError, match=name):
+            of_trl.TDPOTrainer(tiny_model(), args=config, compute_metrics=print)
+
+
+def test_several_cards_in_one_process_are_refused(tmp_path: Any) -> None:
+    class OfTwoCards(transformers.TrainingArguments):
+        n_gpu = property(lambda self: 2)
+
+    with pytest.raises(ValueError, match="2 cards in one process"):
+        of_transformers.TDPOTrainer(tiny_model(), OfTwoCards(str(tmp_path), **ARGUMENTS))
+
+
+@pytest.mark.parametrize("name", ["cp_enabled", "sp_enabled"])
+def test_sequences_that_the_trainer_would_split_are_refused(name: str) -> None:
+    made = TDPOSteps()
+    made.accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**{name: True}))
+    with pytest.raises(ValueError, match=name):
+        made.begin()
 
 
 def test_a_trainer_that_does_not_ask_for_our_loss_is_found_out(tmp_path: Any) -> None:
@@ -333,3 +384,17 @@ def test_what_the_collator_makes() -> None:
         [x, x, x, 6, x, x],
         [x, x, 10, 11, x, x],
     ]
+
+
+def test_the_collator_cuts_hidden_states_as_it_cuts_tokens() -> None:
+    row = {"prompt_ids": [1, 2], "chosen_ids": [3, 4, 5], "rejected_ids": [6]}
+    hidden = {"chosen_hidden": torch.ones(5, 2), "rejected_hidden": torch.ones(3, 2)}
+    batch = of_transformers.PreferenceCollator(0, max_length=4)([row | hidden])
+    assert batch["reference_hidden"][..., 0].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+
+
+def test_the_collator_cuts_prompt_and_response_of_an_encoder_decoder() -> None:
+    row = {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5, 6], "rejected_ids": [7]}
+    batch = of_transformers.PreferenceCollator(0, max_length=2, encoder_decoder=True)([row])
+    assert batch["input_ids"].tolist() == [[1, 2], [1, 2]]
+    assert batch["labels"].tolist() == [[4, 5], [7, -100]]

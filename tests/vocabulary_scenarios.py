@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -17,8 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import tdpo_ext
-from tdpo_ext import kernels, reference
+from tdpo_ext import distributed, kernels, reference
 from tdpo_ext.distributed import shard_of
+from tdpo_ext.fused_head import Problem
+from tdpo_ext.head import Head
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 VOCABULARY, TOKENS, PAIRS, WIDTH = 240, 7, 2, 16
@@ -166,7 +169,8 @@ def logits_as_dtensors_of_uneven_width() -> dict[str, float]:
 
     def run(policy: Tensor, ref: Tensor, labels: Tensor, upstream: Tensor) -> Any:
         whole = distribute_tensor(policy, mesh, [Shard(2)]).requires_grad_()
-        stats = tdpo_ext.token_stats(whole, distribute_tensor(ref, mesh, [Shard(2)]), labels)
+        given = distribute_tensor(labels, mesh, [Replicate()])
+        stats = tdpo_ext.token_stats(whole, distribute_tensor(ref, mesh, [Shard(2)]), given)
         total = (stats.policy_logps * upstream[0] + stats.forward_kl * upstream[1]).sum()
         (gradient,) = torch.autograd.grad(total, whole)
         assert isinstance(gradient, DTensor)
@@ -319,6 +323,19 @@ def head_of_the_definition_as_dtensors() -> dict[str, float]:
 
 
 @scenario
+def chunks_in_plain_pytorch_are_the_same_for_parts_of_any_width() -> dict[str, float]:
+    """Each is gathered by all processes together, which would wait for each other for ever."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    width = 100 if rank < size - 1 else 7
+    shard = distributed.Shard(group().group_name, 100 * rank, 100 * (size - 1) + 7)
+    head = Head(torch.zeros(500, WIDTH), torch.zeros(width, WIDTH), None, 1.0, 0.0)
+    problem = Problem(head, head, torch.zeros(500, dtype=torch.int64), -100, 50_000, shard)
+    plan = problem.plan(slice(0, 500), 2, whole_rows=True)
+    assert 1 < plan.rows < 500
+    return {"bits": same_bits(torch.tensor(plan.rows))}
+
+
+@scenario
 def collectives_of_a_head() -> dict[str, float]:
     given = {n: x.float() if "hidden" in n else own(x.float(), 0) for n, x in heads().items()}
     given = {n: x.requires_grad_(n in LEAVES) for n, x in given.items()}
@@ -361,15 +378,19 @@ def raises(kind: type[Exception], words: str, call: Any) -> None:
 def what_cannot_be_right_raises_everywhere() -> dict[str, float]:
     policy, ref, labels = (x.float() if x.is_floating_point() else x for x in logits())
     z, r, rank = own(policy), own(ref), dist.get_rank()
-    stats = tdpo_ext.token_stats
+    stats, shared = tdpo_ext.token_stats, {"process_group": group()}
 
     def uneven() -> None:
-        stats(z[..., : 10 + rank], r[..., : 10 + rank], labels * 0, process_group=group())
+        stats(z[..., : 10 + rank], r[..., : 10 + rank], labels * 0, **shared)
 
     raises(ValueError, "equally wide", uneven)
-    other = labels.clone()
-    other[3, 3] = rank
-    raises(ValueError, "same on all", lambda: stats(z, r, other, process_group=group()))
+    # Seen by themselves, the third part and the fourth are where they would be among equal ones.
+    part, zeros = torch.zeros(2, 3, [9, 11, 10, 10][rank]), torch.zeros(2, 3, dtype=torch.int64)
+    raises(ValueError, "equally wide", lambda: stats(part, part, zeros, **shared))
+    one, order = labels.clone(), labels.flip(1) if rank else labels
+    one[3, 3] = rank
+    for other in (one, order):
+        raises(ValueError, "same on all", functools.partial(stats, z, r, other, **shared))
     wrong = labels.masked_fill(labels > 0, VOCABULARY)
     raises(IndexError, "[0, 240)", lambda: stats(z, r, wrong, process_group=group()))
     raises(TypeError, "ProcessGroup", lambda: stats(z, r, labels, process_group="world"))
@@ -377,6 +398,9 @@ def what_cannot_be_right_raises_everywhere() -> dict[str, float]:
     sharded, tokens = (distribute_tensor(policy, mesh, [Shard(dim)]) for dim in (2, 0))
     raises(ValueError, "reference_logits must be a DTensor", lambda: stats(sharded, ref, labels))
     raises(ValueError, "sharded on the vocabulary", lambda: stats(tokens, tokens, labels))
+    raises(ValueError, "must be placed like", lambda: stats(sharded, tokens, labels))
+    divided = distribute_tensor(labels, mesh, [Shard(0)])
+    raises(ValueError, "labels must be one", lambda: stats(sharded, sharded, divided))
     raises(
         ValueError,
         "process_group and DTensors",

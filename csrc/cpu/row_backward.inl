@@ -105,12 +105,13 @@ TDPO_INLINE void write_gradient(T* gradient, const T* policy, const T* reference
 
 template <class T, class Real = typename Storage<T>::Accumulator>
 TDPO_INLINE bool all_close(const T* policy, const T* reference, Real log_sum_gap) {
-  Vector<Real> largest{};
+  Bits<Real> apart{};
   for_each_vector(policy, reference, kGroup, [&](Vector<Real> z, Vector<Real> r) {
     const Vector<Real> u = magnitude<Real>((z - r) - log_sum_gap);
-    largest = largest > u ? largest : u;  // NaN stays
+    // Also where u is NaN, as for a word that both exclude; a maximum might forget it.
+    apart |= bit_cast<Bits<Real>>(~(u < ExpConstants<Real>::kClose));
   });
-  return !any_bit(~(largest < ExpConstants<Real>::kClose));
+  return !any_bit(apart);
 }
 
 // Where p and q are close, group by group.

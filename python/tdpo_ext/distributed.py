@@ -88,13 +88,15 @@ def _all_reduce(tensor: Tensor, shard: Shard) -> None:
 _LOW = 4096  # a float32 holds a width in two halves exactly
 
 
-def _header(records: Tensor, labels: Tensor, width: int) -> Tensor:
-    """What every process has to agree on, as one more record: how wide its part is, and a sum over
-    the labels in which their places count."""
+def _header(records: Tensor, labels: Tensor, width: int, start: int) -> Tensor:
+    """What every process has to agree on, as one more record: how wide its part is and where it
+    starts, and a sum over the labels in which their places count."""
     place = torch.arange(labels.numel(), device=labels.device) % 251 + 1
     checksum = (labels.reshape(-1) * place).sum() % 2**24
     header = records.new_zeros(records.shape[-1])
-    header[0], header[1], header[2] = width // _LOW, width % _LOW, checksum
+    header[0], header[1] = width // _LOW, width % _LOW
+    header[2], header[3] = start // _LOW, start % _LOW
+    header[4] = checksum
     return header
 
 
@@ -112,17 +114,19 @@ def gather_records(
         ``[size, N + 1, 9]``, the last row of each no record, and whether the processes agree on
         labels and parts, 0-d. On the CPU they do, or ValueError is raised.
     """
-    gathered = _all_gather(torch.cat([records, _header(records, labels, width)[None]]), shard)
-    headers = gathered[:, -1].double()
-    widths, checksums = headers[:, 0] * _LOW + headers[:, 1], headers[:, 2]
-    rank = dist.get_rank(shard.process_group)
-    same_parts = (widths.sum() == shard.total) & (widths[:rank].sum() == shard.start)
+    header = _header(records, labels, width, shard.start)
+    gathered = _all_gather(torch.cat([records, header[None]]), shard)
+    headers = gathered[:, -1].long()
+    widths, starts = (headers[:, at] * _LOW + headers[:, at + 1] for at in (0, 2))
+    checksums = headers[:, 4]
+    # Of all parts, not of this one: where one process sees a fault every process has to.
+    same_parts = (widths.sum() == shard.total) & (widths.cumsum(0) - widths == starts).all()
     same_labels = (checksums == checksums[0]).all()
     if records.device.type == "cpu":
         if not same_parts:
             raise ValueError(
                 "the shards of process_group must be equally wide, got vocabularies of "
-                f"{widths.long().tolist()}; pad them with -inf, or pass DTensors sharded on the "
+                f"{widths.tolist()}; pad them with -inf, or pass DTensors sharded on the "
                 "vocabulary, which know where each begins"
             )
         if not same_labels:

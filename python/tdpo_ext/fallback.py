@@ -57,8 +57,7 @@ def forward(
     normalizers = policy_logits.new_zeros((*labels.shape, NORMALIZERS), dtype=dtype)
     for rows in _row_blocks(labels.shape, policy_logits.shape[-1]):
         ignored = (labels[rows] == ignore_index).unsqueeze(-1)
-        z = policy_logits[rows].to(dtype).masked_fill(ignored, 0)
-        r = reference_logits[rows].to(dtype).masked_fill(ignored, 0)
+        z, r = policy_logits[rows].to(dtype), reference_logits[rows].to(dtype)
         stats = stats_of_rows(z, r, labels[rows], ignore_index)
         for output, values in zip(outputs, stats, strict=True):
             output[rows] = values

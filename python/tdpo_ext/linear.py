@@ -10,6 +10,7 @@ from torch import Tensor
 from tdpo_ext import checks, linear_ops
 from tdpo_ext.distributed import local_labels
 from tdpo_ext.fused_head import DEFAULT_CHUNK_BYTES, captured
+from tdpo_ext.gemm import accumulation_dtype
 from tdpo_ext.linear_ops import Heads, Options
 from tdpo_ext.outputs import TDPOOutput, TokenStats
 from tdpo_ext.reference import (
@@ -186,7 +187,7 @@ def linear_tdpo_loss(
     wanted = inputs.wanted
     sequences = aligned.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if wanted.hidden and not wanted.weight and not wanted.bias:
-        ratio = _kl_ratio_of_tokens(inputs.labels, cu_seqlens, sequences, alpha, variant)
+        ratio = _kl_ratio_of_tokens(inputs, cu_seqlens, sequences, alpha, variant)
         return output_of(linear_ops.with_direction(inputs, options, ratio))
     pairs_at_once = _pairs_at_once(inputs, options, sequences, cu_seqlens is not None)
     if any(wanted) and reduction != "none" and pairs_at_once:
@@ -254,11 +255,12 @@ def flat(heads: tuple[Side, Side], labels: Tensor) -> Heads:
 
 
 def _kl_ratio_of_tokens(
-    labels: Tensor, cu_seqlens: Tensor | None, sequences: int, alpha: float, variant: str
+    heads: Heads, cu_seqlens: Tensor | None, sequences: int, alpha: float, variant: str
 ) -> Tensor:
     chosen, rejected = kl_ratios(alpha, variant)
-    is_rejected = sequence_of_tokens(labels, cu_seqlens, sequences) >= sequences // 2
-    return torch.where(is_rejected, rejected, chosen)
+    dtype = accumulation_dtype(heads.policy_hidden.dtype)
+    is_rejected = sequence_of_tokens(heads.labels, cu_seqlens, sequences) >= sequences // 2
+    return torch.full_like(is_rejected, chosen, dtype=dtype).masked_fill(is_rejected, rejected)
 
 
 def _pairs_at_once(heads: Heads, options: Options, sequences: int, packed: bool) -> int:

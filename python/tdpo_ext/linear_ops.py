@@ -172,8 +172,9 @@ def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
     beta, alpha, variant, label_smoothing, average, weight, pairs_at_once, wanted = rest
     sequence = sequence_of_tokens(problem.labels, cu_seqlens, sequences)
     pairs = sequences // 2
-    ratio = torch.tensor(kl_ratios(alpha, variant), device=sequence.device)
-    sign = torch.tensor([1.0, -1.0], device=sequence.device)
+    dtype = accumulation_dtype(problem.policy.hidden.dtype)  # alpha may be no float32
+    ratio = torch.tensor(kl_ratios(alpha, variant), dtype=dtype, device=sequence.device)
+    sign = torch.tensor([1.0, -1.0], dtype=dtype, device=sequence.device)
 
     def upstream_of(outputs: kernels.Outputs) -> tuple[Tensor, Tensor]:
         """What autograd would give, written out: the loss is made of few terms."""
@@ -183,11 +184,11 @@ def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
         terms = sequence_terms(stats, labels, cu_seqlens, average, problem.ignore_index)
         difference = pair_difference(terms.margin, terms.kl, alpha, variant)
         slopes = weight * pair_slopes(difference, beta, label_smoothing)
-        per_sequence = (sign[:, None].to(slopes) * slopes).flatten()
+        per_sequence = (sign[:, None] * slopes).flatten()
         if terms.kept is not None:
             per_sequence = per_sequence / terms.kept
         grad_logps = per_sequence[sequence]
-        return grad_logps, grad_logps * ratio.to(slopes)[sequence // pairs]
+        return grad_logps, grad_logps * ratio[sequence // pairs]
 
     chunk = (sequence % pairs) // pairs_at_once
     chunks = -(-pairs // pairs_at_once)

@@ -92,6 +92,8 @@ TDPO_INLINE void write_gradient(T* gradient, const T* policy, const T* reference
   Two<Real> z{}, r{};
   int64_t at = 0;
   for (; at + kTwo<Real> <= count; at += kTwo<Real>) {
+    if (Kind::kReadsPolicy) prefetch_ahead(policy + at);
+    if (Kind::kReadsReference) prefetch_ahead(reference + at);
     if (Kind::kReadsPolicy) z = Storage<T>::load_two(policy + at);
     if (Kind::kReadsReference) r = Storage<T>::load_two(reference + at);
     Storage<T>::store_two(gradient + at, gradient_of(z, r));

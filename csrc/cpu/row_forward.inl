@@ -185,9 +185,9 @@ class RowStats {
   }
 
   static TDPO_INLINE void prefetch(const T* entries) {
-    constexpr int64_t kLine = 64 / sizeof(T), kAhead = 2048 / sizeof(T);
+    constexpr int64_t kLine = 64 / sizeof(T);
 #pragma GCC unroll 8
-    for (int64_t at = 0; at < kGroup; at += kLine) __builtin_prefetch(entries + kAhead + at);
+    for (int64_t at = 0; at < kGroup; at += kLine) prefetch_ahead(entries + at);
   }
 
   void add_block(const T* policy, const T* reference, int64_t count) {

@@ -71,6 +71,13 @@ TDPO_INLINE V max_keeping_nan(V floor, V x) {
   return floor > x ? floor : x;
 }
 
+// Logits that will be wanted soon; past the end of a row it asks for nothing that could fail.
+template <class T>
+TDPO_INLINE void prefetch_ahead(const T* entries) {
+  constexpr int64_t kAhead = 2048 / sizeof(T);
+  __builtin_prefetch(entries + kAhead);
+}
+
 // ---- loads and stores: no alignment is assumed ----
 //
 // Two vectors at a time, since two of bfloat16 are best taken apart together. Which entry goes into

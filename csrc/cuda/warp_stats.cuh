@@ -40,8 +40,8 @@ class WarpStats {
   static constexpr Real kHeadroom = 65536;
   // The excess may come from a difference of masses if it is at least this part of the mass.
   static constexpr Real kFarPart = Real(0.25);
-  // From this centre on z - r, rounded, loses digits of both: gap_of takes a whole number near the
-  // centre off z first, which is exact for all z that matter.
+  // From this centre on z - r, rounded, loses digits of both. Their differences to the maxima keep
+  // them: exact for the entries that matter, and at hand.
   static constexpr Real kLargeCentre = 8, kHugeCentre = 65536;
   // A centre that is off by less is kept.
   static constexpr Real kCentreOff = Real(0.125);
@@ -171,12 +171,24 @@ class WarpStats {
     bool excluded;  // some z = -inf < r: the KL is infinite, also if w is too small to show it
   };
 
-  __device__ __forceinline__ Real gap_of(Real z, Real r) const {
-    const Real centre = stats.base.centre, size = fabs(centre);
-    const Real shift = size >= kLargeCentre && size < kHugeCentre ? rint(centre) : Real(0);
-    const bool of_policy = fabs(stats.base.policy_max) >= fabs(stats.base.reference_max);
-    const Real policy_shift = of_policy ? shift : Real(0), reference_shift = policy_shift - shift;
-    return ((z - policy_shift) - (r - reference_shift)) - (centre - shift);
+  // How gaps are taken from the centre: that of z and r, or that of their differences to the
+  // maxima.
+  struct Gaps {
+    bool of_differences;
+    Real centre;
+    __device__ __forceinline__ Real of(Real z, Real r, Real policy, Real reference) const {
+      return (of_differences ? policy - reference : z - r) - centre;
+    }
+  };
+
+  __device__ __forceinline__ Gaps gaps() const {
+    const Base<Real>& base = stats.base;
+    const Real size = fabs(base.centre), minus = -base.reference_max;
+    if (!(size >= kLargeCentre && size < kHugeCentre)) return {false, base.centre};
+    // The difference of the maxima and its rounding error (Knuth's two-sum); it is near the centre.
+    const Real apart = base.policy_max + minus, back = apart - base.policy_max;
+    const Real lost = (base.policy_max - (apart - back)) + (minus - back);
+    return {true, (base.centre - apart) - lost};
   }
   // Instead of an infinite gap, or NaN where both are -inf: where w = 0 any will do.
   static __device__ __forceinline__ Real finite_gap(Real d) {
@@ -185,9 +197,11 @@ class WarpStats {
 
   __device__ __forceinline__ FarSums far_sums(const HalfValues& z, const HalfValues& r) const {
     FarSums sums = {0, 0, 0, false};
+    const Gaps gaps = this->gaps();
     for (int i = 0; i < kPerVector / 2; ++i) {
-      const Real w = exp_of(r[i] - stats.base.reference_max), d = gap_of(z[i], r[i]);
-      sums.policy += exp_of(z[i] - stats.base.policy_max);
+      const Real policy = z[i] - stats.base.policy_max, reference = r[i] - stats.base.reference_max;
+      const Real w = exp_of(reference), d = gaps.of(z[i], r[i], policy, reference);
+      sums.policy += exp_of(policy);
       sums.reference += w;
       sums.gap += w * finite_gap(d);
       sums.excluded = sums.excluded || d == -Real(INFINITY);
@@ -197,10 +211,12 @@ class WarpStats {
 
   __device__ __forceinline__ Real mixed_excess(const HalfValues& z, const HalfValues& r) const {
     Real sum = 0;
+    const Gaps gaps = this->gaps();
     for (int i = 0; i < kPerVector / 2; ++i) {
-      const Real linear = k * exp_of(r[i] - stats.base.reference_max), d = gap_of(z[i], r[i]);
+      const Real policy = z[i] - stats.base.policy_max, reference = r[i] - stats.base.reference_max;
+      const Real linear = k * exp_of(reference), d = gaps.of(z[i], r[i], policy, reference);
       const Real close = (linear * d * d) * excess_over_square(d);
-      const Real far = exp_of(z[i] - stats.base.policy_max) - (linear + linear * finite_gap(d));
+      const Real far = exp_of(policy) - (linear + linear * finite_gap(d));
       sum += fabs(d) < Real(1) ? close : far;
     }
     return sum;

@@ -107,3 +107,13 @@ def test_in_plain_pytorch_a_label_outside_the_vocabulary_gives_nan():
     for values in outputs:
         assert values.view(4, -1).isnan().all(-1).tolist() == [False, True, True, False]
         assert not values[[0, 3]].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("label", [0, 1, 4])
+def test_a_mask_of_the_lowest_number_on_the_first_word(backend, dtype, label):
+    """All there is before label 1: gaps of the words behind must not be taken from there."""
+    lowest = torch.finfo(dtype).min
+    policy = torch.tensor([[lowest, 0, 0, 0, 0]], dtype=dtype)
+    stats = tdpo_ext.token_stats(policy, torch.zeros_like(policy), torch.tensor([label]))
+    assert stats.forward_kl.item() == pytest.approx(-lowest / 5 + math.log(0.8), rel=1e-6)

@@ -177,8 +177,11 @@ class RowStats {
     const bool raise_reference = extremes.reference_max > base.reference_max + headroom;
     if (!raise_policy && !raise_reference) return;
     if (extremes.policy_max > base.policy_max) base.policy_max = extremes.policy_max;
-    if (extremes.reference_max > base.reference_max) {
-      base.reference_max = extremes.reference_max;
+    const bool higher = extremes.reference_max > base.reference_max;
+    if (higher) base.reference_max = extremes.reference_max;
+    // And where policies that had next to nothing so far rise: gaps from their centre might
+    // overflow.
+    if (higher || linear_scale(base.reference_max, base.centre, base.policy_max) == 0) {
       base.centre = centre_of(policy, reference, count, extremes);
     }
     move_to(base);

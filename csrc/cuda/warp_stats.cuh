@@ -45,7 +45,8 @@ class WarpStats {
   static constexpr Real kLargeCentre = 8, kHugeCentre = 65536;
   // A centre that is off by less is kept.
   static constexpr Real kCentreOff = Real(0.125);
-  static constexpr Real kLowest = sizeof(Real) == 4 ? Real(-3.402823466e38) : Real(-1.7e308);
+  static constexpr Real kLowest =
+      sizeof(Real) == 4 ? Real(-3.402823466e38) : Real(-1.7976931348623157e308);
 
  public:
   // Vectors of each lane, taken together.

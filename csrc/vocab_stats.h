@@ -250,14 +250,17 @@ TDPO_ALGEBRA PartSummary summarise(const VocabStats<Real>& stats) {
   const double mean_gap = double(stats.gap_sum) / reference_sum;
   const double excess =
       double(stats.excess_sum) * exp(policy_max - reference_max - centre) / reference_sum;
-  if (fabs(mean_gap) < 0.5 && excess < 0.5) {
+  // Huge gaps of words with next to no mass may have cost the excess all digits; then it is not
+  // small, or the plain difference is not.
+  const double plain = part.log_sum_gap - centre - mean_gap;
+  if (fabs(mean_gap) < 0.5 && fabs(excess) < 0.5 && !(plain > 1)) {
     const double x = mean_gap + excess;
     part.log_sum_gap = centre + log1p(x);
     part.forward_kl = excess - (x - log1p(x));
   } else if (mean_gap == -INFINITY) {
     part.forward_kl = INFINITY;
   } else {  // far apart, or the excess overflowed: now the plain difference has all its digits
-    part.forward_kl = part.log_sum_gap - centre - mean_gap;
+    part.forward_kl = plain;
   }
   return part;
 }

@@ -117,3 +117,22 @@ def test_a_mask_of_the_lowest_number_on_the_first_word(backend, dtype, label):
     policy = torch.tensor([[lowest, 0, 0, 0, 0]], dtype=dtype)
     stats = tdpo_ext.token_stats(policy, torch.zeros_like(policy), torch.tensor([label]))
     assert stats.forward_kl.item() == pytest.approx(-lowest / 5 + math.log(0.8), rel=1e-6)
+
+
+@pytest.mark.parametrize("lowest", [-1e4, -1e10, -1e30, -1e37])
+def test_a_huge_gap_of_a_word_with_next_to_no_mass(backend, lowest):
+    """The first words make a centre that the last word, with all of the mass, moves by 44 nats."""
+    policy = torch.tensor([[80.0, lowest, 28.0, 35.7, 20.8, 34.2, 22.0, 70.25]])
+    reference = torch.tensor([[-39.9, -9.9, 28.0, 35.7, 20.8, 34.2, 22.0, 70.25]])
+    stats = tdpo_ext.token_stats(policy, reference, torch.tensor([6]))
+    truth = oracle.forward_kl(numpy64(policy)[0], numpy64(reference)[0])
+    assert stats.forward_kl.item() == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_huge_gap_of_one_word_counts_as_what_it_is(backend, row):
+    """Whether its row begins at an aligned address or not."""
+    policy, reference = torch.zeros(2, 2, 127)
+    policy[row, 0] = 2e34
+    stats = tdpo_ext.token_stats(policy, reference, torch.tensor([12, 12]))
+    assert stats.forward_kl[row].item() == pytest.approx(2e34 * 126 / 127, rel=1e-6)

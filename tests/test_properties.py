@@ -249,18 +249,12 @@ def test_the_statistics_are_the_oracles_also_at_the_limits_of_a_dtype(backend, d
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         wanted = oracle.token_stats(*arrays)
     stats = results_of(on_device(drawn, backend))[:3]
-    dtype = stats[0].dtype
-    rtol = RTOL.get(dtype, 2e-6)
+    rtol = RTOL.get(stats[0].dtype, 2e-6)
     gap = np.abs(np.nan_to_num(arrays[0] - arrays[1], posinf=0, neginf=0))[arrays[2] != -100]
     # An error of z - r counts as far as q does: at most as the largest gap.
     atol = rtol * (1 + (gap.max() if gap.size else 0))
     for ours, truth in zip(stats, wanted, strict=True):
-        ours = numpy64(ours)
-        # A sum of numbers near the largest of a dtype may overflow.
-        finite = np.abs(truth) < torch.finfo(dtype).max / (100 + 10 * arrays[0].shape[-1])
-        np.testing.assert_allclose(ours[finite], truth[finite], rtol=rtol, atol=atol)
-        huge = np.abs(truth) > torch.finfo(dtype).max / 100
-        assert (np.abs(ours[huge]) > torch.finfo(dtype).max / 1000).all()
+        np.testing.assert_allclose(numpy64(ours), truth, rtol=rtol, atol=atol)
 
 
 @given(rows(extremes=True))
@@ -272,14 +266,7 @@ def test_all_backends_agree(drawn):
             results[name] = results_of(drawn)
     assume(has_mass(drawn))
     plain = results.pop("fallback")
-    largest = torch.finfo(plain[0].dtype).max
+    infinite = plain[2].isinf().unsqueeze(-1)  # an infinite divergence has no gradient
+    wanted = [*plain[:3], plain[3].masked_fill(infinite, 0)]
     for ours in results.values():
-        # A sum of numbers near the largest of a dtype may overflow.
-        huge = [x.abs() > largest / 100 for x in plain[:3]]
-        for x, too_large in zip(ours[:3], huge, strict=True):
-            assert torch.equal(x.abs() > largest / 100, too_large)
-        huge.append(huge[2].unsqueeze(-1))  # an infinite divergence has no gradient
-        ours, wanted = (
-            [x.masked_fill(y, 0) for x, y in zip(r, huge, strict=True)] for r in (ours, plain)
-        )
-        assert_close(ours, wanted, drawn)
+        assert_close([*ours[:3], ours[3].masked_fill(infinite, 0)], wanted, drawn)

@@ -193,7 +193,7 @@ class WarpStats {
   }
   // Instead of an infinite gap, or NaN where both are -inf: where w = 0 any will do.
   static __device__ __forceinline__ Real finite_gap(Real d) {
-    return fmax(fmin(d, Real(1e30)), kLowest);
+    return fmax(fmin(d, -kLowest), kLowest);
   }
 
   __device__ __forceinline__ FarSums far_sums(const HalfValues& z, const HalfValues& r) const {

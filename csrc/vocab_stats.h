@@ -139,17 +139,25 @@ TDPO_ALGEBRA Real relative_scale(Real a, Real b) {
   return a == -Real(INFINITY) ? Real(0) : a == b ? Real(1) : exp(a - b);
 }
 
-// e^(reference_max + centre - policy_max). Each sum's rounding error is known exactly (Knuth's
-// two-sum) and put back: where logits are shifted, or masked with numbers such as -1e38, the sum
-// alone would have no digits left.
+// a + b, rounded, and what the rounding lost, exactly (Knuth's two-sum).
+template <class Real>
+struct TwoSum {
+  Real rounded, lost;
+};
+
+template <class Real>
+TDPO_ALGEBRA TwoSum<Real> two_sum(Real a, Real b) {
+  const Real sum = a + b, back = sum - a;
+  return {sum, (a - (sum - back)) + (b - back)};
+}
+
+// e^(reference_max + centre - policy_max). What rounding loses of the sum is put back: where logits
+// are shifted, or masked with numbers such as -1e38, the sum alone would have no digits left.
 template <class Real>
 TDPO_ALGEBRA Real linear_scale(Real reference_max, Real centre, Real policy_max) {
-  const Real minus = -policy_max;
-  const Real apart = reference_max + minus, back = apart - reference_max;
-  const Real lost_first = (reference_max - (apart - back)) + (minus - back);
-  const Real sum = apart + centre, back_again = sum - apart;
-  const Real lost_second = (apart - (sum - back_again)) + (centre - back_again);
-  return exp(sum) * exp(finite_or_zero(lost_first + lost_second));
+  const TwoSum<Real> apart = two_sum(reference_max, -policy_max);
+  const TwoSum<Real> sum = two_sum(apart.rounded, centre);
+  return exp(sum.rounded) * exp(finite_or_zero(apart.lost + sum.lost));
 }
 
 // The same record relative to another base, whose maxima are not smaller.

@@ -95,7 +95,7 @@ class WarpStats {
   // Rare: a handful of times in a row.
   __device__ void move_base(const Pair<T>& vectors) {
     const Start own = start_of<Team<1>>(vectors);
-    const Two<Real> before = {sum_lanes(stats.policy_sum), sum_lanes(stats.reference_sum)};
+    const Two<Real> before = Team<1>::sum(Two<Real>{stats.policy_sum, stats.reference_sum});
     Base<Real> base = stats.base;
     if (own.base.policy_max > base.policy_max) base.policy_max = own.base.policy_max;
     if (own.base.reference_max > base.reference_max) base.reference_max = own.base.reference_max;
@@ -184,12 +184,10 @@ class WarpStats {
 
   __device__ __forceinline__ Gaps gaps() const {
     const Base<Real>& base = stats.base;
-    const Real size = fabs(base.centre), minus = -base.reference_max;
+    const Real size = fabs(base.centre);
     if (!(size >= kLargeCentre && size < kHugeCentre)) return {false, base.centre};
-    // The difference of the maxima and its rounding error (Knuth's two-sum); it is near the centre.
-    const Real apart = base.policy_max + minus, back = apart - base.policy_max;
-    const Real lost = (base.policy_max - (apart - back)) + (minus - back);
-    return {true, (base.centre - apart) - lost};
+    const TwoSum<Real> apart = two_sum(base.policy_max, -base.reference_max);  // near the centre
+    return {true, (base.centre - apart.rounded) - apart.lost};
   }
   // Instead of an infinite gap, or NaN where both are -inf: where w = 0 any will do.
   static __device__ __forceinline__ Real finite_gap(Real d) {

@@ -136,3 +136,15 @@ def test_a_huge_gap_of_one_word_counts_as_what_it_is(backend, row):
     policy[row, 0] = 2e34
     stats = tdpo_ext.token_stats(policy, reference, torch.tensor([12, 12]))
     assert stats.forward_kl[row].item() == pytest.approx(2e34 * 126 / 127, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_upstream_nan_of_any_bits_stays_nan(backend, dtype):
+    """Rounded as a number, the one with all bits would become 0."""
+    policy, reference = pair_of_logits(2, 70, dtype=dtype)
+    policy.requires_grad_()
+    stats = tdpo_ext.token_stats(policy, reference, labels_for(policy))
+    width = torch.int64 if dtype == torch.float64 else torch.int32
+    nan = torch.full((2,), torch.iinfo(width).max, dtype=width).view(stats.forward_kl.dtype)
+    (gradient,) = torch.autograd.grad(stats.policy_logps, policy, nan)
+    assert gradient.isnan().all()

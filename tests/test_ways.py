@@ -59,6 +59,15 @@ def test_masked_entries_in_some_blocks(backend, dtype, mask):
     check_against_oracle(policy, reference, torch.full((5,), 3111), kl_tolerance=1e-5)
 
 
+@ALL
+@pytest.mark.parametrize("level", [-70e3, -65530.0, -33e3, -31e3, 31e3, 33e3, 60e3, 65530.0, 70e3])
+def test_logits_all_far_from_zero(backend, dtype, level):
+    """Up to some level the kernels take it for a whole number of powers of two."""
+    policy, reference = pair_of_logits(5, 3000, scale=2.0, gap=1.0, dtype=torch.float64)
+    policy, reference = ((x + level).to(dtype) for x in (policy, reference))
+    check_against_oracle(policy, reference, labels_for(policy))
+
+
 @pytest.mark.parametrize("shift", [-2.0, -0.3, 0.3, 1.0])
 @pytest.mark.parametrize("count", [64, 130, 2000])
 def test_a_start_without_mass_that_is_shifted_costs_no_digits(compiled, shift, count):

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "../vocab_stats.h"
+#include "masses.h"
 #include "row_kernels.h"
 #include "simd.h"
 
@@ -15,68 +16,61 @@ namespace {
 // The gradient of the entries but the label's, in several kinds. Each reads what its algebra needs
 // and nothing else.
 
-template <class Real>
+template <class M>
 struct PolicyOnly {  // g_k = 0: -g_m p
+  using Real = typename M::Number;
   static constexpr bool kReadsPolicy = true, kReadsReference = false;
-  Normalizers<Real> of;
-  Real g_m;
-  TDPO_INLINE Vector<Real> gradient(Vector<Real> z, Vector<Real>) const {
-    return exp_of<Real>(z - of.policy_max) * (of.policy_scale * -g_m);
-  }
+  M p;
+  TDPO_INLINE Vector<Real> gradient(Vector<Real> z, Vector<Real>) const { return p(z); }
 };
+template <class M>
+PolicyOnly(M) -> PolicyOnly<M>;
 
-template <class Real>
+template <class M>
 struct ReferenceOnly {  // g_k = g_m: -g_m p + g_m (p - q) = -g_m q
+  using Real = typename M::Number;
   static constexpr bool kReadsPolicy = false, kReadsReference = true;
-  Normalizers<Real> of;
-  Real g_m;
-  TDPO_INLINE Vector<Real> gradient(Vector<Real>, Vector<Real> r) const {
-    return exp_of<Real>(r - of.reference_max) * (of.reference_scale * -g_m);
-  }
+  M q;
+  TDPO_INLINE Vector<Real> gradient(Vector<Real>, Vector<Real> r) const { return q(r); }
 };
+template <class M>
+ReferenceOnly(M) -> ReferenceOnly<M>;
 
 // g_k (p - q) - g_m p, as a difference of masses: where g_m is not much smaller than g_k what p - q
 // loses does not show beside g_m p.
-template <class Real>
+template <class M>
 struct Apart {
+  using Real = typename M::Number;
   static constexpr bool kReadsPolicy = true, kReadsReference = true;
-  static constexpr Real kMostOfMargin = 4;  // g_k / g_m
-  Real policy_max, reference_max, policy_factor, reference_factor;
-  Apart(const Normalizers<Real>& of, Real g_m, Real g_k)
-      : policy_max(of.policy_max),
-        reference_max(of.reference_max),
-        policy_factor((g_k - g_m) * of.policy_scale),
-        reference_factor(g_k * of.reference_scale) {}
-  TDPO_INLINE Vector<Real> gradient(Vector<Real> z, Vector<Real> r) const {
-    return exp_of<Real>(z - policy_max) * policy_factor -
-           exp_of<Real>(r - reference_max) * reference_factor;
-  }
+  M p, q;
+  TDPO_INLINE Vector<Real> gradient(Vector<Real> z, Vector<Real> r) const { return p(z) - q(r); }
 };
+template <class M>
+Apart(M, M) -> Apart<M>;
 
 // The same where the divergence is all or most. With u = log p - log q and p - q = q (e^u - 1) it
 // is q ((g_k - g_m) (e^u - 1) - g_m), which keeps the digits where p and q are close.
-template <class Real>
+template <class M>
 struct Close {
+  using Real = typename M::Number;
   static constexpr bool kReadsPolicy = true, kReadsReference = true;
-  Real reference_max, log_sum_gap, difference_factor, reference_factor;
-  Close(const Normalizers<Real>& of, Real g_m, Real g_k)
-      : reference_max(of.reference_max),
-        log_sum_gap(of.log_sum_gap),
-        difference_factor((g_k - g_m) * of.reference_scale),
-        reference_factor(g_m * of.reference_scale) {}
+  M q;
+  Real log_sum_gap, difference_factor, g_m;
   TDPO_INLINE Vector<Real> gradient(Vector<Real> z, Vector<Real> r) const {
     const Vector<Real> u = (z - r) - log_sum_gap;
     const Vector<Real> relative = u + u * u * excess_over_square<Real>(u);
-    return exp_of<Real>(r - reference_max) * (relative * difference_factor - reference_factor);
+    return q(r) * (relative * difference_factor - g_m);
   }
 };
+template <class M, class Real>
+Close(M, Real, Real, Real) -> Close<M>;
 
 // Either, entry by entry.
 template <class Real>
 struct Mixed {
   static constexpr bool kReadsPolicy = true, kReadsReference = true;
-  Apart<Real> apart;
-  Close<Real> close;
+  Apart<Mass<Real>> apart;
+  Close<Mass<Real>> close;
   TDPO_INLINE Vector<Real> gradient(Vector<Real> z, Vector<Real> r) const {
     const Vector<Real> u = magnitude<Real>((z - r) - close.log_sum_gap);
     return u < ExpConstants<Real>::kClose ? close.gradient(z, r) : apart.gradient(z, r);
@@ -117,15 +111,15 @@ TDPO_INLINE bool all_close(const T* policy, const T* reference, Real log_sum_gap
 }
 
 // Where p and q are close, group by group.
-template <class T, class Real = typename Storage<T>::Accumulator>
+template <class T, class CloseKind, class Real = typename Storage<T>::Accumulator>
 void write_divergence_gradient(T* gradient, const T* policy, const T* reference, int64_t count,
-                               const Mixed<Real>& mixed) {
+                               const CloseKind& close, const Mixed<Real>& mixed) {
   int64_t at = 0;
   for (; at + kGroup <= count; at += kGroup) {
     const T* z = policy + at;
     const T* r = reference + at;
-    if (all_close(z, r, mixed.close.log_sum_gap)) {
-      write_gradient(gradient + at, z, r, kGroup, mixed.close);
+    if (all_close(z, r, close.log_sum_gap)) {
+      write_gradient(gradient + at, z, r, kGroup, close);
     } else {
       write_gradient(gradient + at, z, r, kGroup, mixed);
     }
@@ -133,12 +127,22 @@ void write_divergence_gradient(T* gradient, const T* policy, const T* reference,
   write_gradient(gradient + at, policy + at, reference + at, count - at, mixed);
 }
 
+// Up to here, g_k / g_m, a difference of masses has the digits.
+template <class Real>
+constexpr Real kMostOfMargin = 4;
+
+// A caller's NaN may have any bits; Storage<BFloat16> wants those that the processor makes.
+template <class Real>
+Real with_plain_nan(Real x) {
+  return x == x ? x : Real(NAN);
+}
+
 template <class T>
 void backward(const RowBackward& row) {
   using Real = typename Storage<T>::Accumulator;
   const Normalizers<Real>& of = *static_cast<const Normalizers<Real>*>(row.normalizers);
-  const Real g_m = *static_cast<const Real*>(row.grad_policy_logp);
-  const Real g_k = *static_cast<const Real*>(row.grad_forward_kl);
+  const Real g_m = with_plain_nan(*static_cast<const Real*>(row.grad_policy_logp));
+  const Real g_k = with_plain_nan(*static_cast<const Real*>(row.grad_forward_kl));
   const T* policy = static_cast<const T*>(row.policy);
   const T* reference = static_cast<const T*>(row.reference);
   T* gradient = static_cast<T*>(row.gradient);
@@ -149,17 +153,30 @@ void backward(const RowBackward& row) {
     std::memset(row.gradient, 0, static_cast<size_t>(row.vocabulary) * sizeof(T));
     return;
   }
+  const auto write = [&](const auto& kind) {
+    write_gradient(gradient, policy, reference, row.vocabulary, kind);
+  };
   if (g_k == Real(0)) {
     label_gradient = g_m * of.policy_rest;
-    write_gradient(gradient, policy, reference, row.vocabulary, PolicyOnly<Real>{of, g_m});
+    const Mass<Real> p = {of.policy_max, of.policy_scale * -g_m};
+    with_masses(p, p, [&](const auto& p, const auto&) { write(PolicyOnly{p}); });
   } else if (g_k == g_m) {
-    write_gradient(gradient, policy, reference, row.vocabulary, ReferenceOnly<Real>{of, g_m});
     label_gradient = g_m * of.reference_rest;
-  } else if (!gap_has_digits || std::fabs(g_k) <= Apart<Real>::kMostOfMargin * std::fabs(g_m)) {
-    write_gradient(gradient, policy, reference, row.vocabulary, Apart<Real>(of, g_m, g_k));
+    const Mass<Real> q = {of.reference_max, of.reference_scale * -g_m};
+    with_masses(q, q, [&](const auto&, const auto& q) { write(ReferenceOnly{q}); });
+  } else if (!gap_has_digits || std::fabs(g_k) <= kMostOfMargin<Real> * std::fabs(g_m)) {
+    const Mass<Real> p = {of.policy_max, (g_k - g_m) * of.policy_scale};
+    const Mass<Real> q = {of.reference_max, g_k * of.reference_scale};
+    with_masses(p, q, [&](const auto& p, const auto& q) { write(Apart{p, q}); });
   } else {
-    const Mixed<Real> mixed = {{of, g_m, g_k}, {of, g_m, g_k}};
-    write_divergence_gradient(gradient, policy, reference, row.vocabulary, mixed);
+    const Mass<Real> q = {of.reference_max, of.reference_scale};
+    const Apart<Mass<Real>> apart = {{of.policy_max, (g_k - g_m) * of.policy_scale},
+                                     {of.reference_max, g_k * of.reference_scale}};
+    const Mixed<Real> mixed = {apart, {q, of.log_sum_gap, g_k - g_m, g_m}};
+    with_masses(q, q, [&](const auto& q, const auto&) {
+      write_divergence_gradient(gradient, policy, reference, row.vocabulary,
+                                Close{q, of.log_sum_gap, g_k - g_m, g_m}, mixed);
+    });
   }
   if (row.label >= 0 && row.label < row.vocabulary) {
     const Vector<Real> own = broadcast<Real>(label_gradient);

@@ -88,8 +88,9 @@ class RowStats {
   // How far above the base an entry may lie: exponentials stay within the range of exp_in_range.
   static constexpr Real kHeadroom = 10;
   static constexpr Real kHuge = Real(-1e30);
-  // Bases within this of 0 have an exact rounder; it leaves out infinity and NaN.
-  static constexpr double kFar = 65536;
+  // Below this size bases have exact steps, and entries up to the headroom above; it leaves out
+  // infinity and NaN.
+  static constexpr double kFar = kExactSteps<Real>;
   // The excess may come from a difference of masses if it is at least this part of the mass.
   static constexpr double kFarPart = 1.0 / 12;
   // From this centre on z - r, rounded, loses digits of both: the mixed way first takes a whole

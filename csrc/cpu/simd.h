@@ -149,11 +149,11 @@ struct Storage<BFloat16> {
   }
 
  private:
-  // Its upper half is the nearest bfloat16, ties to even; NaN stays NaN.
+  // Its upper half is the nearest bfloat16, ties to even. NaN stays NaN unless only the lower half
+  // says so; the processor makes no such NaN, nor is there one among bfloat16s.
   static TDPO_INLINE Bits<float> rounded(Vector<float> value) {
     const Bits<float> bits = bit_cast<Bits<float>>(value);
-    const Bits<float> nan = Bits<float>{} + 0x7fc00000;
-    return value == value ? bits + 0x7fff + ((bits >> 16) & 1) : nan;
+    return bits + 0x7fff + ((bits >> 16) & 1);
   }
 };
 
@@ -379,6 +379,23 @@ TDPO_INLINE Vector<Real> remainder(Vector<Real> x, Vector<Real> n) {
          (C::kLog2E * C::kUnit);
 }
 
+// Numbers within this of 0 have exact steps: so has their rounder, and n kLn2High.
+template <class Real>
+constexpr Real kExactSteps = kRoundsOnce || sizeof(Real) == sizeof(double) ? 65536 : 32000;
+
+// A polynomial in f, times 2^n: e^(x - N in nats) times what has scaled the coefficients of 2^f.
+// The rounder is that of N and kFullExponent. x up to `lowest`, where n = -kFullExponent, give 0.
+template <class Real, int kTerms>
+TDPO_INLINE Vector<Real> exp_with(Vector<Real> x, Real lowest, Real rounder,
+                                  const Real (&coefficients)[kTerms]) {
+  using C = ExpConstants<Real>;
+  x = max_keeping_nan(broadcast(lowest), x);
+  const Vector<Real> t = x * (C::kLog2E * C::kUnit) + rounder;
+  const Vector<Real> f = remainder<Real>(x, t - rounder);
+  const Bits<Real> exponent = bit_cast<Bits<Real>>(t) << C::kMantissaBits;
+  return polynomial<Real>(coefficients, f) * bit_cast<Vector<Real>>(exponent);
+}
+
 // e^x for x up to the headroom of a base and beyond: exactly 1 at 0, exactly 0 where it would be
 // subnormal, NaN for NaN.
 template <class Real>
@@ -386,11 +403,7 @@ TDPO_INLINE Vector<Real> exp_of(Vector<Real> x) {
   using C = ExpConstants<Real>;
   static constexpr ScaledExp<Real> kPower(0);
   constexpr Real kRounder = Real(3) + C::kFullExponent * C::kUnit;
-  x = max_keeping_nan(broadcast(C::kLowest), x);
-  const Vector<Real> t = x * (C::kLog2E * C::kUnit) + kRounder;
-  const Vector<Real> f = remainder<Real>(x, t - kRounder);
-  const Bits<Real> exponent = bit_cast<Bits<Real>>(t) << C::kMantissaBits;
-  return polynomial<Real>(kPower.coefficients, f) * bit_cast<Vector<Real>>(exponent);
+  return exp_with<Real>(x, C::kLowest, kRounder, kPower.coefficients);
 }
 
 // e^(x - N in nats) in fewer instructions, for a difference from about -77 to 10, or -665 to 44 in

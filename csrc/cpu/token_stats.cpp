@@ -32,7 +32,8 @@ Split split_of(const TokenStatsProblem& problem) {
   const int64_t rows = problem.rows, vocabulary = problem.vocabulary;
   if (rows >= kFewRows || vocabulary < 2 * kLeastPiece) return {1, vocabulary};
   const int64_t longest = vocabulary / kLeastPiece, wanted = kPieces / std::max<int64_t>(rows, 1);
-  const int64_t pieces = std::min(longest, wanted);
+  int64_t pieces = 1;  // a power of two: as much for each of 2, 4 or 8 threads
+  while (2 * pieces <= std::min(longest, wanted)) pieces *= 2;
   const int64_t width = (vocabulary / pieces / kTogether + 1) * kTogether;
   return {(vocabulary + width - 1) / width, width};
 }

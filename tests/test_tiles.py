@@ -15,12 +15,14 @@ from tdpo_ext.tiles import (
     MOST_COLUMNS_ON_CPU,
     Costs,
     Plan,
+    Scratch,
     column_ranges,
     costs,
     pairs_that_fit,
     plan_tiles,
     plan_whole_rows,
     row_chunks,
+    row_stride,
     rows_of_groups,
 )
 
@@ -53,7 +55,7 @@ def test_what_a_row_a_column_and_a_logit_cost(dtype, gathers, wanted):
 
 
 def taken(cost: Costs, plan: Plan) -> int:
-    of_tiles = plan.rows * plan.columns * cost.of_logit
+    of_tiles = plan.rows * row_stride(plan.columns) * cost.of_logit
     return plan.rows * cost.of_row + plan.cast_columns * cost.of_column + of_tiles
 
 
@@ -96,6 +98,14 @@ def test_as_many_pairs_as_fit(tokens):
     pair = tokens * (cost.of_row + vocabulary * cost.of_logit)
     for chunk in (1, pair - 1, pair, pair + 1, 3 * pair - 1, 3 * pair):
         assert pairs_that_fit(cost, tokens, vocabulary, chunk) == chunk // pair
+
+
+@pytest.mark.parametrize("columns", [1, 64, 131])
+def test_rows_of_tiles_start_aligned(columns):
+    """Products into rows that do not are slower."""
+    tile = Scratch(Plan(5, 131, 131), heads(torch.float32), tiles=1).tile(0, 3, columns)
+    assert tile.shape == (3, columns)
+    assert tile.stride() == (-(-columns // 64) * 64, 1)
 
 
 def test_on_the_cpu_tiles_stay_in_the_cache():

@@ -16,7 +16,13 @@ tiles are slow."""
 MOST_COLUMNS_ON_CPU = 2048
 """Measured: wider tiles leave the cache, and fresh memory costs a page fault every 4 KiB."""
 COLUMN_MULTIPLE = 64
-"""Tiles start at multiples of this, so that every row of logits is aligned."""
+"""Tiles, and the rows in them, start at multiples of this: products into rows 50257 numbers apart
+take longer than into rows 50304 apart (docs/fused-head.md)."""
+
+
+def row_stride(columns: int) -> int:
+    """Numbers from one row of a tile to the next."""
+    return -(-columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
 class Plan(NamedTuple):
@@ -53,7 +59,8 @@ def plan_tiles(
 ) -> Plan:
     """Tiles of all rows and as many columns as fit; of fewer rows if those would be too few."""
     columns = min(LEAST_COLUMNS, vocabulary)
-    fitting = (chunk_bytes - columns * cost.of_column) // (cost.of_row + columns * cost.of_logit)
+    of_row = cost.of_row + row_stride(columns) * cost.of_logit
+    fitting = (chunk_bytes - columns * cost.of_column) // of_row
     rows = max(1, min(rows, fitting))
     left = chunk_bytes - rows * cost.of_row
     columns = left // (cost.of_column + rows * cost.of_logit)
@@ -68,14 +75,14 @@ def plan_whole_rows(cost: Costs, rows: int, vocabulary: int, chunk_bytes: int) -
     if cost.of_column:
         cast_columns = max(1, min(vocabulary, chunk_bytes // 8 // cost.of_column))
     left = chunk_bytes - cast_columns * cost.of_column
-    fitting = left // (cost.of_row + vocabulary * cost.of_logit)
+    fitting = left // (cost.of_row + row_stride(vocabulary) * cost.of_logit)
     return Plan(max(1, min(rows, fitting)), vocabulary, cast_columns)
 
 
 def pairs_that_fit(cost: Costs, tokens_of_pair: int, vocabulary: int, chunk_bytes: int) -> int:
     """Of how many pairs the logits fit at a time; 0 if not even of one."""
     plan = plan_whole_rows(cost, 2**62, vocabulary, chunk_bytes)
-    fits = plan.rows * (cost.of_row + vocabulary * cost.of_logit) <= chunk_bytes
+    fits = plan.rows * (cost.of_row + row_stride(vocabulary) * cost.of_logit) <= chunk_bytes
     return plan.rows // tokens_of_pair if fits else 0
 
 
@@ -86,12 +93,14 @@ class Scratch:
         like = heads[0].hidden
         dtype = heads[0].accumulation_dtype
         self.plan = plan
-        self.tiles = [like.new_empty(plan.rows * plan.columns, dtype=dtype) for _ in range(tiles)]
+        size = plan.rows * row_stride(plan.columns)
+        self.tiles = [like.new_empty(size, dtype=dtype) for _ in range(tiles)]
         width = max(head.weight.shape[1] if head.casts else 0 for head in heads)
         self.cast = Cast(like.new_empty(plan.cast_columns * width, dtype=dtype))
 
     def tile(self, number: int, rows: int, columns: int) -> Tensor:
-        return self.tiles[number][: rows * columns].view(rows, columns)
+        stride = row_stride(columns)
+        return self.tiles[number][: rows * stride].view(rows, stride)[:, :columns]
 
 
 def column_ranges(vocabulary: int, step: int) -> Iterator[range]:

@@ -72,8 +72,9 @@ def plan_tiles(
 def plan_whole_rows(cost: Costs, rows: int, vocabulary: int, chunk_bytes: int) -> Plan:
     """As many rows as fit with the whole vocabulary, at least one."""
     cast_columns = vocabulary
-    if cost.of_column:
-        cast_columns = max(1, min(vocabulary, chunk_bytes // 8 // cost.of_column))
+    if cost.of_column:  # products are cast for on the CPU; what is cast must not leave the cache
+        most = min(vocabulary, MOST_COLUMNS_ON_CPU)
+        cast_columns = max(1, min(most, chunk_bytes // 8 // cost.of_column))
     left = chunk_bytes - cast_columns * cost.of_column
     fitting = left // (cost.of_row + row_stride(vocabulary) * cost.of_logit)
     return Plan(max(1, min(rows, fitting)), vocabulary, cast_columns)

@@ -30,8 +30,8 @@ from tdpo_ext.tiles import MOST_COLUMNS_ON_CPU
 CPU_SHAPES = ((4, 128, 768, 50257),)
 CUDA_SHAPES = ((8, 1024, 4096, 128256), (8, 1024, 4096, 151936), (8, 1024, 2304, 256000))
 MEMORY_VOCABULARIES = (32000, 64000, 128256, 256000)  # at 4 x 128 tokens, H = 768
-# Milliseconds from which a step runs once, and from which not again with half of the tokens
-# ignored: PyTorch's own bfloat16 products take minutes where the processor has none.
+# Milliseconds from which a step runs once, and from which not again for its memory or with half
+# of the tokens ignored: PyTorch's own bfloat16 products take minutes where the processor has none.
 ONCE_FROM, LEFT_OUT_FROM = 5_000, 30_000
 # Units of logits, dh, dW, by way; eager and the peers are compared with the fewest, four.
 WAYS = {
@@ -148,8 +148,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
                 batch = make_batch(*shape, dtype, options.device, ignored)
                 times = measure_times(batch, clock, options.rounds, names)
                 del batch
-                memory = measure_memory(shape, dtype, clock, names) if not ignored else {}
                 names = [name for name in names if times.get(name, 0) < LEFT_OUT_FROM]
+                memory = measure_memory(shape, dtype, clock, names) if not ignored else {}
                 rows.append(
                     {
                         "shape": shape,

@@ -50,12 +50,12 @@ class QuickMass {
 };
 
 // Calls body with the masses, quick ones where they serve.
-template <class Real, class Body>
-void with_masses(const Mass<Real>& p, const Mass<Real>& q, const Body& body) {
-  if (QuickMass<Real>::serves(p) && QuickMass<Real>::serves(q)) {
-    body(QuickMass<Real>(p), QuickMass<Real>(q));
+template <class Body, class... Real>
+void with_masses(const Body& body, const Mass<Real>&... masses) {
+  if ((QuickMass<Real>::serves(masses) && ...)) {
+    body(QuickMass<Real>(masses)...);
   } else {
-    body(p, q);
+    body(masses...);
   }
 }
 

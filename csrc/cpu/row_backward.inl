@@ -159,24 +159,25 @@ void backward(const RowBackward& row) {
   if (g_k == Real(0)) {
     label_gradient = g_m * of.policy_rest;
     const Mass<Real> p = {of.policy_max, of.policy_scale * -g_m};
-    with_masses(p, p, [&](const auto& p, const auto&) { write(PolicyOnly{p}); });
+    with_masses([&](const auto& p) { write(PolicyOnly{p}); }, p);
   } else if (g_k == g_m) {
     label_gradient = g_m * of.reference_rest;
     const Mass<Real> q = {of.reference_max, of.reference_scale * -g_m};
-    with_masses(q, q, [&](const auto&, const auto& q) { write(ReferenceOnly{q}); });
+    with_masses([&](const auto& q) { write(ReferenceOnly{q}); }, q);
   } else if (!gap_has_digits || std::fabs(g_k) <= kMostOfMargin<Real> * std::fabs(g_m)) {
     const Mass<Real> p = {of.policy_max, (g_k - g_m) * of.policy_scale};
     const Mass<Real> q = {of.reference_max, g_k * of.reference_scale};
-    with_masses(p, q, [&](const auto& p, const auto& q) { write(Apart{p, q}); });
+    with_masses([&](const auto& p, const auto& q) { write(Apart{p, q}); }, p, q);
   } else {
     const Mass<Real> q = {of.reference_max, of.reference_scale};
     const Apart<Mass<Real>> apart = {{of.policy_max, (g_k - g_m) * of.policy_scale},
                                      {of.reference_max, g_k * of.reference_scale}};
     const Mixed<Real> mixed = {apart, {q, of.log_sum_gap, g_k - g_m, g_m}};
-    with_masses(q, q, [&](const auto& q, const auto&) {
+    const auto write_groups = [&](const auto& q) {
       write_divergence_gradient(gradient, policy, reference, row.vocabulary,
                                 Close{q, of.log_sum_gap, g_k - g_m, g_m}, mixed);
-    });
+    };
+    with_masses(write_groups, q);
   }
   if (row.label >= 0 && row.label < row.vocabulary) {
     const Vector<Real> own = broadcast<Real>(label_gradient);

@@ -39,6 +39,10 @@ class Costs(NamedTuple):
     of_column: int  # weights that are cast
     of_logit: int  # the tiles
 
+    def row_with(self, columns: int) -> int:
+        """Of a row, with its part of tiles so wide."""
+        return self.of_row + row_stride(columns) * self.of_logit
+
 
 def costs(heads: tuple[Head, ...], tiles: int, gathers: bool) -> Costs:
     """``tiles``: of logits' size at a time. ``gathers``: the rows are not a range."""
@@ -59,8 +63,7 @@ def plan_tiles(
 ) -> Plan:
     """Tiles of all rows and as many columns as fit; of fewer rows if those would be too few."""
     columns = min(LEAST_COLUMNS, vocabulary)
-    of_row = cost.of_row + row_stride(columns) * cost.of_logit
-    fitting = (chunk_bytes - columns * cost.of_column) // of_row
+    fitting = (chunk_bytes - columns * cost.of_column) // cost.row_with(columns)
     rows = max(1, min(rows, fitting))
     left = chunk_bytes - rows * cost.of_row
     columns = left // (cost.of_column + rows * cost.of_logit)
@@ -76,14 +79,14 @@ def plan_whole_rows(cost: Costs, rows: int, vocabulary: int, chunk_bytes: int) -
         most = min(vocabulary, MOST_COLUMNS_ON_CPU)
         cast_columns = max(1, min(most, chunk_bytes // 8 // cost.of_column))
     left = chunk_bytes - cast_columns * cost.of_column
-    fitting = left // (cost.of_row + row_stride(vocabulary) * cost.of_logit)
+    fitting = left // cost.row_with(vocabulary)
     return Plan(max(1, min(rows, fitting)), vocabulary, cast_columns)
 
 
 def pairs_that_fit(cost: Costs, tokens_of_pair: int, vocabulary: int, chunk_bytes: int) -> int:
     """Of how many pairs the logits fit at a time; 0 if not even of one."""
     plan = plan_whole_rows(cost, 2**62, vocabulary, chunk_bytes)
-    fits = plan.rows * (cost.of_row + row_stride(vocabulary) * cost.of_logit) <= chunk_bytes
+    fits = plan.rows * cost.row_with(vocabulary) <= chunk_bytes
     return plan.rows // tokens_of_pair if fits else 0
 
 

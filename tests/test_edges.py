@@ -327,7 +327,7 @@ def test_gradients_round_to_nearest_even_everywhere(compiled, dtype):
     """Two equal logits: p = 1/2 exactly, so the gradient beside the label is -g_m / 2 exactly."""
     values = every_rounding(dtype)
     if compiled == "cuda-on-cpu":  # emulated, a row takes a millisecond
-        values = values[::8]
+        values = values[::7]  # an odd step: between even neighbours and odd ones
     logits = torch.zeros(len(values), 2, dtype=dtype, requires_grad=True)
     labels = torch.zeros(len(values), dtype=torch.int64)
     stats = tdpo_ext.token_stats(logits, logits.detach().clone(), labels)

@@ -104,8 +104,7 @@ def fused_section(report: Report) -> list[str]:
         "([fused-head.md](fused-head.md)), operands cast beforehand. `eager` and Liger round "
         "bfloat16 logits to bfloat16, ours and TRL's are float32. Liger's is DPO: no KL. What "
         "takes over 5 seconds ran once, and over 30 not again for its memory or with half of the "
-        "tokens ignored. "
-        "Memory is beyond the batch, gradients included.",
+        "tokens ignored. Memory is beyond the batch, gradients included.",
         *table([*head, "against tdpo_ext", "extra memory, MiB"], fused_rows(report)),
     ]
 

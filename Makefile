@@ -1,16 +1,19 @@
-# make test | make demo | make lint | make bench | make docs: each does its own set-up, in .venv beside this file.
+# make test | test-all | demo | lint | bench | docs: each does its own set-up, in .venv beside this file.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 python := .venv/bin/python
 sources := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/*)
 
-.PHONY: test demo lint bench docs clean
+.PHONY: test test-all demo lint bench docs clean
 .DELETE_ON_ERROR:
 
 # Two test processes: most tests keep one core busy. Threads that wait for work must not spin then.
-test: .venv/installed .venv/development .venv/demo
-	OMP_WAIT_POLICY=passive $(python) -m pytest --numprocesses 2 --dist worksteal
+test test-all: .venv/installed .venv/development .venv/demo
+	OMP_WAIT_POLICY=passive $(python) -m pytest --numprocesses 2 --dist worksteal $(chosen)
+
+# What is slow and rarely fails alone (four processes, most compiled graphs, ...) is left to make test-all.
+test: chosen := -m "not slow"
 
 demo: .venv/installed .venv/demo
 	$(python) examples/sentiment

@@ -17,7 +17,7 @@ import pytest
 from recording import record
 
 HERE = Path(__file__).parent
-PROCESSES = (2, 4)
+PROCESSES = (2, pytest.param(4, marks=pytest.mark.slow))
 SECONDS = 300
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,28 +21,44 @@ ON_TWO = ("fsdp2", "vocabulary_parallel", "sequence_parallel")
 NEEDS = ("transformers", "datasets", "trl", "peft")
 MISSING = [name for name in NEEDS if importlib.util.find_spec(name) is None]
 
+# Two processes each: what they show is in test_distributed.py too.
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ON_TWO]
+
 needs_trainers = pytest.mark.skipif(bool(MISSING), reason=f"the examples need {MISSING}")
 losses: dict[str, list[float]] = {}
 
 
 def run(name: str) -> list[float]:
     if name not in losses:
-        two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        launcher = two if name in ON_TWO else []
-        done = subprocess.run(
-            [sys.executable, *launcher, str(EXAMPLES / f"{name}.py")],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        losses[name] = [float(x) for x in re.findall(r"step \d+: loss ([\d.]+)", done.stdout)]
+        printed = printed_by_two(name) if name in ON_TWO else printed_here(name)
+        losses[name] = [float(x) for x in re.findall(r"step \d+: loss ([\d.]+)", printed)]
     return losses[name]
 
 
+def printed_here(name: str) -> str:
+    """In this process, which has imported the trainers already."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.syspath_prepend(str(EXAMPLES))
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    return printed.getvalue()
+
+
+def printed_by_two(name: str) -> str:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(EXAMPLES / f"{name}.py")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @needs_trainers
-@pytest.mark.parametrize("name", ON_ONE_PROCESS + ON_TWO)
+@pytest.mark.parametrize("name", [*ON_ONE_PROCESS, *SLOW])
 def test_an_example_learns(name: str) -> None:
     of_steps = run(name)
     assert of_steps[0] == pytest.approx(0.6931, abs=1e-4)  # policy and reference are the same
@@ -47,7 +66,7 @@ def test_an_example_learns(name: str) -> None:
 
 
 @needs_trainers
-@pytest.mark.parametrize("name", ["cached_reference", "vocabulary_parallel", "sequence_parallel"])
+@pytest.mark.parametrize("name", ["cached_reference", *SLOW[1:]])
 def test_examples_that_do_the_same_give_the_same(name: str) -> None:
     # The cache is in bfloat16.
     tolerance = 3e-3 if name == "cached_reference" else 2e-4

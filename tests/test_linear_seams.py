@@ -305,12 +305,23 @@ def test_opcheck(on_host, dtype):
     )
 
 
-@pytest.mark.parametrize("backend_of_compile", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("way", ["recompute", "direction", "whole pairs"])
+WAYS = ["recompute", "direction", "whole pairs"]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("variant", "alpha"), METHODS)
-def test_compiled_in_one_graph(variant, alpha, way, backend_of_compile):
-    if backend_of_compile == "inductor" and variant == "tdpo1":
-        pytest.skip("the same graph but for constants")
+def test_traced_in_one_graph(variant, alpha, way):
+    check_compiled(variant, alpha, way, "aot_eager")
+
+
+@pytest.mark.parametrize(
+    "way", ["recompute", *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS[1:])]
+)
+def test_compiled_by_inductor(way):
+    check_compiled("tdpo2", 0.5, way, "inductor")
+
+
+def check_compiled(variant, alpha, way, backend_of_compile):
     torch.compiler.reset()
     module = tdpo_ext.LinearTDPOLoss(
         variant=variant, alpha=alpha, chunk_bytes=10_000 if way == "recompute" else None

@@ -33,11 +33,13 @@ class Config:
 
 
 QUICK = {
-    "sft_sentences": 4096,
-    "sft_epochs": 2,
-    "pair_prompts": 256,
+    "width": 64,
+    "layers": 2,
+    "sft_sentences": 2048,
+    "sft_epochs": 1,
+    "pair_prompts": 128,
     "learning_rates": (5e-4,),
-    "steps": 20,
+    "steps": 8,
     "evaluations": 2,
-    "evaluation_prompts": 128,
+    "evaluation_prompts": 64,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,15 @@ class PairMetrics:
         return {name: value / pairs for name, value in zip(self.names, means, strict=True)}
 
 
+class RouterLoss(NamedTuple):
+    """The auxiliary loss of a mixture of experts' router."""
+
+    value: Tensor
+    """As the model returns it, and as it is logged."""
+    coefficient: float
+    """The loss gets coefficient times value."""
+
+
 class TDPOSteps:
     """To be inherited from before a Trainer; ``tdpo_output`` is what differs.
 
@@ -51,7 +60,7 @@ class TDPOSteps:
 
     def tdpo_output(
         self, model: nn.Module, inputs: dict[str, Any]
-    ) -> tuple[TDPOOutput, Tensor | None]:
+    ) -> tuple[TDPOOutput, RouterLoss | None]:
         """Of one batch, and the loss of a mixture of experts' router, if it has one."""
         raise NotImplementedError
 
@@ -81,11 +90,11 @@ class TDPOSteps:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        output, aux_loss = self.tdpo_output(model, dict(inputs))
+        output, router = self.tdpo_output(model, dict(inputs))
         pairs, metrics, loss = pairs_of(inputs), output.metrics_of_pairs(), output.loss
-        if aux_loss is not None:
-            metrics["aux_loss"] = aux_loss.detach().expand(pairs)
-            loss = loss + aux_loss
+        if router is not None:
+            metrics["aux_loss"] = router.value.detach().expand(pairs)
+            loss = loss + router.coefficient * router.value
         values = torch.stack([*metrics.values()], dim=-1)
         if model.training:
             self.training_metrics.add([*metrics], values)

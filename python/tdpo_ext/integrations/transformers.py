@@ -29,6 +29,7 @@ from tdpo_ext.integrations.hidden import (
 )
 from tdpo_ext.integrations.steps import (
     ReferenceAdapter,
+    RouterLoss,
     TDPOSteps,
     text_config,
     unwrapped,
@@ -193,7 +194,7 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
 
     def tdpo_output(
         self, model: nn.Module, inputs: dict[str, Any]
-    ) -> tuple[TDPOOutput, Tensor | None]:
+    ) -> tuple[TDPOOutput, RouterLoss | None]:
         labels = inputs.pop("labels")
         cached = inputs.pop("reference_hidden", None)
         inner = language_model(unwrapped(model))
@@ -205,7 +206,8 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         output = model(**inputs, tdpo=TDPOTargets(reference, **targets))
         if output.aux_loss is None:
             return output.tdpo, None
-        return output.tdpo, text_config(model).router_aux_loss_coef * output.aux_loss
+        coefficient = text_config(model).router_aux_loss_coef
+        return output.tdpo, RouterLoss(output.aux_loss, coefficient)
 
     @torch.no_grad()
     def _reference_inputs(

@@ -287,6 +287,10 @@ class Only(NamedTuple):
     allowed: tuple[Any, ...]
     why: str
 
+    def shown(self) -> str:
+        """What is allowed, as the documentation has it."""
+        return ", ".join(f"`{value!r}`" for value in self.allowed)
+
 
 _OTHER_LOSS = "it belongs to another loss than TDPO"
 

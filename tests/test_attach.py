@@ -6,12 +6,14 @@ import copy
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
 import transformers
 from recording import record
 from tiny_models import CONFIGS, tiny_batch, tiny_model
+from torch.distributed.utils import _apply_to_tensors
 
 from tdpo_ext import LinearTDPOLoss, pair_loss, reference
 from tdpo_ext.integrations.attach import HEAD_INPUTS, TDPOTargets, attach_tdpo, detach_tdpo
@@ -324,21 +326,21 @@ def test_the_reference_has_options_of_its_own(half: str) -> None:
     vocabulary = policy.weight.shape[0]
     bias, options = torch.randn(vocabulary), LogitOptions(0.7, 3.0)
     given = HeadInputs(given.hidden, torch.randn_like(given.weight), bias, options)
-    given = given._replace(**{half: getattr(given, half).bfloat16()})
+    given = given.replace(**{half: getattr(given, half).bfloat16()})
     got = model(**batch["inputs"], tdpo=TDPOTargets(given, batch["labels"])).loss
     wanted = reference.linear_tdpo_loss(
         policy.hidden,
         policy.weight,
-        given.hidden.float(),
+        given.hidden.to(given.weight.dtype).float(),  # what is small takes the weight's type
         given.weight.float(),
         batch["labels"],
-        reference_bias=bias,
+        reference_bias=bias.to(given.weight.dtype).float(),
         logit_softcap=0.5,
         reference_logit_scale=0.7,
         reference_logit_softcap=3.0,
     )
     torch.testing.assert_close(got.detach(), wanted.loss, rtol=1e-5, atol=1e-6)
-    given = given._replace(logit_options=LogitOptions())
+    given = given.replace(logit_options=LogitOptions())
     with pytest.raises(ValueError, match="the reference does not"):
         model(**batch["inputs"], tdpo=TDPOTargets(given, batch["labels"]))
 
@@ -443,3 +445,43 @@ def test_loss_options_are_the_attached_ones() -> None:
     loss, _ = truth(model, reference_model, batch, **options)
     got = model(**batch["inputs"], tdpo=targets(model, reference_model, batch)).loss
     torch.testing.assert_close(got, loss.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_a_prepared_reference_hands_over_its_head_as_it_is(dtype: torch.dtype) -> None:
+    """Accelerate converts a model's outputs to float32; a head is no output."""
+    model = attach_tdpo(tiny_model().to(dtype))
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    with torch.no_grad():
+        given = prepared(**tiny_batch(model)["inputs"], tdpo=HEAD_INPUTS)
+    assert given.weight is model.lm_head.weight
+    assert given.autocast == torch.bfloat16
+
+
+def test_what_looks_for_tensors_finds_none_in_head_inputs() -> None:
+    """FSDP2's mixed precision and accelerate cast and copy those that they find."""
+    given = HeadInputs(torch.randn(2, 3), torch.randn(5, 3), torch.randn(5), LogitOptions())
+    targets = TDPOTargets(given, torch.zeros(2, 3, dtype=torch.int64))
+    assert _apply_to_tensors(torch.Tensor.half, {"tdpo": targets})["tdpo"].reference is given
+    assert accelerate.utils.convert_to_fp32({"tdpo": given})["tdpo"] is given
+    moved = accelerate.utils.send_to_device({"tdpo": targets}, "cpu")["tdpo"].reference
+    assert moved.weight is given.weight
+
+
+@pytest.mark.parametrize("of_reference", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_policy", [torch.float32, torch.bfloat16, torch.float64])
+def test_each_head_is_read_in_its_own_type(
+    of_policy: torch.dtype, of_reference: torch.dtype
+) -> None:
+    """A float32 reference of a bfloat16 policy is not rounded to bfloat16."""
+    model = attach_tdpo(tiny_model().to(of_policy))
+    reference_model = attach_tdpo(tiny_model(seed=1).to(of_reference))
+    batch = tiny_batch(model)
+    asked = targets(model, reference_model, batch)
+    with torch.no_grad():
+        own = model(**batch["inputs"], tdpo=HEAD_INPUTS).to(torch.float64)
+        got = model(**batch["inputs"], tdpo=asked).loss
+        given = asked.reference.to(torch.float64)
+        wanted = reference.tdpo_loss(own.logits(), given.logits(), batch["labels"]).loss
+    assert got.item() == pytest.approx(wanted.item(), rel=1e-6)

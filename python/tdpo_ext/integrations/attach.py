@@ -69,6 +69,7 @@ class Attachment:
 
     def __init__(self, model: nn.Module, head: nn.Module, loss: LinearTDPOLoss | None) -> None:
         self.loss = loss
+        self.model_name = type(model).__name__
         self.logit_options = LogitOptions.of(model.config)
         self.parameter = weakref.ref(parameter_of(head))
         self.takes_use_cache = "use_cache" in inspect.signature(type(model).forward).parameters
@@ -86,12 +87,19 @@ class Attachment:
                 "the head's weight is a DTensor inside forward (tensor parallel): attach_tdpo "
                 "needs all of it; leave the head out of the tensor-parallel plan"
             )
-        own = HeadInputs(hidden, weight, bias, self.logit_options)
+        own = HeadInputs(
+            hidden,
+            weight,
+            bias,
+            self.logit_options,
+            autocast=_autocast_dtype(hidden.device.type),
+            model=self.model_name,
+        )
         if not isinstance(request, TDPOTargets):
             self.result = self.kept(own, head)
             return hidden[..., :1]
         if request.cu_seqlens is not None:
-            own = own._replace(hidden=hidden.squeeze(0))
+            own = own.replace(hidden=hidden.squeeze(0))
         if self.loss is None:
             stats = self.result = self.stats(own, request)
             self.numbers = torch.stack(stats, dim=-1)
@@ -129,12 +137,12 @@ class Attachment:
         if not sharded:
             return own
         bias = None if own.bias is None else own.bias.clone()
-        return own._replace(weight=own.weight.clone(), bias=bias)
+        return own.replace(weight=own.weight.clone(), bias=bias)
 
     def stats(self, own: HeadInputs, request: TDPOTargets) -> TokenStats:
         if request.shift_labels is None:
             raise ValueError("statistics need shift_labels, aligned with the hidden states")
-        reference = _as_constant(request.reference, own.hidden.dtype)
+        reference = _as_constant(request.reference, own)
         return linear_token_stats(
             own.hidden,
             own.weight,
@@ -145,9 +153,9 @@ class Attachment:
         )
 
     def output(self, loss: LinearTDPOLoss, own: HeadInputs, request: TDPOTargets) -> TDPOOutput:
-        reference = _as_constant(request.reference, own.hidden.dtype)
+        reference = _as_constant(request.reference, own)
         if request.cu_seqlens is not None:
-            reference = reference._replace(hidden=reference.hidden.squeeze(0))
+            reference = reference.replace(hidden=reference.hidden.squeeze(0))
         options = {**loss.options(), **_logit_arguments(own, reference)}
         return linear_tdpo_loss(
             own.hidden,
@@ -161,10 +169,21 @@ class Attachment:
         )
 
 
-def _as_constant(reference: HeadInputs, dtype: torch.dtype) -> HeadInputs:
-    if reference.hidden.dtype != dtype or reference.weight.dtype != dtype:
-        reference = reference.to(dtype)
-    return reference.detached()
+def _as_constant(reference: HeadInputs, own: HeadInputs) -> HeadInputs:
+    """Detached. The head stays as it is; what is small gets the type of the head's weight."""
+    reference = reference.detached()
+    if own.hidden.dtype == torch.float64:
+        return reference.to(torch.float64)  # loses nothing, and float64 goes with float64 alone
+    dtype = reference.weight.dtype
+    bias = None if reference.bias is None else reference.bias.to(dtype)
+    return reference.replace(hidden=reference.hidden.to(dtype), bias=bias)
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """Of the autocast in force; None without one."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _logit_arguments(own: HeadInputs, reference: HeadInputs) -> dict[str, Any]:

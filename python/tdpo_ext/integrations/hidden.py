@@ -10,8 +10,8 @@ The logits of such models are, with h what the head takes, W and b its weight an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -39,34 +39,74 @@ class LogitOptions(NamedTuple):
             scale *= float(scaling) if text.model_type == "hyperclovax" else 1 / float(scaling)
         return cls(scale, getattr(text, "final_logit_softcapping", None) or None)
 
+    def applied(self, logits: Tensor) -> Tensor:
+        """To the results of the head."""
+        logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-class HeadInputs(NamedTuple):
-    """All that a model's logits are made of."""
 
-    hidden: Tensor
-    """[..., H]"""
-    weight: Tensor
-    """[V, H]"""
-    bias: Tensor | None
-    """[V]"""
-    logit_options: LogitOptions
+class HeadInputs:
+    """All that a model's logits are made of.
+
+    A plain class, no tuple and no dataclass: what casts, copies or moves the tensors it finds in a
+    model's outputs (accelerate, FSDP2's mixed precision, DDP) looks into those, and would make a
+    copy of the whole head at every step.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        logit_options: LogitOptions,
+        *,
+        autocast: torch.dtype | None = None,
+        model: str = "",
+    ) -> None:
+        self.hidden = hidden
+        """[..., H]"""
+        self.weight = weight
+        """[V, H], the head's own memory where that is not sharded"""
+        self.bias = bias
+        """[V]"""
+        self.logit_options = logit_options
+        self.autocast = autocast
+        """The dtype of the autocast that the model ran under; None: it ran under none."""
+        self.model = model
+        """The class of the model that has made this; empty: none has, as with a cache."""
+
+    def replace(self, **changes: Any) -> HeadInputs:
+        return HeadInputs(**{**vars(self), **changes})
 
     def logits(self) -> Tensor:
-        """[..., V], in the type of the hidden states."""
-        logits = nn.functional.linear(self.hidden, self.weight, self.bias)
-        scale, softcap = self.logit_options
-        logits = logits * scale
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        """[..., V], as the model itself makes them, under the autocast it ran under."""
+        device = self.hidden.device.type
+        with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
+            logits = nn.functional.linear(self.hidden, self.weight, self.bias)
+        return self.logit_options.applied(logits)
 
     def detached(self) -> HeadInputs:
-        hidden, weight, bias, options = self
-        bias = None if bias is None else bias.detach()
-        return HeadInputs(hidden.detach(), weight.detach(), bias, options)
+        return self._each(lambda tensor: tensor.detach())
 
-    def to(self, dtype: torch.dtype) -> HeadInputs:
-        hidden, weight, bias, options = self
-        bias = None if bias is None else bias.to(dtype)
-        return HeadInputs(hidden.to(dtype), weight.to(dtype), bias, options)
+    def to(self, *args: Any, **kwargs: Any) -> HeadInputs:
+        """All tensors with ``Tensor.to``: what is there already is not copied."""
+        return self._each(lambda tensor: tensor.to(*args, **kwargs))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> HeadInputs:
+        return self.replace(
+            hidden=function(self.hidden),
+            weight=function(self.weight),
+            bias=None if self.bias is None else function(self.bias),
+        )
+
+    def __repr__(self) -> str:
+        described = {
+            name: f"{str(value.dtype).removeprefix('torch.')}{[*value.shape]}"
+            if isinstance(value, Tensor)
+            else repr(value)
+            for name, value in vars(self).items()
+        }
+        return f"HeadInputs({', '.join(f'{name}={what}' for name, what in described.items())})"
 
 
 def language_model(model: Any) -> Any:

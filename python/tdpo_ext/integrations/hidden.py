@@ -1,11 +1,10 @@
-"""What a Hugging Face language model gives its head, and what it does to the head's results.
+"""What a Hugging Face language model gives its head, and the head itself.
 
 The logits of such models are, with h what the head takes, W and b its weight and bias,
 
     softcap tanh(scale (h W^T + b) / softcap)          without softcap: scale (h W^T + b)
 
-``LogitOptions.of`` reads scale and softcap from the config; no config says everything, so
-``check_rebuilt_logits`` compares four tokens' logits with the model's own.
+``probe.logit_options_of`` finds a model's scale and softcap.
 """
 
 from __future__ import annotations
@@ -23,21 +22,6 @@ class LogitOptions(NamedTuple):
 
     scale: float = 1.0
     softcap: float | None = None
-
-    @classmethod
-    def of(cls, config: Any) -> LogitOptions:
-        """From the fields in which Hugging Face configs say it."""
-        text = (
-            config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-        )
-        scale = 1.0
-        for field in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
-            value = getattr(text, field, None)  # Cohere; Falcon-H1; Muse. None in MPT: no scale
-            scale *= 1.0 if value is None else float(value)
-        scaling = getattr(text, "logits_scaling", None)
-        if scaling is not None:  # Granite and MiniCPM3 divide by it
-            scale *= float(scaling) if text.model_type == "hyperclovax" else 1 / float(scaling)
-        return cls(scale, getattr(text, "final_logit_softcapping", None) or None)
 
     def applied(self, logits: Tensor) -> Tensor:
         """To the results of the head."""
@@ -122,7 +106,7 @@ def language_model(model: Any) -> Any:
 
 
 def head_of(model: nn.Module) -> nn.Module:
-    """The module that turns hidden states into logits."""
+    """The module that turns hidden states into logits: inside what only wraps it, as a cast."""
     head = language_model(model).get_output_embeddings()
     if head is None:
         raise ValueError(
@@ -130,12 +114,39 @@ def head_of(model: nn.Module) -> nn.Module:
             "hidden states and weight of its head"
         )
     assert isinstance(head, nn.Module)
-    return head
+    inner = head
+    while not hasattr(inner, "weight"):
+        children = [*inner.children()]
+        if len(children) != 1 or [*inner.parameters(recurse=False)]:
+            raise ValueError(
+                f"the head of {type(model).__name__} is a {type(head).__name__} with "
+                f"{_listed(children)}, not one linear module; put the plain nn.Linear back (what "
+                "only casts the logits is not needed), or use the logits (tdpo_ext.TDPOLoss)"
+            )
+        inner = children[0]
+    return inner
+
+
+def _listed(modules: list[nn.Module]) -> str:
+    names = ", ".join(type(module).__name__ for module in modules)
+    return f"{len(modules)} modules inside ({names})" if names else "no module inside"
 
 
 def parameter_of(head: Any) -> Any:
     """The weight that the head owns, whatever adapters add to it."""
     return getattr(head, "base_layer", head).weight
+
+
+def missing_values(head: nn.Module) -> str:
+    """Where the values of the head's weight are, if not in it; else empty."""
+    parameter = parameter_of(head)
+    if hasattr(parameter, "ds_id") and parameter.numel() == 0:
+        return "partitioned (ZeRO-3)"
+    if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+        return "sharded (a DTensor)"
+    if getattr(parameter, "is_meta", False):
+        return "offloaded" if hasattr(head, "_hf_hook") else "on the meta device"
+    return ""
 
 
 def weight_and_bias(head: Any) -> tuple[Tensor, Tensor | None]:
@@ -178,9 +189,6 @@ def _refusal(head: nn.Module, why: str) -> str:
     )
 
 
-# --- the probe ------------------------------------------------------------------------------------
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, and afterwards each as it was."""
@@ -191,41 +199,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was in training.items():
             module.training = was
-
-
-def probe_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Two sequences of two tokens."""
-    inner = language_model(model)
-    device = next(inner.get_input_embeddings().parameters()).device
-    vocabulary = inner.config.get_text_config(decoder=True).vocab_size
-    ids = torch.arange(1, 5, device=device).remainder(vocabulary).view(2, 2)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if inner.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    return inputs
-
-
-def check_rebuilt_logits(model: nn.Module, logits: Tensor, rebuilt: Tensor) -> None:
-    """Raise ValueError unless both are the same up to rounding of the model's type."""
-    name = type(language_model(model)).__name__
-    if logits.shape != rebuilt.shape:
-        raise ValueError(
-            f"the logits of {name} have shape {tuple(logits.shape)}, those rebuilt from what its "
-            f"head takes {tuple(rebuilt.shape)}; {_INSTEAD}"
-        )
-    size = logits.float().abs().amax().clamp(min=1e-6)
-    error = ((logits - rebuilt).float().abs().amax() / size).item()
-    # The same products and roundings, but for a scale that one divides by and the other multiplies
-    # with; and in float32 for their order.
-    if not error <= max(2 * torch.finfo(rebuilt.dtype).eps, 1e-5):
-        raise ValueError(
-            f"the logits of {name}, rebuilt from what its head takes, differ from its own by "
-            f"{error:.2g} of the largest: it does something to them that no known field of its "
-            f"config says; {_INSTEAD}"
-        )
-
-
-_INSTEAD = (
-    "call tdpo_ext.linear_tdpo_loss with your own hidden states, scale and softcap, or use the "
-    "logits (tdpo_ext.TDPOLoss)"
-)

@@ -27,6 +27,7 @@ from tdpo_ext.integrations.hidden import (
     language_model,
     weight_and_bias,
 )
+from tdpo_ext.integrations.probe import logit_options_of
 from tdpo_ext.integrations.steps import (
     ReferenceAdapter,
     RouterLoss,
@@ -116,8 +117,7 @@ class CachedReference(NamedTuple):
         """With a copy of the model's head as it is now."""
         weight, bias = weight_and_bias(head_of(model))
         copied = None if bias is None else bias.detach().clone()
-        options = LogitOptions.of(language_model(model).config)
-        return cls(weight.detach().clone(), copied, options)
+        return cls(weight.detach().clone(), copied, logit_options_of(model))
 
     def to(self, device: torch.device) -> CachedReference:
         bias = None if self.bias is None else self.bias.to(device)

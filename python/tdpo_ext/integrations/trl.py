@@ -130,8 +130,6 @@ Jun Wang},
         self.begin()
         _check_vocabularies(self.model, self.ref_model)
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
-        self.training_tokens = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
-        """What this process's models have seen, padding left out."""
         self.evaluation_logits: Tensor | None = None
         self.last_evaluation: dict[str, float] = {}
         # TRL leaves attention's dropout on, which is a number and no module.
@@ -148,12 +146,10 @@ Jun Wang},
     ) -> tuple[TDPOOutput, RouterLoss | None]:
         completion = inputs.pop("completion_mask")
         labels = inputs["input_ids"].masked_fill(completion == 0, -100)
-        if model.training:
-            self.training_tokens += inputs["attention_mask"].sum()
         inputs["use_cache"] = False
         coefficient = self._router_coefficient(model)
         router = {"output_router_logits": True} if coefficient else {}
-        with torch.no_grad():
+        with self.reference_precision():
             reference = self._of_reference(model, inputs)
         if self.args.tdpo_fused_head:
             outputs = model(**inputs, **router, tdpo=TDPOTargets(reference, labels))
@@ -233,26 +229,19 @@ Jun Wang},
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         metrics = output.metrics
-        metrics[f"{metric_key_prefix}_num_tokens"] = self._all_training_tokens()
+        metrics[f"{metric_key_prefix}_num_tokens"] = self._tokens_until_now()
         self.last_evaluation = {
             f"eval_{name}": metrics[f"{metric_key_prefix}_{name}"]
             for name in (*self.evaluation_metrics.names, "num_tokens")
+            if name != "loss"
         }
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            logs["num_tokens"] = self._all_training_tokens()
-        elif "train_runtime" not in logs:
+        if "loss" not in logs and "train_runtime" not in logs:
             logs.update(self.last_evaluation)
             self.last_evaluation = {}
         super().log(logs, *args, **kwargs)
-
-    def _all_training_tokens(self) -> int:
-        """Of all processes; those of one tensor-parallel group have the same."""
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        copies = 1 if parallelism is None else parallelism.tp_size
-        return int(self.accelerator.gather(self.training_tokens[None]).sum()) // copies
 
 
 class _GatheredPairs:

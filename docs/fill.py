@@ -3,7 +3,7 @@
     python docs/fill.py
 
 The errors come from the tests: pytest tests/test_attach.py tests/test_trainers.py
-tests/test_distributed.py --record benchmarks/results/trainers.json
+tests/test_distributed.py tests/test_dpo_side_by_side.py --record benchmarks/results/trainers.json
 """
 
 from __future__ import annotations

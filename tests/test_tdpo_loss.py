@@ -182,12 +182,8 @@ def test_only_the_loss_carries_a_gradient_and_metrics_are_named_as_trl_names_the
     assert all(value.shape == () and not value.requires_grad for value in metrics.values())
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
         {
-            "rewards/chosen": float(output.chosen_rewards.mean()),
-            "rewards/rejected": float(output.rejected_rewards.mean()),
-            "rewards/accuracies": float(
-                (output.chosen_rewards > output.rejected_rewards).float().mean()
-            ),
-            "rewards/margins": float((output.chosen_rewards - output.rejected_rewards).mean()),
+            **rewards("rewards", output.chosen_dpo_rewards, output.rejected_dpo_rewards),
+            **rewards("tdpo_rewards", output.chosen_rewards, output.rejected_rewards),
             "logps/chosen": float(output.chosen_logps.mean()),
             "logps/rejected": float(output.rejected_logps.mean()),
             "kl/chosen": float(output.chosen_kl.mean()),
@@ -195,3 +191,12 @@ def test_only_the_loss_carries_a_gradient_and_metrics_are_named_as_trl_names_the
             "kl/margin": float((output.chosen_kl - output.rejected_kl).mean()),
         }
     )
+
+
+def rewards(prefix, chosen, rejected):
+    return {
+        f"{prefix}/chosen": float(chosen.mean()),
+        f"{prefix}/rejected": float(rejected.mean()),
+        f"{prefix}/accuracies": float((chosen > rejected).float().mean()),
+        f"{prefix}/margins": float((chosen - rejected).mean()),
+    }

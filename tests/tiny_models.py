@@ -52,6 +52,22 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere-scale": ("CohereConfig", {**_GROUPED, "logit_scale": 0.25}),
     "cohere2-scale": ("Cohere2Config", {**_HEADS_OF_8, "logit_scale": 0.5}),
     "granite-scaling": ("GraniteConfig", {**_GROUPED, "logits_scaling": 4.0}),
+    "hyperclovax-multiplies": (
+        "HyperCLOVAXConfig",
+        {**_GROUPED, "logits_scaling": 4.0},
+    ),
+    "minicpm3-before-the-head": (
+        "MiniCPM3Config",
+        {
+            **_WIDTH,
+            "dim_model_base": 4,  # it divides by hidden_size / dim_model_base
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+    ),
     "phi-bias": ("PhiConfig", _WIDTH),
     "phi3": ("Phi3Config", _GROUPED),
     "gpt2-tied": ("GPT2Config", _GPT2),

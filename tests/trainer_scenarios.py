@@ -16,15 +16,19 @@ from test_attach import lora
 from tiny_models import tiny_model
 from torch import Tensor
 from trainer_checks import (
+    ARGUMENTS,
     Recorder,
+    as_text,
     check_against_float64,
     examples,
+    tokenizer,
     transformers_trainer,
     trl_trainer,
 )
 
 from tdpo_ext import reference
 from tdpo_ext.integrations import transformers as of_transformers
+from tdpo_ext.integrations import trl as of_trl
 
 
 def trained(
@@ -117,5 +121,58 @@ def evaluation_counts_every_pair_once() -> dict[str, float]:
     errors = [
         abs(metrics[f"eval_{name}"] - value.item()) / max(1, abs(value.item()))
         for name, value in expected.items()
+    ]
+    return {"loss": max(errors), "gradient": 0.0}
+
+
+@scenario
+def trl_counts_tokens_and_gathers_logits_of_all() -> dict[str, float]:
+    """Five pairs on two processes; the sixth is a repeated one, and is no pair of the set."""
+    seen: list[Any] = []
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        seen.append(prediction)
+        return {}
+
+    rows = examples(5, seed=1)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        made = of_trl.TDPOTrainer(
+            tiny_model(),
+            tiny_model(seed=1),
+            of_trl.TDPOConfig(
+                folder,
+                tdpo_fused_head=False,
+                max_steps=2,
+                per_device_train_batch_size=1,
+                per_device_eval_batch_size=1,
+                **{**ARGUMENTS, "learning_rate": 0.0},
+            ),
+            train_dataset=as_text(examples()),
+            eval_dataset=as_text(rows),
+            processing_class=tokenizer(),
+            compute_metrics=compute_metrics,
+        )
+        recorder = Recorder()
+        recorder.watch(made)
+        made.train()
+        metrics = made.evaluate()
+    own = sum(int(batch["attention_mask"].sum()) for step in recorder.batches for batch in step)
+    counts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, own)
+    assert metrics["eval_num_tokens"] == recorder.logs[1]["num_tokens"] == sum(counts)
+
+    batch = of_transformers.PreferenceCollator(0)(rows)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        wanted = tiny_model()(**inputs).logits
+    (prediction,) = seen
+    # A row of each process in a step: two pairs at once, the last by itself.
+    order = [0, 1, 5, 6, 2, 3, 7, 8, 4, 9]
+    found = torch.from_numpy(prediction.predictions)
+    assert len(found) == len(order)
+    errors = [
+        (found[place, :length] - wanted[row, :length]).abs().max().item()
+        for place, row in enumerate(order)
+        if (length := int(batch["attention_mask"][row].sum()))
     ]
     return {"loss": max(errors), "gradient": 0.0}

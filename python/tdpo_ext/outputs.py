@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils import _pytree
 
 
 class TokenStats(NamedTuple):
@@ -53,25 +54,45 @@ class TDPOOutput(NamedTuple):
     rejected_kl: Tensor
     """SeqKL(x, y_l; pi_ref || pi) along the rejected response."""
 
-    def metrics(self) -> dict[str, Tensor]:
-        """Means over the batch as 0-d tensors on the loss's device, under the names TRL logs.
+    chosen_dpo_rewards: Tensor
+    """beta * margin of the chosen response: DPO's reward, which has no KL."""
 
-        Nothing is copied to the host: call ``.item()`` when you log, not before.
+    rejected_dpo_rewards: Tensor
+    """beta * margin of the rejected response."""
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Means over the batch as 0-d tensors on the loss's device.
+
+        ``rewards/*`` and ``logps/*`` are what TRL logs under these names, so that curves of DPO and
+        of TDPO can be compared. ``tdpo_rewards/*`` are the rewards of the paper's code, which
+        contain the KL. Nothing is copied to the host: call ``.item()`` when you log, not before.
         """
         return {name: values.mean() for name, values in self.metrics_of_pairs().items()}
 
     def metrics_of_pairs(self) -> dict[str, Tensor]:
         """The same of each pair, ``[B]``. ``kl/margin`` is chosen minus rejected, as in the paper's
         code."""
-        accuracies = self.chosen_rewards > self.rejected_rewards
         return {
-            "rewards/chosen": self.chosen_rewards,
-            "rewards/rejected": self.rejected_rewards,
-            "rewards/accuracies": accuracies.to(self.losses.dtype),
-            "rewards/margins": self.chosen_rewards - self.rejected_rewards,
+            **self._rewards("rewards", self.chosen_dpo_rewards, self.rejected_dpo_rewards),
+            **self._rewards("tdpo_rewards", self.chosen_rewards, self.rejected_rewards),
             "logps/chosen": self.chosen_logps,
             "logps/rejected": self.rejected_logps,
             "kl/chosen": self.chosen_kl,
             "kl/rejected": self.rejected_kl,
             "kl/margin": self.chosen_kl - self.rejected_kl,
         }
+
+    def _rewards(self, prefix: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+        return {
+            f"{prefix}/chosen": chosen,
+            f"{prefix}/rejected": rejected,
+            f"{prefix}/accuracies": (chosen > rejected).to(self.losses.dtype),
+            f"{prefix}/margins": chosen - rejected,
+        }
+
+
+# torch.export saves a module that returns a named tuple only if it knows the tuple by a name.
+_register = getattr(_pytree, "_register_namedtuple", None)  # not public; absent, only saving fails
+if _register is not None:
+    for _class in (TokenStats, TDPOOutput):
+        _register(_class, serialized_type_name=f"tdpo_ext.{_class.__name__}")

@@ -494,6 +494,7 @@ def loss_from_stats(
         label_smoothing=label_smoothing,
     )
     chosen_rewards, rejected_rewards = (beta * (margin + seq_kl)).detach().chunk(2)
+    chosen_dpo_rewards, rejected_dpo_rewards = (beta * margin).detach().chunk(2)
     chosen_logps, rejected_logps = logps.detach().chunk(2)
     chosen_kl, rejected_kl = seq_kl.detach().chunk(2)
     return TDPOOutput(
@@ -505,6 +506,8 @@ def loss_from_stats(
         rejected_logps=rejected_logps,
         chosen_kl=chosen_kl,
         rejected_kl=rejected_kl,
+        chosen_dpo_rewards=chosen_dpo_rewards,
+        rejected_dpo_rewards=rejected_dpo_rewards,
     )
 
 

@@ -1,17 +1,16 @@
-"""What a Hugging Face language model gives its head, and what it does to the head's results.
+"""What a Hugging Face language model gives its head, and the head itself.
 
 The logits of such models are, with h what the head takes, W and b its weight and bias,
 
     softcap tanh(scale (h W^T + b) / softcap)          without softcap: scale (h W^T + b)
 
-``LogitOptions.of`` reads scale and softcap from the config; no config says everything, so
-``check_rebuilt_logits`` compares four tokens' logits with the model's own.
+``probe.logit_options_of`` finds a model's scale and softcap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,49 +23,74 @@ class LogitOptions(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
-    @classmethod
-    def of(cls, config: Any) -> LogitOptions:
-        """From the fields in which Hugging Face configs say it."""
-        text = (
-            config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-        )
-        scale = 1.0
-        for field in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
-            value = getattr(text, field, None)  # Cohere; Falcon-H1; Muse. None in MPT: no scale
-            scale *= 1.0 if value is None else float(value)
-        scaling = getattr(text, "logits_scaling", None)
-        if scaling is not None:  # Granite and MiniCPM3 divide by it
-            scale *= float(scaling) if text.model_type == "hyperclovax" else 1 / float(scaling)
-        return cls(scale, getattr(text, "final_logit_softcapping", None) or None)
+    def applied(self, logits: Tensor) -> Tensor:
+        """To the results of the head."""
+        logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-class HeadInputs(NamedTuple):
-    """All that a model's logits are made of."""
+class HeadInputs:
+    """All that a model's logits are made of.
 
-    hidden: Tensor
-    """[..., H]"""
-    weight: Tensor
-    """[V, H]"""
-    bias: Tensor | None
-    """[V]"""
-    logit_options: LogitOptions
+    A plain class, no tuple and no dataclass: what casts, copies or moves the tensors it finds in a
+    model's outputs (accelerate, FSDP2's mixed precision, DDP) looks into those, and would make a
+    copy of the whole head at every step.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        logit_options: LogitOptions,
+        *,
+        autocast: torch.dtype | None = None,
+        model: str = "",
+    ) -> None:
+        self.hidden = hidden
+        """[..., H]"""
+        self.weight = weight
+        """[V, H], the head's own memory where that is not sharded"""
+        self.bias = bias
+        """[V]"""
+        self.logit_options = logit_options
+        self.autocast = autocast
+        """The dtype of the autocast that the model ran under; None: it ran under none."""
+        self.model = model
+        """The class of the model that has made this; empty: none has, as with a cache."""
+
+    def replace(self, **changes: Any) -> HeadInputs:
+        return HeadInputs(**{**vars(self), **changes})
 
     def logits(self) -> Tensor:
-        """[..., V], in the type of the hidden states."""
-        logits = nn.functional.linear(self.hidden, self.weight, self.bias)
-        scale, softcap = self.logit_options
-        logits = logits * scale
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        """[..., V], as the model itself makes them, under the autocast it ran under."""
+        device = self.hidden.device.type
+        with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
+            logits = nn.functional.linear(self.hidden, self.weight, self.bias)
+        return self.logit_options.applied(logits)
 
     def detached(self) -> HeadInputs:
-        hidden, weight, bias, options = self
-        bias = None if bias is None else bias.detach()
-        return HeadInputs(hidden.detach(), weight.detach(), bias, options)
+        return self._each(lambda tensor: tensor.detach())
 
-    def to(self, dtype: torch.dtype) -> HeadInputs:
-        hidden, weight, bias, options = self
-        bias = None if bias is None else bias.to(dtype)
-        return HeadInputs(hidden.to(dtype), weight.to(dtype), bias, options)
+    def to(self, *args: Any, **kwargs: Any) -> HeadInputs:
+        """All tensors with ``Tensor.to``: what is there already is not copied."""
+        return self._each(lambda tensor: tensor.to(*args, **kwargs))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> HeadInputs:
+        return self.replace(
+            hidden=function(self.hidden),
+            weight=function(self.weight),
+            bias=None if self.bias is None else function(self.bias),
+        )
+
+    def __repr__(self) -> str:
+        described = {
+            name: f"{str(value.dtype).removeprefix('torch.')}{[*value.shape]}"
+            if isinstance(value, Tensor)
+            else repr(value)
+            for name, value in vars(self).items()
+        }
+        return f"HeadInputs({', '.join(f'{name}={what}' for name, what in described.items())})"
 
 
 def language_model(model: Any) -> Any:
@@ -82,7 +106,7 @@ def language_model(model: Any) -> Any:
 
 
 def head_of(model: nn.Module) -> nn.Module:
-    """The module that turns hidden states into logits."""
+    """The module that turns hidden states into logits: inside what only wraps it, as a cast."""
     head = language_model(model).get_output_embeddings()
     if head is None:
         raise ValueError(
@@ -90,12 +114,39 @@ def head_of(model: nn.Module) -> nn.Module:
             "hidden states and weight of its head"
         )
     assert isinstance(head, nn.Module)
-    return head
+    inner = head
+    while not hasattr(inner, "weight"):
+        children = [*inner.children()]
+        if len(children) != 1 or [*inner.parameters(recurse=False)]:
+            raise ValueError(
+                f"the head of {type(model).__name__} is a {type(head).__name__} with "
+                f"{_listed(children)}, not one linear module; put the plain nn.Linear back (what "
+                "only casts the logits is not needed), or use the logits (tdpo_ext.TDPOLoss)"
+            )
+        inner = children[0]
+    return inner
+
+
+def _listed(modules: list[nn.Module]) -> str:
+    names = ", ".join(type(module).__name__ for module in modules)
+    return f"{len(modules)} modules inside ({names})" if names else "no module inside"
 
 
 def parameter_of(head: Any) -> Any:
     """The weight that the head owns, whatever adapters add to it."""
     return getattr(head, "base_layer", head).weight
+
+
+def missing_values(head: nn.Module) -> str:
+    """Where the values of the head's weight are, if not in it; else empty."""
+    parameter = parameter_of(head)
+    if hasattr(parameter, "ds_id") and parameter.numel() == 0:
+        return "partitioned (ZeRO-3)"
+    if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+        return "sharded (a DTensor)"
+    if getattr(parameter, "is_meta", False):
+        return "offloaded" if hasattr(head, "_hf_hook") else "on the meta device"
+    return ""
 
 
 def weight_and_bias(head: Any) -> tuple[Tensor, Tensor | None]:
@@ -138,9 +189,6 @@ def _refusal(head: nn.Module, why: str) -> str:
     )
 
 
-# --- the probe ------------------------------------------------------------------------------------
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, and afterwards each as it was."""
@@ -151,41 +199,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was in training.items():
             module.training = was
-
-
-def probe_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Two sequences of two tokens."""
-    inner = language_model(model)
-    device = next(inner.get_input_embeddings().parameters()).device
-    vocabulary = inner.config.get_text_config(decoder=True).vocab_size
-    ids = torch.arange(1, 5, device=device).remainder(vocabulary).view(2, 2)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if inner.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    return inputs
-
-
-def check_rebuilt_logits(model: nn.Module, logits: Tensor, rebuilt: Tensor) -> None:
-    """Raise ValueError unless both are the same up to rounding of the model's type."""
-    name = type(language_model(model)).__name__
-    if logits.shape != rebuilt.shape:
-        raise ValueError(
-            f"the logits of {name} have shape {tuple(logits.shape)}, those rebuilt from what its "
-            f"head takes {tuple(rebuilt.shape)}; {_INSTEAD}"
-        )
-    size = logits.float().abs().amax().clamp(min=1e-6)
-    error = ((logits - rebuilt).float().abs().amax() / size).item()
-    # The same products and roundings, but for a scale that one divides by and the other multiplies
-    # with; and in float32 for their order.
-    if not error <= max(2 * torch.finfo(rebuilt.dtype).eps, 1e-5):
-        raise ValueError(
-            f"the logits of {name}, rebuilt from what its head takes, differ from its own by "
-            f"{error:.2g} of the largest: it does something to them that no known field of its "
-            f"config says; {_INSTEAD}"
-        )
-
-
-_INSTEAD = (
-    "call tdpo_ext.linear_tdpo_loss with your own hidden states, scale and softcap, or use the "
-    "logits (tdpo_ext.TDPOLoss)"
-)

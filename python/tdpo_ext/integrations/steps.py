@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
+from accelerate.data_loader import IterableDatasetShard  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from tdpo_ext.integrations.hidden import language_model
 from tdpo_ext.outputs import TDPOOutput
@@ -18,22 +22,53 @@ class PairMetrics:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.sums: Tensor | None = None
-        """One for each name, and the number of pairs."""
+        """One for each name."""
+        self.pairs = 0
 
     def add(self, names: list[str], values: Tensor) -> None:
         """``[pairs, names]``"""
-        sums = torch.cat([values.sum(0), values.new_tensor([len(values)])])
+        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        sums = values.sum(0, dtype=wide)
         self.names, self.sums = names, sums if self.sums is None else self.sums + sums
+        self.pairs += len(values)
 
     def take(self, accelerator: Any = None) -> dict[str, float]:
         """Means since the last time; of all processes together, if each passes its accelerator."""
-        sums, self.sums = self.sums, None
+        sums, pairs = self.sums, self.pairs
+        self.sums, self.pairs = None, 0
         if sums is None:
             return {}
+        sums = torch.cat([sums, sums.new_tensor([pairs])])
         if accelerator is not None:
             sums = accelerator.gather(sums[None]).sum(0)
         *means, pairs = sums.tolist()
         return {name: value / pairs for name, value in zip(self.names, means, strict=True)}
+
+
+class CountedStream(IterableDataset):  # type: ignore[type-arg]
+    """An iterable data set that knows how many examples its last iteration gave."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.count = 0
+        for example in self.stream:
+            self.count += 1
+            yield example
+
+    def __getattr__(self, name: str) -> Any:  # set_epoch, generator
+        return getattr(self.__dict__["stream"], name)
+
+
+class RouterLoss(NamedTuple):
+    """The auxiliary loss of a mixture of experts' router."""
+
+    value: Tensor
+    """As the model returns it, and as it is logged."""
+    coefficient: float
+    """The loss gets coefficient times value."""
 
 
 class TDPOSteps:
@@ -51,13 +86,14 @@ class TDPOSteps:
 
     def tdpo_output(
         self, model: nn.Module, inputs: dict[str, Any]
-    ) -> tuple[TDPOOutput, Tensor | None]:
+    ) -> tuple[TDPOOutput, RouterLoss | None]:
         """Of one batch, and the loss of a mixture of experts' router, if it has one."""
         raise NotImplementedError
 
     def begin(self) -> None:
         """After the Trainer's own construction."""
         self.training_metrics, self.evaluation_metrics = PairMetrics(), PairMetrics()
+        self.unlogged_tokens: Any = 0
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         for name in ("cp_enabled", "sp_enabled"):
             if getattr(parallelism, name, False):
@@ -66,6 +102,21 @@ class TDPOSteps:
                     "loss sums over them; examples/sequence_parallel.py does it in a loop"
                 )
         self.model_accepts_loss_kwargs = True  # to Trainers that do not know loss_is_scaled_for_ga
+
+    @contextmanager
+    def reference_precision(self) -> Iterator[None]:
+        """Around every forward of a reference: no gradients, and the policy's autocast, so that a
+        reference that equals the policy gives the same numbers, to the bit."""
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                yield
+        finally:  # else the policy may meet casts of its own weights made without gradients
+            torch.clear_autocast_cache()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.training_metrics.take()  # of a run that an error has ended
+        self.unlogged_tokens = 0
+        return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """With the number of pairs of this step, in all processes, instead of that of tokens."""
@@ -81,22 +132,46 @@ class TDPOSteps:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        output, aux_loss = self.tdpo_output(model, dict(inputs))
-        pairs, metrics, loss = pairs_of(inputs), output.metrics_of_pairs(), output.loss
-        if aux_loss is not None:
-            metrics["aux_loss"] = aux_loss.detach().expand(pairs)
-            loss = loss + aux_loss
-        values = torch.stack([*metrics.values()], dim=-1)
+        pairs = pairs_of(inputs)
+        with self.accelerator.autocast():  # also for a model that has not been prepared as yet
+            output, router = self.tdpo_output(model, dict(inputs))
+        metrics, loss, losses = output.metrics_of_pairs(), output.loss, output.losses
+        if router is not None:
+            metrics["aux_loss"] = router.value.detach().expand(pairs)
+            loss = loss + router.coefficient * router.value
+            losses = losses + router.coefficient * metrics["aux_loss"]
         if model.training:
-            self.training_metrics.add([*metrics], values)
-        else:  # accelerate drops what it has repeated to fill the last batch
-            gathered = self.accelerator.gather_for_metrics(values)
-            self.evaluation_metrics.add([*metrics], gathered)
+            self.training_metrics.add([*metrics], torch.stack([*metrics.values()], dim=-1))
+            if "attention_mask" in inputs:
+                self.unlogged_tokens = self.unlogged_tokens + inputs["attention_mask"].sum()
+        else:
+            metrics["loss"] = losses
+            values = torch.stack([*metrics.values()], dim=-1)
+            self.evaluation_metrics.add([*metrics], values[: self._unrepeated(pairs)])
         self.tdpo_ran = True
         if num_items_in_batch is not None:
             # Gradients are averaged over processes; so the whole is a mean over all pairs.
             loss = loss * (pairs * self.accelerator.num_processes / num_items_in_batch)
         return (loss, {"loss": loss, "tdpo": output}) if return_outputs else loss
+
+    def _unrepeated(self, pairs: int) -> int:
+        """How many of an evaluation batch's pairs, from its first on, are no repetitions.
+
+        Accelerate fills the last batches of all processes with examples from the beginning.
+        """
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader:
+            return pairs
+        dataloader = state.active_dataloader
+        stream, sampler = dataloader.dataset, dataloader.batch_sampler
+        if isinstance(stream, IterableDatasetShard):
+            total = pairs * stream.num_processes
+            left = 0 if stream.drop_last else stream.dataset.count % total
+            process = stream.process_index
+        else:
+            left = state.remainder if getattr(sampler, "even_batches", True) else 0
+            process = getattr(sampler, "process_index", 0)
+        return min(max(left - process * pairs, 0), pairs) if left > 0 else pairs
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
@@ -129,23 +204,84 @@ class TDPOSteps:
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """With the metrics of all pairs beside the Trainer's own, under the same prefix."""
+        """With the loss and the metrics of all pairs, each counted once. The Trainer's own loss is
+        a mean over batches and the repetitions that fill them."""
         self.evaluation_metrics.take()  # of a loop that an error has ended
+        self._count_stream(dataloader)
+        self._cast_reference()
         output = super().evaluation_loop(  # type: ignore[misc]
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        means = self.evaluation_metrics.take()
+        means = self.evaluation_metrics.take(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in means.items()})
         return output
 
+    def prediction_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``use_legacy_prediction_loop`` asks older Trainers for."""
+        return self.evaluation_loop(*args, **kwargs)
+
+    def _count_stream(self, dataloader: Any) -> None:
+        shard = getattr(dataloader, "dataset", None)
+        if not isinstance(shard, IterableDatasetShard):
+            return
+        if dataloader.num_workers > 0:
+            raise ValueError(
+                f"evaluation of an iterable data set on {shard.num_processes} processes with "
+                f"dataloader_num_workers={dataloader.num_workers}: which examples are repetitions "
+                "that fill the last batches is known only in the workers. Use "
+                "dataloader_num_workers=0 or a data set with a length"
+            )
+        if not isinstance(shard.dataset, CountedStream):
+            shard.dataset = CountedStream(shard.dataset)
+
+    def _cast_reference(self) -> None:
+        """As the Trainer casts the policy for ``bf16_full_eval`` and ``fp16_full_eval``."""
+        trainer: Any = self
+        full = {
+            torch.float16: trainer.args.fp16_full_eval,
+            torch.bfloat16: trainer.args.bf16_full_eval,
+        }
+        for dtype in [dtype for dtype, asked in full.items() if asked and not trainer.is_in_train][
+            :1
+        ]:
+            for name in ("reference", "ref_model"):
+                if isinstance(reference := getattr(self, name, None), nn.Module):
+                    reference.to(dtype)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs or "train_runtime" in logs:  # the Trainer's own, on every process
-            logs.update(self.training_metrics.take(self.accelerator))
+            means = self.training_metrics.take(self.accelerator)
+            logs.update(means)
+            if means and isinstance(self.unlogged_tokens, Tensor):
+                logs["num_tokens"] = self._tokens_until_now()
+                self.unlogged_tokens = 0
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _tokens_until_now(self) -> int:
+        """All that were trained on, in all processes; from what was logged last, also before the
+        checkpoint that a run was resumed from."""
+        trainer: Any = self
+        history: Any = (
+            each["num_tokens"] for each in trainer.state.log_history if "num_tokens" in each
+        )
+        own = torch.as_tensor(self.unlogged_tokens, device=self.accelerator.device).reshape(1)
+        tokens = self.accelerator.gather(own).sum().item()
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        size = getattr(parallelism, "tp_size", 1) or 1  # of processes that have the same tokens
+        return int(max(history, default=0) + tokens // size)
 
 
 def pairs_of(batch: Mapping[str, Any]) -> int:
-    return len(batch["input_ids"]) // 2
+    ids = batch.get("input_ids")
+    if ids is None or len(ids) % 2:
+        got = f"fields {[*batch]}" if ids is None else f"{len(ids)} rows"
+        raise ValueError(
+            "a batch must have input_ids [2B, T], the chosen sequences stacked on the rejected "
+            f"ones; got {got}. data_collator must be a "
+            "tdpo_ext.integrations.transformers.PreferenceCollator or give what that gives, and "
+            "nothing may cut its batches (accelerate does with dispatch_batches=True)"
+        )
+    return len(ids) // 2
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -160,13 +296,18 @@ def text_config(model: nn.Module) -> Any:
     return language_model(unwrapped(model)).config.get_text_config()
 
 
+_ROUTER_NOISE = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+
+
 def without_dropout(model: nn.Module) -> nn.Module:
-    """Every dropout of the model off, in training too: TDPO compares two models token by token."""
+    """Every dropout of the model off, in training too, and every noise of a router: TDPO compares
+    two models token by token."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():  # attention keeps its own as a number
-            if "drop" in name and isinstance(value, float):
+            random = "drop" in name or name in _ROUTER_NOISE
+            if random and isinstance(value, float):
                 setattr(module, name, 0.0)
     return model
 
@@ -174,30 +315,108 @@ def without_dropout(model: nn.Module) -> nn.Module:
 class ReferenceAdapter:
     """Within it, a PEFT model is its own reference: adapter "ref" if it has one, else none.
 
-    PEFT lets every adapter it activates be trained; afterwards that is again as it was.
+    It changes only what adapter layers read in their forward, and puts that back, errors or not.
+    PEFT's own ways to switch (``set_adapter``, ``disable_adapter``) also set requires_grad, know a
+    single active adapter, and do not merge again what they have unmerged.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def __enter__(self) -> None:
-        named = self.model.named_parameters()
-        self.trained = {name: parameter.requires_grad for name, parameter in named}
-        self.before = self.model.active_adapter
-        self.off = None if "ref" in self.model.peft_config else self.model.disable_adapter()
-        if self.off is not None:
-            self.off.__enter__()
-        else:
-            self.model.set_adapter("ref")
-            self._restore()
+        self.undo = ExitStack()
+        try:
+            self._switch("ref" if "ref" in self.model.peft_config else None)
+        except BaseException:
+            self.undo.close()
+            raise
 
     def __exit__(self, *error: Any) -> None:
-        if self.off is not None:
-            self.off.__exit__(*error)
-        else:
-            self.model.set_adapter(self.before)
-        self._restore()
+        self.undo.close()
 
-    def _restore(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self.trained[name])
+    def _switch(self, adapter: str | None) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        self._switch_whole_model(adapter)
+        for module in [*self.model.modules()]:
+            if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                continue
+            if module.merged_adapters:
+                self._unmerge(module)
+            self._set(module, "_disable_adapters", adapter is None)
+            if adapter is not None:
+                # A module trained whole has one for some adapters, and is itself for the others.
+                has = isinstance(module, BaseTunerLayer) or adapter in module._adapters
+                self._set(module, "_active_adapter", [adapter] if has else [])
+
+    def _switch_whole_model(self, adapter: str | None) -> None:
+        """What PEFT keeps beside the layers, and adapters that have no layers."""
+        configs = self.model.peft_config
+        tuner = getattr(self.model, "base_model", None)
+        if any(getattr(config, "is_adaption_prompt", False) for config in configs.values()):
+            self._swap_attention(tuner, adapter)
+        if adapter is None:
+            _warn_of_biases(configs)
+        if adapter is None and any(c.is_prompt_learning for c in configs.values()):
+            self._set(self.model, "forward", tuner.forward)  # type: ignore[union-attr]
+        for module in (self.model, tuner):
+            known = {} if module is None else vars(module)
+            if adapter is not None and "active_adapter" in known:
+                self._set(module, "active_adapter", adapter)
+            for name in ("_adapters_disabled", "disabled"):  # PEFT's wrapper; X-LoRA
+                if name in known:
+                    self._set(module, name, adapter is None)
+
+    def _swap_attention(self, tuner: Any, adapter: str | None) -> None:
+        """Adaption prompts replace whole attention modules, so PEFT's own way is the only one."""
+        enabled, before = tuner._enabled, tuner._active_adapter
+        if adapter is None and enabled:
+            tuner.disable_adapter_layers()
+            self.undo.callback(tuner.enable_adapter_layers)
+        if adapter is not None and not enabled:
+            tuner.enable_adapter_layers()
+            self.undo.callback(tuner.disable_adapter_layers)
+        if adapter is not None:
+            tuner.set_adapter(adapter)
+            self.undo.callback(tuner.set_adapter, before)
+
+    def _set(self, module: Any, name: str, value: Any) -> None:
+        if name in vars(module):
+            self.undo.callback(setattr, module, name, vars(module)[name])
+        else:
+            self.undo.callback(delattr, module, name)
+        setattr(module, name, value)
+
+    def _unmerge(self, layer: Any) -> None:
+        """Adding and subtracting rounds, so what was merged is kept and put back."""
+        for module in [*layer.modules()]:
+            for held in vars(module).values():  # parameters, buffers, modules, names, caches
+                if isinstance(held, (dict, list)):
+                    self.undo.callback(_refill, held, held.copy())
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    self.undo.callback(_rewrite, tensor, tensor.data, tensor.data.clone())
+        layer.unmerge()
+
+
+def _warn_of_biases(configs: Mapping[str, Any]) -> None:
+    for name, config in configs.items():
+        bias = getattr(config, "bias", "none")
+        if bias != "none":
+            warnings.warn(
+                f"adapter {name!r} has bias={bias!r}: it trains biases of the base model, so the "
+                "model without adapters does not stay the reference that it was; use "
+                'bias="none", or pass a reference of its own',
+                stacklevel=2,
+            )
+
+
+def _refill(container: Any, contents: Any) -> None:
+    container.clear()
+    (container.update if isinstance(container, dict) else container.extend)(contents)
+
+
+def _rewrite(tensor: Tensor, data: Tensor, contents: Tensor) -> None:
+    tensor.data = data
+    data.copy_(contents)

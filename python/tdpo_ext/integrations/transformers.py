@@ -6,13 +6,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from tdpo_ext.integrations.attach import (
     HEAD_INPUTS,
@@ -27,8 +25,15 @@ from tdpo_ext.integrations.hidden import (
     language_model,
     weight_and_bias,
 )
+from tdpo_ext.integrations.preferences import (
+    PreferenceBatch,
+    PreferenceCollator,
+    without_empty_pairs,
+)
+from tdpo_ext.integrations.probe import logit_options_of
 from tdpo_ext.integrations.steps import (
     ReferenceAdapter,
+    RouterLoss,
     TDPOSteps,
     text_config,
     unwrapped,
@@ -37,70 +42,14 @@ from tdpo_ext.integrations.steps import (
 from tdpo_ext.modules import LinearTDPOLoss
 from tdpo_ext.outputs import TDPOOutput
 
-__all__ = ["PreferenceCollator", "TDPOTrainer", "attach_tdpo", "detach_tdpo"]
-
-
-class PreferenceCollator:
-    """Examples of one preference each to batches ``[2B, T]``, the chosen responses first.
-
-    An example has ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``, lists of token ids as TRL
-    names them; the responses end with their end-of-sequence token. If it also has ``chosen_hidden``
-    and ``rejected_hidden`` (``[T, H]`` tensors from a reference cache, one row for every token of
-    prompt and response) the batch has ``reference_hidden``.
-
-    Args:
-        pad_token_id: what fills the rows on the right; masked in attention and labels.
-        max_length: longer sequences lose their end.
-        pad_to_multiple_of: round T up, so that fewer shapes are compiled.
-        encoder_decoder: the prompt alone is the input, the response alone the labels.
-
-    Returns, when called:
-        ``input_ids``, ``attention_mask``, ``labels`` (-100 on prompt and padding), each ``[2B, T]``
-        int64; and ``reference_hidden`` ``[2B, T, H]``.
-    """
-
-    def __init__(
-        self,
-        pad_token_id: int,
-        *,
-        max_length: int | None = None,
-        pad_to_multiple_of: int = 1,
-        encoder_decoder: bool = False,
-    ) -> None:
-        self.pad_token_id = pad_token_id
-        self.max_length = max_length
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.encoder_decoder = encoder_decoder
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        ids, labels, hidden = [], [], []
-        for response in ("chosen", "rejected"):
-            for example in examples:
-                prompt = torch.as_tensor(example["prompt_ids"], dtype=torch.int64)
-                answer = torch.as_tensor(example[f"{response}_ids"], dtype=torch.int64)
-                if self.encoder_decoder:
-                    ids.append(prompt[: self.max_length])
-                    labels.append(answer[: self.max_length])
-                    continue
-                ids.append(torch.cat([prompt, answer])[: self.max_length])
-                masked = torch.full_like(prompt, -100)
-                labels.append(torch.cat([masked, answer])[: self.max_length])
-                if f"{response}_hidden" in example:
-                    hidden.append(example[f"{response}_hidden"][: self.max_length])
-        batch = {
-            "input_ids": self._padded(ids, self.pad_token_id),
-            "attention_mask": self._padded([torch.ones_like(row) for row in ids], 0),
-            "labels": self._padded(labels, -100),
-        }
-        if hidden:
-            batch["reference_hidden"] = self._padded(hidden, 0)
-        return batch
-
-    def _padded(self, rows: list[Tensor], value: int) -> Tensor:
-        padded = pad_sequence(rows, batch_first=True, padding_value=value)
-        missing = -padded.shape[1] % self.pad_to_multiple_of
-        shape = (padded.shape[0], missing, *padded.shape[2:])
-        return torch.cat([padded, padded.new_full(shape, value)], dim=1)
+__all__ = [
+    "CachedReference",
+    "PreferenceBatch",
+    "PreferenceCollator",
+    "TDPOTrainer",
+    "attach_tdpo",
+    "detach_tdpo",
+]
 
 
 class CachedReference(NamedTuple):
@@ -115,8 +64,7 @@ class CachedReference(NamedTuple):
         """With a copy of the model's head as it is now."""
         weight, bias = weight_and_bias(head_of(model))
         copied = None if bias is None else bias.detach().clone()
-        options = LogitOptions.of(language_model(model).config)
-        return cls(weight.detach().clone(), copied, options)
+        return cls(weight.detach().clone(), copied, logit_options_of(model))
 
     def to(self, device: torch.device) -> CachedReference:
         bias = None if self.bias is None else self.bias.to(device)
@@ -131,7 +79,8 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
 
     The mean of the loss is over all pairs of an optimizer step, however they fall into
     micro-batches and processes. Metrics are those of ``TDPOOutput.metrics()``, means over the pairs
-    since the last log.
+    since the last log, and ``num_tokens``, all tokens trained on. Those of an evaluation, its loss
+    too, are means over all its pairs, each counted once.
 
     Args:
         model: a Hugging Face language model, or a PEFT model of one; ``attach_tdpo`` is called on
@@ -142,13 +91,16 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
             ``reference_hidden`` in the batches (``PreferenceCollator``). None: for a PEFT model its
             adapter "ref" or, without one, the model without adapters; else a frozen copy of it. A
             model is held whole on every device, but partitioned with ZeRO-3.
-        others: as ``transformers.Trainer``; ``data_collator`` is a ``PreferenceCollator`` or gives
-            such batches.
+        others: as ``transformers.Trainer``. ``data_collator`` is a ``PreferenceCollator``, or gives
+            such batches; None: one without ``max_length``. Examples of which it leaves no response
+            are left out of lists, ``datasets.Dataset`` and iterable data sets, with a warning that
+            says how many.
 
     Raises:
-        ValueError: an option that TDPO cannot honour: ``compute_metrics``, ``compute_loss_func``,
-            ``model_init``, ``label_smoothing_factor`` (the loss has ``label_smoothing``),
-            ``use_liger_kernel``, several cards in one process.
+        ValueError: an option that TDPO cannot honour: ``compute_metrics``,
+            ``preprocess_logits_for_metrics``, ``compute_loss_func``, ``model_init``,
+            ``label_smoothing_factor`` (the loss has ``label_smoothing``), ``use_liger_kernel``,
+            ``dispatch_batches=True`` in ``accelerator_config``, several cards in one process.
     """
 
     def __init__(
@@ -164,6 +116,15 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         args = transformers.TrainingArguments() if args is None else args
         _check_options(args, loss, others)
         args.remove_unused_columns = False  # the collator uses what forward does not take
+        accelerator: Any = args.accelerator_config
+        accelerator.dispatch_batches = False  # else batches of streams are cut along their rows
+        collator = others.get("data_collator")
+        if collator is None:
+            collator = _default_collator(model, others.get("processing_class"))
+        others["data_collator"] = collator
+        for name in ("train_dataset", "eval_dataset"):
+            if others.get(name) is not None:
+                others[name] = without_empty_pairs(others[name], collator, name)
         if reference is None and not hasattr(model, "peft_config"):
             _check_copyable(model)
             reference = copy.deepcopy(detach_tdpo(model))
@@ -193,7 +154,12 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
 
     def tdpo_output(
         self, model: nn.Module, inputs: dict[str, Any]
-    ) -> tuple[TDPOOutput, Tensor | None]:
+    ) -> tuple[TDPOOutput, RouterLoss | None]:
+        if "labels" not in inputs:
+            raise ValueError(
+                f"the batch has {', '.join(inputs)} but no labels ([2B, T], -100 on prompt and "
+                "padding); use a PreferenceCollator as data_collator"
+            )
         labels = inputs.pop("labels")
         cached = inputs.pop("reference_hidden", None)
         inner = language_model(unwrapped(model))
@@ -205,9 +171,9 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         output = model(**inputs, tdpo=TDPOTargets(reference, **targets))
         if output.aux_loss is None:
             return output.tdpo, None
-        return output.tdpo, text_config(model).router_aux_loss_coef * output.aux_loss
+        coefficient = text_config(model).router_aux_loss_coef
+        return output.tdpo, RouterLoss(output.aux_loss, coefficient)
 
-    @torch.no_grad()
     def _reference_inputs(
         self, model: nn.Module, inputs: dict[str, Any], cached: Tensor | None
     ) -> HeadInputs:
@@ -220,13 +186,22 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
             return self.reference.with_hidden(cached)
         if hasattr(text_config(model), "output_router_logits"):
             inputs = {**inputs, "output_router_logits": False}
-        if self.reference is not None:
-            result = self.reference(**inputs, tdpo=HEAD_INPUTS)
-        else:
-            with ReferenceAdapter(unwrapped(model)):
-                result = model(**inputs, tdpo=HEAD_INPUTS)
+        with self.reference_precision():
+            if self.reference is not None:
+                result = self.reference(**inputs, tdpo=HEAD_INPUTS)
+            else:
+                with ReferenceAdapter(unwrapped(model)):
+                    result = model(**inputs, tdpo=HEAD_INPUTS)
         assert isinstance(result, HeadInputs)
         return result
+
+
+def _default_collator(model: nn.Module, processing_class: Any) -> PreferenceCollator:
+    """What fills the rows is masked, so that any token will do."""
+    config = text_config(model)
+    known = (getattr(each, "pad_token_id", None) for each in (processing_class, config))
+    pad = next((token for token in known if token is not None), 0)
+    return PreferenceCollator(pad, encoder_decoder=language_model(model).config.is_encoder_decoder)
 
 
 def _check_copyable(model: nn.Module) -> None:
@@ -242,9 +217,16 @@ def _check_options(
 ) -> None:
     if loss.reduction != "mean":
         raise ValueError(f'loss must have reduction "mean", got "{loss.reduction}"')
-    for name in ("compute_metrics", "compute_loss_func", "model_init"):
+    for name, reason in _REASONS.items():
         if others.get(name) is not None:
-            raise ValueError(f"{name} cannot be honoured: {_REASONS[name]}")
+            raise ValueError(f"{name} cannot be honoured: {reason}")
+    accelerator: Any = args.accelerator_config
+    if accelerator.dispatch_batches:
+        raise ValueError(
+            "accelerator_config has dispatch_batches=True: it cuts the batches of one process by "
+            "rows, so that the two sequences of a pair land on different processes; leave it unset "
+            "or say False"
+        )
     if args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor={args.label_smoothing_factor} smooths labels of tokens; pass "
@@ -259,8 +241,14 @@ def _check_options(
         )
 
 
+_NO_LOGITS = (
+    "the loss comes from hidden states and there are no logits. The metrics of TDPO are logged "
+    "without it; for others, call the model without tdpo= in a callback (on_evaluate), where it "
+    "returns its logits as ever"
+)
 _REASONS = {
-    "compute_metrics": "there are no logits; the metrics of TDPO are logged anyway",
+    "compute_metrics": _NO_LOGITS,
+    "preprocess_logits_for_metrics": _NO_LOGITS,
     "compute_loss_func": "the loss is TDPO; pass its options as loss=LinearTDPOLoss(...)",
     "model_init": "pass the model itself, its reference is made from it",
 }

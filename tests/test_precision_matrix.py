@@ -149,7 +149,8 @@ def with_trl(setup: Setup, folder: Path, *, dpo: bool = False) -> Run:
         torch.manual_seed(1)
         others["peft_config"] = peft.LoraConfig(**LORA)
     if (setup.trained, setup.reference) == ("LoRA", "separate"):
-        others["ref_model"] = setup.separate()
+        model_class = type(setup.separate())
+        others["ref_model"] = model_class.from_pretrained(folder / "model", dtype=setup.weights)
     trainer = trl.DPOTrainer if dpo else of_trl.TDPOTrainer
     config = trl.DPOConfig if dpo else of_trl.TDPOConfig
     alpha = {} if dpo else {"tdpo_alpha": 0.0}
@@ -299,8 +300,16 @@ def largest_error(ours: list[float], theirs: list[float]) -> float:
 
 
 @pytest.fixture(autouse=True)
-def a_state_of_its_own() -> Any:
-    """accelerate keeps one precision a process."""
+def precision_as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """accelerate keeps one precision a process, and takes float16 on a CPU for float32."""
+    made = accelerate.Accelerator.__init__
+
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if self.mixed_precision == "fp16":
+            self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu")
+
+    monkeypatch.setattr(accelerate.Accelerator, "__init__", make)
     reset = accelerate.state.AcceleratorState._reset_state
     reset(reset_partial_state=True)
     yield

@@ -3,8 +3,8 @@
 A Llama-shaped policy and its reference are made from a config: 1.2e9 parameters and 8 x 1024 tokens
 on a GPU, a tiny model on the CPU. The limit is the two backbones alone, without head and loss. The
 ways to the loss take turns round by round, and must agree about it and about the gradient. Peak
-memory is all that the allocator has given out on a GPU, models included; on the CPU it is the growth
-of a process of its own during a step. Writes training-step-DEVICE.json into a folder.
+memory is all that the allocator has given out on a GPU, models included; on the CPU it is what a
+process of its own takes more during a step. Writes training-step-DEVICE.json into a folder.
 
     python benchmarks/training_step.py benchmarks/results [--device cpu] [--rounds 5] [--quick]
 """

@@ -74,7 +74,7 @@ HOW = """\
 To repeat them, on a machine that does nothing else:
 
 ```bash
-make bench                         # the CPU's: half an hour, then this page and its pictures
+make bench                         # the CPU's, then this page and its pictures
 bash benchmarks/gpu_check.sh OUT   # a GPU's, with build and tests: 9 minutes at most
 python benchmarks/training_step.py OUT --device cuda   # a whole training step
 python benchmarks/render.py        # this page and its pictures, from the reports

@@ -38,9 +38,10 @@ def step_section(report: Report) -> list[str]:
     return [
         "## A training step of a tiny model, CPU",
         "",
-        "To see that `benchmarks/training_step.py` runs; the model is too small for its figures to "
-        f"mean much. {report['processor']}, commit {report['commit']}, torch {report['torch']}, "
-        f"{report['threads']} threads. {step_text(report)} Peak memory is beyond both models.",
+        "To see that `benchmarks/training_step.py` runs: the model is too small, and the machine "
+        f"was too busy, for its times to mean much. {report['processor']}, commit "
+        f"{report['commit']}, torch {report['torch']}, threads: {report['threads']}. "
+        f"{step_text(report)} Peak memory is beyond both models.",
         *step_table(report),
     ]
 

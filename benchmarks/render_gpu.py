@@ -301,7 +301,9 @@ def step_rows(report: Report) -> Iterable[list[str]]:
 
 
 def of_formula(row: Report, wanted: Report, name: str) -> str:
-    return f"{abs(row[name] / wanted[name] - 1):.0e}" if name in row else "-"
+    if row is wanted or name not in row:
+        return "-"
+    return f"{abs(row[name] / wanted[name] - 1):.0e}"
 
 
 def step_table(report: Report) -> list[str]:

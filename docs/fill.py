@@ -1,11 +1,11 @@
 """Put what is made elsewhere between the marks of these pages and of README.md: examples, measured
-errors, and figures with the sentences that tell them.
+errors, and figures of benchmarks/results/ with the sentences that tell them. All of benchmarks.md
+is written from there by benchmarks/render.py instead.
 
     python docs/fill.py
 
 The errors come from the tests: pytest tests/test_attach.py tests/test_trainers.py
-tests/test_distributed.py --record benchmarks/results/trainers.json. The figures come from
-benchmarks/results/ as well; benchmarks/render.py writes all of benchmarks.md from there.
+tests/test_distributed.py --record benchmarks/results/trainers.json
 """
 
 from __future__ import annotations

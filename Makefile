@@ -27,6 +27,7 @@ lint: .venv/installed .venv/development
 bench: .venv/installed .venv/demo
 	$(python) benchmarks/logits_cpu.py
 	$(python) benchmarks/fused_head.py benchmarks/results
+	$(python) benchmarks/training_step.py benchmarks/results
 	$(python) benchmarks/render.py
 
 docs: # examples and measured errors, put into the pages

@@ -81,17 +81,23 @@ def loss_of(logps: Tensor, reference_logps: Tensor, kl: Tensor) -> Tensor:
     return tdpo_ext.pair_loss((logps - reference_logps).sum(-1), kl.sum(-1)).mean()
 
 
+def formula_loss(logits: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
+    """TDPO2 from logits, with the formula; labels are aligned."""
+    with torch.no_grad():
+        log_q = reference.float().log_softmax(-1)
+        label = labels.clamp(min=0).unsqueeze(-1)
+        reference_logps = log_q.gather(-1, label).squeeze(-1) * (labels != -100)
+        del log_q
+    logps, kl = formula(logits, reference, labels)
+    return loss_of(logps, reference_logps, kl)
+
+
 def eager(batch: Batch) -> Tensor:
     """Both logits, then the formula."""
     logits = batch.policy_hidden @ batch.policy_weight.T
     with torch.no_grad():
         reference = batch.reference_hidden @ batch.reference_weight.T
-        log_q = reference.float().log_softmax(-1)
-        label = batch.labels.clamp(min=0).unsqueeze(-1)
-        reference_logps = log_q.gather(-1, label).squeeze(-1) * (batch.labels != -100)
-        del log_q
-    logps, kl = formula(logits, reference, batch.labels)
-    return loss_of(logps, reference_logps, kl)
+    return formula_loss(logits, reference, batch.labels)
 
 
 def trl_parts(batch: Batch) -> Tensor:

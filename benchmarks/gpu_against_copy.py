@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import machine
 import torch
 from formula import formula
 from torch import Tensor
@@ -38,10 +39,15 @@ class Batch(NamedTuple):
     labels: Tensor
     grad_logps: Tensor
     grad_kl: Tensor  # of arbitrary upstream gradients: no kind of row is special
+    overwritten: Tensor  # the policy's logits for what works in place
 
     @property
     def tensor_bytes(self) -> int:
         return self.policy.numel() * self.policy.element_size()
+
+    def restore(self) -> None:
+        """Before what works in place: gradients as logits would be another problem."""
+        self.overwritten.detach().copy_(self.policy)
 
 
 def make_batch(
@@ -52,7 +58,8 @@ def make_batch(
     policy = torch.randn(rows, vocabulary, device=device).mul_(0.3).add_(reference).to(dtype)
     labels = torch.randint(0, vocabulary, (rows,), device=device)
     labels[torch.randperm(rows, device=device)[: round(ignored * rows)]] = -100
-    return Batch(policy, reference, labels, *torch.randn(2, rows, device=device))
+    weights = torch.randn(2, rows, device=device)
+    return Batch(policy, reference, labels, *weights, policy.clone())
 
 
 def upstream_of(batch: Batch, kind: str) -> tuple[Tensor, Tensor]:
@@ -85,9 +92,9 @@ def needed_bytes(batch: Batch, kept: float) -> dict[str, float]:
 
 def passes(batch: Batch) -> Runs:
     """The passes by themselves, as the ops that the autograd.Function calls."""
-    policy, reference, labels, _, _ = batch
+    policy, reference, labels = batch[:3]
     _, _, _, normalizers = OPS.token_stats(policy, reference, labels, -100)
-    target, overwritten = torch.empty_like(policy), policy.clone()
+    target = torch.empty_like(policy)
     runs: Runs = {
         "copy": lambda: target.copy_(policy),
         "forward": lambda: OPS.token_stats(policy, reference, labels, -100),
@@ -96,7 +103,7 @@ def passes(batch: Batch) -> Runs:
         saved = (reference, labels, normalizers, *upstream_of(batch, kind), -100)
         runs[f"backward, {kind}"] = lambda saved=saved: OPS.token_stats_backward(policy, *saved)
         runs[f"backward in place, {kind}"] = lambda saved=saved: OPS.token_stats_backward_(
-            overwritten, *saved
+            batch.overwritten.detach(), *saved
         )
     return runs
 
@@ -139,11 +146,11 @@ def whole_steps(batch: Batch) -> Runs:
         total = (logps * batch.grad_logps + kl * batch.grad_kl).sum()
         return torch.autograd.grad(total, policy)[0]
 
-    leaf, overwritten = batch.policy.detach().requires_grad_(), batch.policy.clone()
+    leaf = batch.policy.detach().requires_grad_()
     for name, provider in providers().items():
         if name != "tdpo_ext in place":
             runs[f"{name}: forward"] = lambda provider=provider: forward(provider)
-        policy = overwritten.requires_grad_() if name == "tdpo_ext in place" else leaf
+        policy = batch.overwritten.requires_grad_() if name == "tdpo_ext in place" else leaf
         runs[f"{name}: forward + backward"] = lambda provider=provider, policy=policy: full(
             provider, policy
         )
@@ -181,13 +188,15 @@ class Clock:
         return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
 
 
-def measure(runs: Runs, clock: Clock, rounds: int) -> dict[str, dict[str, float]]:
+def measure(runs: Runs, batch: Batch, clock: Clock, rounds: int) -> dict[str, dict[str, float]]:
     times: dict[str, list[float]] = {name: [] for name in runs}
     failed: set[str] = set()
     for number in range(rounds + 2):
         for name, run in runs.items():
             if name in failed:
                 continue
+            if "in place" in name:
+                batch.restore()
             try:
                 elapsed = clock.milliseconds(run)
             except torch.OutOfMemoryError:
@@ -223,9 +232,9 @@ def measurements(options: argparse.Namespace) -> Iterator[dict[str, object]]:
             print(f"V = {vocabulary}, {ignored:.0%} ignored ...", flush=True)
             torch.compiler.reset()  # past a limit of recompilations it would run eager
             batch = make_batch(options.rows, vocabulary, torch.bfloat16, ignored, options.device)
-            alone = measure(passes(batch), clock, options.rounds)
+            alone = measure(passes(batch), batch, clock, options.rounds)
             runs = whole_steps(batch)
-            steps = measure(runs, clock, options.rounds)
+            steps = measure(runs, batch, clock, options.rounds)
             yield {
                 "vocabulary": vocabulary,
                 "ignored": ignored,
@@ -257,7 +266,7 @@ def main() -> None:
     on_card = options.device == "cuda"
     report = {
         "device": torch.cuda.get_device_name() if on_card else "a dry run on the CPU",
-        "torch": torch.__version__,
+        **machine.described(),
         "backend": served,
         "rows": options.rows,
         "dtype": "bfloat16",

@@ -32,6 +32,7 @@ def described() -> dict[str, Any]:
         "processor": processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
         "tdpo_ext": tdpo_ext.__version__,
         "commit": commit(),
         "instruction_set": tdpo_ext.backends()["cpu"]["instruction_set"],

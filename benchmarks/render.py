@@ -3,109 +3,46 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from render_gpu import (
+    ABOUT_FUSED_TABLE,
+    RESULTS,
+    fused_table,
+    gpu_pictures,
+    gpu_section,
+    step_table,
+    step_text,
+)
 from render_logits import logits_pictures, logits_section
-from tables import table
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 Report = dict[str, Any]
 
 
-def share_of_copy(row: Report, name: str) -> str:
-    """The bandwidth of a pass as a share of the copy's."""
-    needed, taken = row["needed_bytes"], row["passes_ms"]
-    if name not in taken:
-        return "out of memory"
-    copy = needed["copy"] / taken["copy"]["median"]
-    return f"{needed[name] / taken[name]['median'] / copy:.0%}"
-
-
-def of_batch(row: Report) -> list[str]:
-    return [str(row["vocabulary"]), f"{row['ignored']:.0%}"]
-
-
-def bandwidth_rows(report: Report, names: list[str]) -> Iterable[list[str]]:
-    for row in report["measurements"]:
-        copy = row["needed_bytes"]["copy"] / row["passes_ms"]["copy"]["median"] / 1e9
-        shares = [share_of_copy(row, name) for name in names]
-        yield [*of_batch(row), f"{copy:.2f}", *shares]
-
-
-def peer_rows(report: Report, peers: list[str]) -> Iterable[list[str]]:
-    for row in report["measurements"]:
-        ours = row["steps_ms"]["tdpo_ext in place: forward + backward"]["median"]
-        cells = [f"{ours:.2f}"]
-        for peer in peers:
-            name = f"{peer}: forward + backward"
-            taken = row["steps_ms"].get(name)
-            if taken is None:
-                cells.append("out of memory")
-                continue
-            tensors = row["steps_extra_bytes"][name] / row["tensor_bytes"]
-            cells.append(f"{taken['median'] / ours:.2f}x, {tensors:.2f}")
-        yield [*of_batch(row), *cells]
-
-
-def gpu_section(report: Report) -> list[str]:
-    passes = ["forward", "backward, any", "backward, tdpo1", "backward, tdpo2"]
-    steps = [name for row in report["measurements"] for name in row["steps_ms"]]
-    peers = list(dict.fromkeys(name.split(": ")[0] for name in steps if "backward" in name))
+def fused_section(report: Report) -> list[str]:
     return [
-        f"## On a GPU: {report['device']}",
+        "## The fused head, CPU",
         "",
-        f"Made by `benchmarks/gpu_check.sh`: torch {report['torch']}, {report['dtype']}, "
-        f"{report['rows']} rows, medians of {report['rounds']} interleaved rounds.",
-        "",
-        "Bandwidth of each pass, bytes counted as the algebra needs them, as a share of what a "
-        "device-to-device copy of one logits tensor reaches in the same rounds:",
-        *table(
-            ["V", "ignored", "copy, TB/s", *passes],
-            bandwidth_rows(report, passes),
-        ),
-        "",
-        "Forward + backward: ours in place in milliseconds; for each the time as a multiple of "
-        "that, and the extra memory at its peak in logits tensors:",
-        *table(["V", "ignored", "ours in place, ms", *peers], peer_rows(report, peers)),
+        f"Made by `benchmarks/fused_head.py`: torch {report['torch']}, {report['threads']} "
+        f"threads, medians of {report['rounds']} interleaved rounds. {ABOUT_FUSED_TABLE} What "
+        "takes over 5 seconds ran once, and over 30 not again for its memory or with half of the "
+        "tokens ignored.",
+        *fused_table(report),
     ]
 
 
-def fused_rows(report: Report) -> Iterable[list[str]]:
-    for row in report["measurements"]:
-        times, extra = row["milliseconds"], row["extra_bytes"]
-        units = [times[f"unit of {name}"] for name in ("logits", "dh", "dW")]
-        sequences, tokens, width, vocabulary = row["shape"]
-        shape = f"{sequences} x {tokens}, {width}, {vocabulary}"
-        for name, taken in times.items():
-            if name.startswith("unit"):
-                continue
-            bare = "-"
-            if name in report["ways"]:
-                limit = sum(n * unit for n, unit in zip(report["ways"][name], units, strict=True))
-                bare = f"{taken / limit:.2f}x"
-            memory = f"{extra[name] / 2**20:.0f}" if name in extra else "-"
-            of_ours = f"{taken / times['tdpo_ext']:.2f}x"
-            kind = [shape, row["dtype"], f"{row['ignored']:.0%}"]
-            yield [*kind, name, f"{taken:.0f}", bare, of_ours, memory]
-
-
-def fused_section(report: Report) -> list[str]:
-    head = ["2B x T, H, V", "dtype", "ignored", "what", "ms", "against its bare products"]
+def step_section(report: Report) -> list[str]:
     return [
-        f"## The fused head, {report['device']}",
+        "## A training step of a tiny model, CPU",
         "",
-        f"Made by `benchmarks/fused_head.py`: torch {report['torch']}, {report['threads']} "
-        f"threads, medians of {report['rounds']} interleaved rounds of forward and backward of "
-        "TDPO2 if not said otherwise. Bare products: as many of the same as that way has units "
-        "([fused-head.md](fused-head.md)), operands cast beforehand. `eager` and Liger round "
-        "bfloat16 logits to bfloat16, ours and TRL's are float32. Liger's is DPO: no KL. What "
-        "takes over 5 seconds ran once, and over 30 not again for its memory or with half of the "
-        "tokens ignored. Memory is beyond the batch, gradients included.",
-        *table([*head, "against tdpo_ext", "extra memory, MiB"], fused_rows(report)),
+        "To see that `benchmarks/training_step.py` runs: the model is too small, and the machine "
+        f"was too busy, for its times to mean much. {report['processor']}, commit "
+        f"{report['commit']}, torch {report['torch']}, threads: {report['threads']}. "
+        f"{step_text(report)} Peak memory is beyond both models.",
+        *step_table(report),
     ]
 
 
@@ -134,25 +71,45 @@ def load(name: str) -> Report | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+HOW = """\
+To repeat them, on a machine that does nothing else:
+
+```bash
+make bench                         # the CPU's, then this page and its pictures
+bash benchmarks/gpu_check.sh OUT   # a GPU's, with build and tests: 9 minutes at most
+python benchmarks/training_step.py OUT --device cuda   # a whole training step
+python benchmarks/render.py        # this page and its pictures, from the reports
+make docs                          # the figures of the other pages
+```
+
+A report of a GPU goes into a folder of its own in `benchmarks/results/`, which `RUN` in
+`benchmarks/render_gpu.py` names."""
+
+
 def page() -> str:
     lines = [
         "# Benchmarks",
         "",
         "Written by `benchmarks/render.py` from `benchmarks/results/`.",
         "",
+        *HOW.splitlines(),
+        "",
+        *gpu_section(),
     ]
-    gpu = load("gpu-against-copy.json")
-    lines += gpu_section(gpu) if gpu else ["No measurements on a GPU are committed yet."]
-    for device in ("cuda", "cpu"):
-        fused = load(f"fused-head-{device}.json")
-        lines += ["", *fused_section(fused)] if fused else []
-    logits = load("logits-cpu.json")
-    lines += ["", *logits_section(logits)] if logits else []
+    sections = {
+        "logits-cpu.json": logits_section,
+        "fused-head-cpu.json": fused_section,
+        "training-step-cpu.json": step_section,
+    }
+    for name, section in sections.items():
+        report = load(name)
+        lines += ["", *section(report)] if report else []
     return "\n".join(lines) + "\n"
 
 
 def write_page() -> None:
     PAGE.write_text(page())
+    gpu_pictures(PAGE.parent)
     fused = load("fused-head-cpu.json")
     if fused:
         fused_picture(fused)

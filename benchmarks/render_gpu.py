@@ -1,0 +1,551 @@
+"""The part of docs/benchmarks.md, and the pictures, that come from a run on a GPU.
+
+Such a run has a folder of its own in results/, named after card and commit: the reports of
+benchmarks/gpu_check.sh, and by-hand.json for what was measured otherwise. A newer run takes the
+place of RUN.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tables import table
+
+Report = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
+RUN = RESULTS / "h200-3f694a0"
+LOGITS, FUSED = "gpu-against-copy.json", "fused-head-cuda.json"
+KINDS = {
+    "any": "any",
+    "tdpo1": "TDPO1",
+    "tdpo2": "TDPO2",
+    "dpo": "DPO",
+    "rejected": "rejected rows of TDPO2",
+}
+COMPILING_FROM = 5_000  # milliseconds of a step on a GPU: it ran once, with its compilation
+
+
+def load(name: str) -> Report:
+    """Empty if that card's run has no such report."""
+    path = RUN / name
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def by_hand() -> Report:
+    return load("by-hand.json")
+
+
+def training_step() -> Report:
+    """From benchmarks/training_step.py; until it has run on that card, as noted by hand."""
+    return load("training-step-cuda.json") or by_hand().get("training_step", {})
+
+
+def made_on(report: Report) -> str:
+    """Card, commit, torch and CUDA, which stand at every table."""
+    known = {**by_hand().get("run", {}), **report}
+    return (
+        f"{known['device']}, commit {known['commit']}, torch {known['torch']}, CUDA {known['cuda']}"
+    )
+
+
+def percent(value: float) -> str:
+    return f"{value:.0%}"
+
+
+def least_to_most(values: Iterable[float], form: str = "{:.0f}") -> str:
+    """A range in words, or one number where both ends look the same."""
+    values = list(values)
+    ends = [form.format(end) for end in (min(values), max(values))]
+    return " to ".join(dict.fromkeys(ends))
+
+
+def percents(values: Iterable[float]) -> str:
+    return least_to_most(100 * value for value in values) + " %"
+
+
+# From logits
+
+
+def share_of_copy(row: Report, name: str) -> float | None:
+    """The bandwidth of a pass as a share of the copy's; None: out of memory."""
+    needed, taken = row["needed_bytes"], row["passes_ms"]
+    if name not in taken:
+        return None
+    copy = needed["copy"] / taken["copy"]["median"]
+    return needed[name] / taken[name]["median"] / copy
+
+
+def of_batch(row: Report) -> list[str]:
+    return [str(row["vocabulary"]), percent(row["ignored"])]
+
+
+def bandwidth_rows(report: Report, names: list[str]) -> Iterable[list[str]]:
+    for row in report["measurements"]:
+        copy = row["needed_bytes"]["copy"] / row["passes_ms"]["copy"]["median"] / 1e9
+        shares = [share_of_copy(row, name) for name in names]
+        cells = ["out of memory" if share is None else percent(share) for share in shares]
+        yield [*of_batch(row), f"{copy:.2f}", *cells]
+
+
+def full_step(row: Report, provider: str) -> float | None:
+    """Milliseconds of forward and backward."""
+    taken = row["steps_ms"].get(f"{provider}: forward + backward")
+    return None if taken is None else float(taken["median"])
+
+
+def providers(report: Report) -> list[str]:
+    names = [name for row in report["measurements"] for name in row["steps_ms"]]
+    return list(dict.fromkeys(name.split(": ")[0] for name in names if "backward" in name))
+
+
+def peer_rows(report: Report, peers: list[str]) -> Iterable[list[str]]:
+    for row in report["measurements"]:
+        ours, cells = full_step(row, "tdpo_ext"), []
+        assert ours is not None
+        for peer in peers:
+            taken = full_step(row, peer)
+            if taken is None:
+                cells.append("out of memory")
+                continue
+            extra = row["steps_extra_bytes"][f"{peer}: forward + backward"] / row["tensor_bytes"]
+            cells.append(f"{taken / ours:.2f}x, {extra:.2f}")
+        yield [*of_batch(row), f"{ours:.2f}", *cells]
+
+
+def error_rows(report: Report) -> Iterable[list[str]]:
+    for row in report["measurements"]:
+        errors = [row["errors"][who][of] for of in ("log p", "KL") for who in ("tdpo_ext", "eager")]
+        yield [*of_batch(row), *(f"{error:.0e}" for error in errors)]
+
+
+def gap_rows(rows: list[Report]) -> Iterable[list[str]]:
+    for row in rows:
+        shares = [*row["forward"].values(), *(row["backward"][kind] for kind in KINDS)]
+        yield [str(row["vocabulary"]), row["dtype"], *map(percent, shares)]
+
+
+def logits_section(report: Report) -> list[str]:
+    passes = ["forward", *(f"backward, {kind}" for kind in ("any", "tdpo1", "tdpo2", "dpo"))]
+    names = ["forward", *(f"backward, {KINDS[name.split(', ')[1]]}" for name in passes[1:])]
+    peers = providers(report)
+    of_errors = [f"{of}, {who}" for of in ("log p", "KL") for who in ("tdpo_ext", "eager")]
+    return [
+        "### From logits",
+        "",
+        f"{made_on(report)}. Made by `benchmarks/gpu_against_copy.py`: {report['dtype']}, "
+        f"{report['rows']} rows, a policy that lies 0.3 from its reference, medians of "
+        f"{report['rounds']} interleaved rounds. Bandwidth of each pass, bytes counted as the "
+        "algebra needs them, as a share of what a device-to-device copy of one logits tensor "
+        "reaches in the same rounds:",
+        *table(["V", "ignored", "copy, TB/s", *names], bandwidth_rows(report, passes)),
+        "",
+        *gap_section(),
+        f"{made_on(report)}. Forward + backward, any upstream gradients: ours in milliseconds; "
+        "for each the time as a multiple of that, and the extra memory at its peak in logits "
+        "tensors. `eager` is the formula in PyTorch (`benchmarks/formula.py`), which "
+        "`torch.compile` compiles. Liger's kernel takes the same two tensors to another number, "
+        "the total variation instead of the KL:",
+        *table(["V", "ignored", "tdpo_ext, ms", *peers], peer_rows(report, peers)),
+        "",
+        f"{made_on(report)}. The largest error of 32 rows against float64, relative to the largest "
+        "value:",
+        *table(["V", "ignored", *of_errors], error_rows(report)),
+    ]
+
+
+def gap_section() -> list[str]:
+    rows = by_hand().get("share_of_copy")
+    if rows is None:
+        return []
+    gaps = [f"forward, gap {gap}" for gap in rows[0]["forward"]]
+    return [
+        f"{made_on({})}. The same share by how far the policy lies from its reference (standard "
+        "deviation of the gap of two logits, which are N(0, 1)) and by the kind of upstream "
+        "gradients. V = 4096 in float32 is a tile of the fused head. Made with a C++ program of "
+        "its own, without PyTorch.",
+        *table(["V", "dtype", *gaps, *KINDS.values()], gap_rows(rows)),
+        "",
+        "![Share of a copy's bandwidth](gpu-copy.png)",
+        "",
+    ]
+
+
+# The fused head
+
+
+def shape_of(row: Report) -> str:
+    sequences, tokens, width, vocabulary = row["shape"]
+    return f"{sequences} x {tokens}, {width}, {vocabulary}"
+
+
+def bare_products(row: Report, units: list[float]) -> float:
+    """Milliseconds of so many units of logits, dh and dW."""
+    alone = [row["milliseconds"][f"unit of {name}"] for name in ("logits", "dh", "dW")]
+    return sum(n * unit for n, unit in zip(units, alone, strict=True))
+
+
+def fused_times(row: Report, on_card: bool) -> dict[str, float | None]:
+    """Milliseconds by way; None where a compilation is in them."""
+    return {
+        name: None if on_card and taken > COMPILING_FROM else taken
+        for name, taken in row["milliseconds"].items()
+        if not name.startswith("unit")
+    }
+
+
+def fused_rows(report: Report) -> Iterable[list[str]]:
+    for row in report["measurements"]:
+        times, extra = fused_times(row, report["device"] != "CPU"), row["extra_bytes"]
+        ours = times["tdpo_ext"]
+        assert ours is not None
+        for name, taken in times.items():
+            units = report["ways"].get(name)
+            cells = ["-", "-", "-"]
+            if taken is not None:
+                bare = f"{taken / bare_products(row, units):.2f}x" if units else "-"
+                cells = [f"{taken:.0f}", bare, f"{taken / ours:.2f}x"]
+            memory = f"{extra[name] / 2**20:.0f}" if name in extra else "-"
+            kind = [shape_of(row), row["dtype"], percent(row["ignored"])]
+            yield [*kind, name, *cells, memory]
+
+
+def fused_table(report: Report) -> list[str]:
+    head = ["2B x T, H, V", "dtype", "ignored", "what", "ms", "against its bare products"]
+    return table([*head, "against tdpo_ext", "extra memory, MiB"], fused_rows(report))
+
+
+ABOUT_FUSED_TABLE = (
+    "Forward and backward of TDPO2 if not said otherwise. Bare products: as many of the same as "
+    "that way has units ([fused-head.md](fused-head.md)), operands cast beforehand. `eager` and "
+    "Liger round bfloat16 logits to bfloat16, ours and TRL's are float32. Liger's is DPO: no KL. "
+    "Memory is beyond the batch, gradients included."
+)
+
+
+def unit_rows(report: Report) -> Iterable[list[str]]:
+    for row in report["measurements"]:
+        sequences, tokens, width, vocabulary = row["shape"]
+        operations = 2 * sequences * tokens * (1 - row["ignored"]) * width * vocabulary
+        cells = []
+        for name in ("logits", "dh", "dW"):
+            taken = row["milliseconds"][f"unit of {name}"]
+            cells += [f"{taken:.1f}", f"{operations / taken / 1e9:.0f}"]
+        yield [shape_of(row), percent(row["ignored"]), *cells]
+
+
+def fused_section(report: Report) -> list[str]:
+    units = [f"{name}, {what}" for name in ("logits", "dh", "dW") for what in ("ms", "TFLOP/s")]
+    return [
+        "### The fused head",
+        "",
+        f"{made_on(report)}. Made by `benchmarks/fused_head.py`, medians of {report['rounds']} "
+        f"interleaved rounds. {ABOUT_FUSED_TABLE} A dash in the place of a time: it ran once, with "
+        "its compilation.",
+        *fused_table(report),
+        "",
+        "![Time and memory of the fused head](gpu-fused-head.png)",
+        "",
+        f"{made_on(report)}. The bare products of the same rounds, one unit each:",
+        *table(["2B x T, H, V", "ignored", *units], unit_rows(report)),
+        *chunk_section(),
+        *products_section(),
+    ]
+
+
+def chunk_section() -> list[str]:
+    chunks = by_hand().get("chunk_bytes")
+    if chunks is None:
+        return []
+    rows = [[str(r["mebibytes"]), str(r["full_ms"]), str(r["frozen_ms"])] for r in chunks["rows"]]
+    return [
+        "",
+        f"{made_on({})}. By `chunk_bytes`, at {shape_of(chunks)}. Only the largest holds a pair's "
+        "logits, so that they need not be made again; a step takes "
+        f"{chunks['peak_gib_of_the_last']} GiB then.",
+        *table(["chunk_bytes, MiB", "full, ms", "frozen head, ms"], rows),
+    ]
+
+
+def products_section() -> list[str]:
+    products = by_hand().get("products_teraflops")
+    if products is None:
+        return []
+    rows = [[name, *map(str, values)] for name, values in products["results"].items()]
+    columns = [f"{n} columns" for n in products["columns"]]
+    return [
+        "",
+        f"{made_on({})}. TFLOP/s of products alone by the columns of a tile, "
+        f"{products['rows']} tokens, H = {products['width']}, bfloat16 operands:",
+        *table(["result", *columns], rows),
+    ]
+
+
+# A whole step, and small calls
+
+
+def step_rows(report: Report) -> Iterable[list[str]]:
+    alone = report["ways"]["backbone alone"]
+    wanted = report["ways"]["eager formula"]
+    gib = "{:.1f}" if alone["peak_gib"] > 1 else "{:.3f}"
+    for name, row in report["ways"].items():
+        against = f"{row['milliseconds'] / alone['milliseconds']:.2f}x"
+        above = row["peak_gib"] - alone["peak_gib"]
+        memory = [gib.format(row["peak_gib"]), gib.format(above)]
+        cells = [f"{row['milliseconds']:.0f}", against, *memory]
+        if "loss" in wanted:
+            cells += [of_formula(row, wanted, of) for of in ("loss", "gradient_norm")]
+        yield [name, *cells]
+
+
+def of_formula(row: Report, wanted: Report, name: str) -> str:
+    if row is wanted or name not in row:
+        return "-"
+    return f"{abs(row[name] / wanted[name] - 1):.0e}"
+
+
+def step_table(report: Report) -> list[str]:
+    head = ["what", "ms", "against the backbones", "peak, GiB", "above the backbones, GiB"]
+    if "loss" in report["ways"]["eager formula"]:
+        head += ["loss, off the formula's", "gradient norm, off the formula's"]
+    return table(head, step_rows(report))
+
+
+def counted(number: float) -> str:
+    return f"{number / 1e9:.1f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
+
+
+def step_text(report: Report) -> str:
+    model = report["model"]
+    return (
+        f"Llama-shaped policy and reference of {counted(model['parameters'])} parameters each (H = "
+        f"{model['hidden_size']}, {model['layers']} layers, V = {model['vocabulary']}, tied), "
+        f"{report['dtype']}, {report['sequences']} x {report['tokens']} tokens, "
+        f"{report['ignored']:.0%} of them prompt, gradient checkpointing, forward and backward."
+    )
+
+
+def step_section(report: Report) -> list[str]:
+    return [
+        "### A whole training step",
+        "",
+        f"{made_on(report)}. {step_text(report)} The limit is the two backbones alone, without "
+        "head and loss. Peak memory is all that was allocated, models included.",
+        *step_table(report),
+    ]
+
+
+def small_section() -> list[str]:
+    calls = by_hand().get("small_calls")
+    if calls is None:
+        return []
+    names = list(calls[0]["ways"])
+    rows = []
+    for call in calls:
+        cells = []
+        for name in names:
+            way = call["ways"][name]
+            kernels = f", {way['kernels']} kernels" if "kernels" in way else ""
+            cells.append(f"{way['microseconds']}{kernels}")
+        rows.append([f"{call['shape'][0]} x {call['shape'][1]}", *cells])
+    return [
+        "",
+        "### Small calls",
+        "",
+        f"{made_on({})}. Forward and backward, microseconds by the wall clock: the host's, since a "
+        "GPU has next to nothing to do. `tdpo_ext` is the whole loss.",
+        *table(["tokens x V", *names], rows),
+    ]
+
+
+# What it says
+
+
+def findings(logits: Report, fused: Report) -> list[str]:
+    """Limits and what falls short of them, as the tables have them."""
+    return [
+        *bandwidth_findings(),
+        formula_finding(logits),
+        *fused_findings(fused),
+        *step_findings(),
+        *small_findings(),
+    ]
+
+
+def bandwidth_findings() -> list[str]:
+    rows = [r for r in by_hand().get("share_of_copy", []) if r["dtype"] == "bfloat16"]
+    if not rows:
+        return []
+    forward, backward = (
+        percents(share for row in rows for share in row[which].values())
+        for which in ("forward", "backward")
+    )
+    slowest = min(rows[0]["forward"], key=lambda gap: sum(row["forward"][gap] for row in rows))
+    return [
+        f"- From logits in bfloat16 forward runs at {forward} of a copy's bandwidth, least at a "
+        f"gap of {slowest} between policy and reference, and backward at {backward}."
+    ]
+
+
+def formula_finding(report: Report) -> str:
+    rows = [row for row in report["measurements"] if row["ignored"] == 0]
+    eager, compiled = (
+        least_to_most((full_step(r, peer) / full_step(r, "tdpo_ext") for r in rows), "{:.1f}")
+        for peer in ("eager", "torch.compile")
+    )
+    return (
+        f"- The formula takes {eager} times as long in eager PyTorch and {compiled} times under "
+        "`torch.compile`, with all tokens kept."
+    )
+
+
+def against_products(report: Report, way: str) -> str:
+    """Times the bare products of a way, all tokens kept."""
+    rows = [row for row in report["measurements"] if row["ignored"] == 0]
+    units = report["ways"][way]
+    return least_to_most(
+        (row["milliseconds"][way] / bare_products(row, units) for row in rows), "{:.2f}"
+    )
+
+
+def fused_findings(report: Report) -> list[str]:
+    forward, again, frozen = (
+        against_products(report, f"tdpo_ext{way}")
+        for way in (": forward", ", recomputed", ", frozen head")
+    )
+    lines = [
+        f"- The fused head takes {forward} times its bare products in forward, {again} in a full "
+        f"step that makes logits again, {frozen} with a frozen head."
+    ]
+    for ignored in (0.0, 0.5):
+        rows = [row for row in report["measurements"] if row["ignored"] == ignored]
+        liger = [pair for row in rows if (pair := of_liger(row))]
+        if liger:
+            ours = least_to_most(a for a, _ in liger)
+            theirs = least_to_most(b for _, b in liger)
+            kept = "all tokens" if ignored == 0 else f"{1 - ignored:.0%} of the tokens"
+            who = "slower" if all(a > b for a, b in liger) else "faster"
+            lines.append(
+                f"- With {kept} kept the fused head is {who} than Liger's fused DPO, which "
+                f"computes no KL: {ours} ms against {theirs}."
+            )
+    return lines
+
+
+def of_liger(row: Report) -> tuple[float, float] | None:
+    times = fused_times(row, on_card=True)
+    ours, theirs = times["tdpo_ext"], times.get("Liger DPO (no KL)")
+    return None if ours is None or theirs is None else (ours, theirs)
+
+
+def step_findings() -> list[str]:
+    step = training_step()
+    if not step:
+        return []
+    alone, logits, inside = (
+        step["ways"][name] for name in ("backbone alone", "TDPOLoss", "attach_tdpo")
+    )
+    times = [f"{x['milliseconds'] / alone['milliseconds']:.2f}" for x in (inside, logits)]
+    above = [f"{x['peak_gib'] - alone['peak_gib']:.1f}" for x in (inside, logits)]
+    return [
+        f"- A whole training step takes {times[0]} times as long as its backbones alone with "
+        f"`attach_tdpo`, {above[0]} GiB above them, and {times[1]} times with `TDPOLoss` on "
+        f"logits, {above[1]} GiB above."
+    ]
+
+
+def small_findings() -> list[str]:
+    calls = by_hand().get("small_calls", [])
+    pairs = [(c["ways"]["tdpo_ext"], c["ways"]["eager formula"]) for c in calls]
+    if not pairs:
+        return []
+    gain = percents(1 - a["microseconds"] / b["microseconds"] for a, b in pairs)
+    return [f"- Small calls are bound by the host: {gain} less time than eager PyTorch there."]
+
+
+def gpu_section() -> list[str]:
+    logits, fused, step = load(LOGITS), load(FUSED), training_step()
+    return [
+        f"## On a GPU: {made_on(logits)}",
+        "",
+        *(f"{note}\n" for note in by_hand().get("notes", [])),
+        *findings(logits, fused),
+        "",
+        *logits_section(logits),
+        "",
+        *fused_section(fused),
+        *(["", *step_section(step)] if step else []),
+        *small_section(),
+    ]
+
+
+# Pictures
+
+
+def copy_picture(rows: list[Report], path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 4), sharey=True)
+    names = [f"{row['dtype']}, V = {row['vocabulary']}" for row in rows]
+    gaps, backward = panels
+    for row, name in zip(rows, names, strict=True):
+        distances = [float(gap) for gap in row["forward"]]
+        gaps.semilogx(distances, list(row["forward"].values()), "o-", label=name)
+    gaps.set(title="forward", xlabel="gap of policy and reference", ylabel="share of a copy")
+    gaps.set_xticks(distances, list(row["forward"]))
+    gaps.minorticks_off()
+    width = 0.8 / len(rows)
+    for index, row in enumerate(rows):
+        places = [place + width * (index - (len(rows) - 1) / 2) for place in range(len(KINDS))]
+        backward.bar(places, [row["backward"][kind] for kind in KINDS], width)
+    labels = [name.replace(" rows of ", "\nrows of ") for name in KINDS.values()]
+    backward.set_xticks(range(len(KINDS)), labels, fontsize=8)
+    backward.set(title="backward")
+    for axes in panels:
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_ylim(0, 1.05)
+    gaps.legend(frameon=False, fontsize=8, loc="lower left")
+    figure.suptitle(made_on({}), fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def fused_picture(report: Report, path: Path) -> None:
+    from matplotlib import pyplot
+
+    rows = [row for row in report["measurements"] if row["ignored"] == 0]
+    names = [name for name in fused_times(rows[0], on_card=True) if "TDPO1" not in name]
+    figure, (times, memory) = pyplot.subplots(1, 2, figsize=(9, 4))
+    width = 0.8 / len(names)
+    for index, name in enumerate(names):
+        places = [place + width * (index - (len(names) - 1) / 2) for place in range(len(rows))]
+        taken = [fused_times(row, on_card=True)[name] or 0 for row in rows]
+        times.bar(places, taken, width, label=name)
+        sizes = [row["extra_bytes"].get(name, 0) / 2**30 for row in rows]
+        memory.bar(places, sizes, width)
+    for index, row in enumerate(rows):
+        least = bare_products(row, [2, 1, 1])
+        line = {"color": "black", "linestyle": ":", "label": "4 units" if not index else None}
+        times.plot([index - 0.4, index + 0.4], [least, least], **line)
+    shapes = [f"H = {row['shape'][2]}\nV = {row['shape'][3]}" for row in rows]
+    for axes in (times, memory):
+        axes.set_xticks(range(len(rows)), shapes, fontsize=8)
+    times.set_ylabel("forward + backward, ms")
+    memory.set(ylabel="extra memory, GiB")
+    named = times.get_legend_handles_labels()
+    figure.legend(*named, frameon=False, fontsize=8, ncols=4, loc="lower center")
+    figure.suptitle(f"{made_on(report)}; 8 x 1024 tokens, all kept; no bar: not timed", fontsize=9)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    figure.savefig(path, dpi=90)
+
+
+def gpu_pictures(folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    shares = by_hand().get("share_of_copy")
+    if shares:
+        copy_picture(shares, folder / "gpu-copy.png")
+    fused_picture(load(FUSED), folder / "gpu-fused-head.png")

@@ -271,7 +271,6 @@ def test_dropout_is_off_everywhere(tmp_path: Any) -> None:
         ({"ld_alpha": 0.5}, "ld_alpha"),
         ({"f_divergence_type": "js_divergence"}, "f_divergence_type"),
         ({"use_weighting": True}, "use_weighting"),
-        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs"),
         ({"loss_weights": [2.0]}, "loss_weights"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"tdpo_fused_head": False, "tdpo_chunk_bytes": 1000}, "tdpo_chunk_bytes"),

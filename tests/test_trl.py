@@ -116,7 +116,7 @@ def test_every_option_of_the_loss_is_an_argument_of_a_script() -> None:
             *("--output_dir", "folder", "--use_cpu", "--bf16", "False", "--beta", "0.2"),
             *("--tdpo_variant", "tdpo1", "--tdpo_alpha", "0.3", "--tdpo_chunk_bytes", "5000"),
             *("--tdpo_average_log_prob", "--tdpo_fused_head", "False"),
-            "--tdpo_inplace_backward",
+            *("--tdpo_inplace_backward", "--tdpo_reference_cache", "cache"),
         ]
     )
     options = {name: x for name, x in vars(parsed).items() if name.startswith("tdpo_")}
@@ -127,6 +127,7 @@ def test_every_option_of_the_loss_is_an_argument_of_a_script() -> None:
         "tdpo_fused_head": False,
         "tdpo_chunk_bytes": 5000,
         "tdpo_inplace_backward": True,
+        "tdpo_reference_cache": "cache",
     }
     assert parsed.beta == 0.2
 

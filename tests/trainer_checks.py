@@ -215,7 +215,8 @@ def plain_loop(
 def transformers_trainer(
     model: Any, tmp_path: Any, *, loss: dict[str, Any] | None = None, **options: Any
 ) -> Any:
-    others = {key: options.pop(key) for key in ("reference", "eval_dataset") if key in options}
+    names = ("reference", "precompute_reference", "eval_dataset")
+    others = {key: options.pop(key) for key in names if key in options}
     return of_transformers.TDPOTrainer(
         model,
         transformers.TrainingArguments(str(tmp_path), **ARGUMENTS, **options),

@@ -460,8 +460,22 @@ def in_bfloat16(folder: str) -> Any:
     return fresh()(folder).bfloat16()
 
 
-def rounded(folder: str) -> Any:
-    return in_bfloat16(folder).float()
+def in_float16(folder: str) -> Any:
+    return fresh()(folder).half()
+
+
+def in_float32(setup: Setup) -> Setup:
+    """The same weights, and the same everything."""
+
+    def widened(make: Any) -> Any:
+        return (lambda folder: make(folder).float()) if make in (in_bfloat16, in_float16) else make
+
+    return replace(
+        setup,
+        options={**setup.options, "bf16": False},
+        model=widened(setup.model),
+        reference=widened(setup.reference),
+    )
 
 
 HALF: dict[str, Any] = {"model": in_bfloat16, "reference": in_bfloat16}
@@ -476,6 +490,10 @@ IN_BFLOAT16 = {
     "bfloat16 weights without autocast": Setup({"bf16": False}, **HALF),
     "bfloat16 weights without autocast, from logits": Setup(
         {"bf16": False}, of_tdpo=LOGITS, **HALF
+    ),
+    "float16 weights": Setup({"bf16": True}, model=in_float16, reference=in_float16),
+    "float16 weights from logits": Setup(
+        {"bf16": True}, model=in_float16, reference=in_float16, of_tdpo=LOGITS
     ),
     "LoRA on bfloat16 weights": Setup({"bf16": True}, model=in_bfloat16, adapter=lora(), **ADAPTED),
 }
@@ -496,10 +514,7 @@ def test_in_bfloat16(name: str, folder: str, tmp_path: Any) -> None:
     to be near those in float32, by a few roundings of 2^-9 each.
     """
     setup = IN_BFLOAT16[name]
-    exact = replace(setup, options={**setup.options, "bf16": False})
-    if setup.model is in_bfloat16:  # the same weights
-        exact = replace(exact, model=rounded, reference=setup.reference and rounded)
-    truth = run(trl.DPOTrainer, trl.DPOConfig, exact, folder, tmp_path / "truth")
+    truth = run(trl.DPOTrainer, trl.DPOConfig, in_float32(setup), folder, tmp_path / "truth")
     theirs = run(trl.DPOTrainer, trl.DPOConfig, setup, folder, tmp_path / "dpo")
     # alpha is no matter at first: there is no KL, and it has no gradient.
     own = {"tdpo_alpha": 0.0, **setup.of_tdpo}
@@ -516,7 +531,7 @@ def test_in_bfloat16(name: str, folder: str, tmp_path: Any) -> None:
         difference = sum((wanted[n] - found[n]).square().sum() for n in wanted)
         return float((difference / sum(x.square().sum() for x in wanted.values())).sqrt())
 
-    print(f"{distance(ours):.2e}, TRL's {distance(theirs):.2e}")
+    record("bfloat16", {"set-up": name, "ours": distance(ours), "TRL": distance(theirs)})
     assert distance(theirs) <= 2.0**-6
     assert distance(ours) <= 2.0**-6
     for step, (a, b) in enumerate(zip(theirs.losses[:3], ours.losses[:3], strict=True)):

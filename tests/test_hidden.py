@@ -33,6 +33,13 @@ def test_a_config_without_a_start_token_is_refused() -> None:
         decoder_inputs(without_a_helper(decoder_start_token_id=None), LABELS)
 
 
+def test_a_t5_without_a_start_token_is_refused() -> None:
+    model = tiny_model("t5-untied")
+    del model.config.decoder_start_token_id
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration needs decoder_start_token_id"):
+        decoder_inputs(model, LABELS)
+
+
 @pytest.mark.parametrize(
     ("architecture", "coefficient"), [("mixtral", 0.25), ("jetmoe", 0.25), ("llama", 0.0)]
 )

@@ -121,6 +121,10 @@ def tiny_architecture(name: str) -> Any:
     """In float32 and evaluation mode, with random weights, from seed 0."""
     model_class = getattr(transformers, name)
     config = tiny_config(model_class)
+    if config.is_encoder_decoder:  # pretrained configs say it
+        for field in ("decoder_start_token_id", "pad_token_id"):
+            if getattr(config, field, None) is None:
+                setattr(config, field, 0)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in model_class(config).parameters())
     if parameters > MOST_PARAMETERS:

@@ -21,6 +21,7 @@ from tdpo_ext.integrations.attach import (
 from tdpo_ext.integrations.hidden import (
     HeadInputs,
     LogitOptions,
+    decoder_inputs,
     head_of,
     language_model,
     weight_and_bias,
@@ -165,7 +166,7 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         inner = language_model(unwrapped(model))
         targets: dict[str, Any] = {"labels": labels}
         if inner.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels)
+            inputs["decoder_input_ids"] = decoder_inputs(inner, labels)
             targets = {"shift_labels": labels}
         reference = self._reference_inputs(model, inputs, cached)
         output = model(**inputs, tdpo=TDPOTargets(reference, **targets))

@@ -196,7 +196,7 @@ class Setup:
 
 LOGITS = {"tdpo_fused_head": False}
 ADAPTED: dict[str, Any] = {"reference": None}
-PROMPTED: dict[str, Any] = {"reference": None, "since": "1.14"}
+PROMPTED: dict[str, Any] = {"reference": None, "since": "1.15"}
 SEEING: dict[str, Any] = {
     "model": seeing(0),
     "reference": seeing(1),

@@ -121,3 +121,12 @@ def test_steps_with_zero3(scenario: str) -> None:
 @pytest.mark.parametrize("scenario", scenarios_of("trainer_scenarios"))
 def test_steps_of_trainers(scenario: str) -> None:
     check_steps("trainer_scenarios", scenario, processes=2)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("scenario", scenarios_of("evaluation_scenarios"))
+def test_evaluation(scenario: str, processes: int) -> None:
+    errors = errors_of("evaluation_scenarios", scenario, processes)
+    what = scenario.replace("_", " ")
+    record("processes", {"what": what, "processes": processes, **errors, "gradient": 0.0})
+    assert errors["loss"] <= 2e-6

@@ -7,6 +7,7 @@ Micro-batches are recorded, so whatever order a trainer takes is its own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -69,6 +70,36 @@ def as_text(rows: list[dict[str, list[int]]]) -> Any:
     )
 
 
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    """Examples that come one after the other, of unknown number."""
+
+    def __init__(self, rows: list[dict[str, list[int]]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return iter(self.rows)
+
+
+class SizedStream(Stream):
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def pairs_in(batch: Mapping[str, torch.Tensor]) -> list[tuple[list[int], ...]]:
+    """Prompt, chosen and rejected tokens of each pair, as the loss sees them."""
+    rows = []
+    for ids, mask, labels in zip(
+        batch["input_ids"], batch["attention_mask"], labels_of(batch), strict=True
+    ):
+        response = ids[labels != -100].tolist()
+        rows.append((ids[mask == 1].tolist()[: -len(response)], response))
+    half = len(rows) // 2
+    return [
+        (prompt, chosen, rejected) if prompt == other else (prompt, chosen, other, rejected)
+        for (prompt, chosen), (other, rejected) in zip(rows[:half], rows[half:], strict=True)
+    ]
+
+
 class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
     """What a trainer fed to its model and to its optimizer."""
 
@@ -108,7 +139,7 @@ class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
         self.logs.append(dict(logs))
 
 
-def labels_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def labels_of(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if "labels" in batch:
         return batch["labels"]
     return batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
@@ -215,29 +246,41 @@ def plain_loop(
 def transformers_trainer(
     model: Any, tmp_path: Any, *, loss: dict[str, Any] | None = None, **options: Any
 ) -> Any:
-    names = ("reference", "precompute_reference", "eval_dataset")
-    others = {key: options.pop(key) for key in names if key in options}
+    others = {
+        "train_dataset": examples(),
+        "data_collator": of_transformers.PreferenceCollator(0),
+        **{key: options.pop(key) for key in _NO_ARGUMENTS if key in options},
+    }
     return of_transformers.TDPOTrainer(
         model,
-        transformers.TrainingArguments(str(tmp_path), **ARGUMENTS, **options),
+        transformers.TrainingArguments(str(tmp_path), **{**ARGUMENTS, **options}),
         loss=LinearTDPOLoss(**(loss or {})),
-        train_dataset=examples(),
-        data_collator=of_transformers.PreferenceCollator(0),
         **others,
     )
+
+
+_NO_ARGUMENTS = (
+    "reference",
+    "precompute_reference",
+    "eval_dataset",
+    "train_dataset",
+    "data_collator",
+    "callbacks",
+)
 
 
 def trl_trainer(
     model: Any, tmp_path: Any, *, loss: dict[str, Any] | None = None, **options: Any
 ) -> Any:
     loss = loss or {}
-    names = {"alpha": "tdpo_alpha", "variant": "tdpo_variant"}
-    renamed = {names.get(key, key): value for key, value in loss.items()}
-    others = {key: options.pop(key) for key in ("ref_model", "eval_dataset") if key in options}
+    names_in_trl = {"alpha": "tdpo_alpha", "variant": "tdpo_variant"}
+    renamed = {names_in_trl.get(key, key): value for key, value in loss.items()}
+    names = ("ref_model", "eval_dataset", "train_dataset", "callbacks")
+    others = {key: options.pop(key) for key in names if key in options}
     return of_trl.TDPOTrainer(
         model,
-        args=of_trl.TDPOConfig(str(tmp_path), **ARGUMENTS, **options, **renamed),
-        train_dataset=as_text(examples()),
+        args=of_trl.TDPOConfig(str(tmp_path), **{**ARGUMENTS, **options, **renamed}),
+        train_dataset=others.pop("train_dataset", None) or as_text(examples()),
         processing_class=tokenizer(),
         **others,
     )

@@ -20,15 +20,16 @@ from torch import Tensor
 from trainer_checks import (
     ARGUMENTS,
     Recorder,
+    Stream,
     as_text,
     check_against_float64,
     examples,
+    pairs_in,
     tokenizer,
     transformers_trainer,
     trl_trainer,
 )
 
-from tdpo_ext import reference
 from tdpo_ext.integrations import transformers as of_transformers
 from tdpo_ext.integrations import trl as of_trl
 
@@ -38,8 +39,9 @@ def trained(
 ) -> dict[str, float]:
     """Whole steps of a trainer on all processes; 11 examples do not divide evenly."""
     before = copy.deepcopy(model)
+    options = {"per_device_train_batch_size": 1, "num_train_epochs": 1, **options}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        made = make(model, folder, per_device_train_batch_size=1, num_train_epochs=1, **options)
+        made = make(model, folder, **options)
         recorder = Recorder()
         recorder.watch(made)
         made.train()
@@ -47,6 +49,10 @@ def trained(
     dist.all_gather_object(everywhere, (recorder.batches, recorder.losses))
     of_processes = zip(*(recorded[0] for recorded in everywhere), strict=True)
     steps = [[batch for part in step for batch in part] for step in of_processes]
+    whole_pairs = [(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in examples()]
+    seen = [pair for step in steps for batch in step for pair in pairs_in(batch)]
+    assert seen
+    assert all(pair in whole_pairs for pair in seen)
     # Gradients are averaged over processes, and so is the loss.
     of_processes = zip(*(recorded[1] for recorded in everywhere), strict=True)
     losses = [sum(parts) / len(parts) for parts in of_processes]
@@ -137,28 +143,35 @@ def trl_trainer_cached_reference() -> dict[str, float]:
 
 
 @scenario
-def evaluation_counts_every_pair_once() -> dict[str, float]:
-    """Five pairs do not divide evenly: what a process repeats to fill its batch is left out."""
-    rows, whole_batch = examples(5, seed=1), of_transformers.PreferenceCollator(0)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        made = transformers_trainer(
-            tiny_model(),
-            folder,
-            eval_dataset=rows,
-            reference=tiny_model(seed=1),
-            per_device_eval_batch_size=1,
-        )
-        metrics = made.evaluate()
-    batch = whole_batch(rows)
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    with torch.no_grad():
-        logits = [tiny_model(seed=seed).double()(**inputs).logits for seed in (0, 1)]
-    expected = reference.tdpo_loss(*logits, batch["labels"]).metrics()
-    errors = [
-        abs(metrics[f"eval_{name}"] - value.item()) / max(1, abs(value.item()))
-        for name, value in expected.items()
-    ]
-    return {"loss": max(errors), "gradient": 0.0}
+def transformers_trainer_stream() -> dict[str, float]:
+    """accelerate would have one process cut batches for all."""
+    model = tiny_model()
+    stream = Stream(examples(7))
+    options = {"train_dataset": stream, "max_steps": 3, "gradient_accumulation_steps": 2}
+    return trained(transformers_trainer, model, copy.deepcopy(model), **options)
+
+
+@scenario
+def transformers_trainer_split_batches() -> dict[str, float]:
+    model = tiny_model()
+    options: dict[str, Any] = {"accelerator_config": {"split_batches": True}, "max_steps": 3}
+    options |= {"train_dataset": Stream(examples(7)), "per_device_train_batch_size": 4}
+    return trained(transformers_trainer, model, copy.deepcopy(model), **options)
+
+
+@scenario
+def transformers_trainer_drop_last() -> dict[str, float]:
+    model = tiny_model()
+    options = {"dataloader_drop_last": True, "per_device_train_batch_size": 2}
+    return trained(transformers_trainer, model, copy.deepcopy(model), **options)
+
+
+@scenario
+def trl_trainer_stream() -> dict[str, float]:
+    model = tiny_model()
+    options = {"ref_model": copy.deepcopy(model), "gradient_checkpointing": False, "max_steps": 3}
+    stream = as_text(examples(7)).to_iterable_dataset()
+    return trained(trl_trainer, model, copy.deepcopy(model), train_dataset=stream, **options)
 
 
 @scenario

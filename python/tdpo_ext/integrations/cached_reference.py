@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from tdpo_ext.integrations.attach import HEAD_INPUTS
 from tdpo_ext.integrations.hidden import (
     HeadInputs,
+    decoder_inputs,
     evaluating,
     head_of,
     language_model,
@@ -283,12 +284,13 @@ class _Run:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if self.encoder_decoder:
             labels = batch["labels"].to(self.device)
-            inputs["decoder_input_ids"] = self.inner.prepare_decoder_input_ids_from_labels(labels)
+            inputs["decoder_input_ids"] = decoder_inputs(self.inner, labels)
         if hasattr(text_config(self.model), "output_router_logits"):
             inputs["output_router_logits"] = False
         adapter = ReferenceAdapter(unwrapped(self.model)) if self.of_policy else nullcontext()
         with _autocast(self.accelerator), evaluating(self.model), adapter:
             result = self.model(**inputs, tdpo=HEAD_INPUTS)
+        torch.clear_autocast_cache()  # of casts made without gradients, under a caller's autocast
         assert isinstance(result, HeadInputs)
         shape = (inputs["decoder_input_ids"] if self.encoder_decoder else ids).shape
         if result.hidden.shape[:2] != shape:

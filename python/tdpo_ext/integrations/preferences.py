@@ -244,10 +244,16 @@ def without_empty_pairs(dataset: Any, collator: Any, name: str) -> Any:
         return dataset
     if len(kept) == len(dataset):
         return dataset
-    dropped = f"{len(dataset) - len(kept)} of the {len(dataset)} examples of {name}"
+    count = len(dataset)
     if not len(kept):
-        raise ValueError(f"all {dropped} {_EMPTY} {_limit(collator)}: raise max_length")
-    warnings.warn(f"{dropped} are left out: they {_EMPTY} {_limit(collator)}", stacklevel=1)
+        raise ValueError(
+            f"all {count} examples of {name} {_EMPTY} {_limit(collator)}: raise max_length"
+        )
+    warnings.warn(
+        f"{count - len(kept)} of the {count} examples of {name} are left out: they {_EMPTY} "
+        f"{_limit(collator)}",
+        stacklevel=1,
+    )
     return kept
 
 

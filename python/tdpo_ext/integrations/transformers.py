@@ -19,7 +19,7 @@ from tdpo_ext.integrations.attach import (
     detach_tdpo,
 )
 from tdpo_ext.integrations.cached_reference import CachedReference, cache_reference_of_trainer
-from tdpo_ext.integrations.hidden import HeadInputs, language_model
+from tdpo_ext.integrations.hidden import HeadInputs, decoder_inputs, language_model
 from tdpo_ext.integrations.preferences import (
     PreferenceBatch,
     PreferenceCollator,
@@ -146,7 +146,7 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         inner = language_model(unwrapped(model))
         targets: dict[str, Any] = {"labels": labels}
         if inner.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels)
+            inputs["decoder_input_ids"] = decoder_inputs(inner, labels)
             targets = {"shift_labels": labels}
         reference = self._reference_inputs(model, inputs, cached)
         output = model(**inputs, tdpo=TDPOTargets(reference, **targets))

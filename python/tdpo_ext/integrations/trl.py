@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import trl
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -323,7 +324,7 @@ ONLY = (
     Only(
         "use_liger_kernel",
         (False,),
-        "before version 1.14 TRL replaces the loss with it, later only layers",
+        "before version 1.15 TRL replaces the loss with it, later only layers",
     ),
     Only(
         "label_smoothing_factor",
@@ -342,7 +343,7 @@ _OF_ONE_ROUTE = (
 def _check_options(args: Any, functions: dict[str, Any]) -> None:
     if not isinstance(args, TDPOConfig):
         raise TypeError(f"args must be a TDPOConfig, got {type(args).__name__}")
-    layers_only = not hasattr(TDPOTrainer, "_compute_loss_liger")
+    layers_only = Version(trl.__version__) >= Version("1.15")
     for option in (*ONLY, _OF_ONE_ROUTE[args.tdpo_fused_head]):
         value = getattr(args, option.name, option.allowed[0])
         value = getattr(value, "value", value)  # an enum in some versions

@@ -7,6 +7,7 @@ import tempfile
 
 import peft
 import tiny
+import torch
 
 from tdpo_ext.integrations.trl import TDPOConfig, TDPOTrainer
 
@@ -22,7 +23,7 @@ with tempfile.TemporaryDirectory() as folder:
             num_train_epochs=20,
             learning_rate=1e-2,
             logging_steps=1,
-            bf16=False,
+            use_cpu=not torch.cuda.is_available(),
             report_to="none",
         ),
         train_dataset=tiny.preferences(),  # prompt, chosen, rejected, as for DPO

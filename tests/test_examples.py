@@ -68,9 +68,7 @@ def test_an_example_learns(name: str) -> None:
 @needs_trainers
 @pytest.mark.parametrize("name", ["cached_reference", *SLOW[1:]])
 def test_examples_that_do_the_same_give_the_same(name: str) -> None:
-    # The cache is in bfloat16.
-    tolerance = 3e-3 if name == "cached_reference" else 2e-4
-    assert run(name) == pytest.approx(run("plain_loop"), abs=tolerance)
+    assert run(name) == pytest.approx(run("plain_loop"), abs=2e-4)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)

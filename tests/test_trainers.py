@@ -27,6 +27,7 @@ from trainer_checks import (
 )
 
 from tdpo_ext import reference
+from tdpo_ext.integrations import attach
 from tdpo_ext.integrations import transformers as of_transformers
 from tdpo_ext.integrations import trl as of_trl
 from tdpo_ext.integrations.steps import TDPOSteps
@@ -260,6 +261,248 @@ def test_dropout_is_off_everywhere(tmp_path: Any) -> None:
         assert not getattr(module, "attention_dropout", 0)
 
 
+# --- at the first step the policy is its reference ------------------------------------------------
+
+LOG_2 = torch.tensor(2.0).log().item()
+PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32": (torch.float32, {}),
+    "bf16=True": (torch.float32, {"bf16": True}),
+    "bfloat16 weights": (torch.bfloat16, {}),
+    "bfloat16 weights, bf16=True": (torch.bfloat16, {"bf16": True}),
+    "float16 weights": (torch.float16, {}),
+}
+
+
+def check_same(logs: dict[str, float], prefix: str = "") -> None:
+    """Not nearly: to the bit."""
+    assert logs[f"{prefix}loss"] == LOG_2
+    for name in ("kl/chosen", "kl/rejected", "kl/margin", "rewards/chosen", "rewards/rejected"):
+        assert logs[prefix + name] == 0, name
+    assert logs[f"{prefix}rewards/margins"] == 0
+
+
+def long_rows(tokens: int) -> list[dict[str, list[int]]]:
+    ids = torch.randint(3, 61, (3, tokens)).tolist()
+    return [{"prompt_ids": ids[0][:9], "chosen_ids": ids[1][9:], "rejected_ids": ids[2][20:]}]
+
+
+@pytest.mark.parametrize("tokens", [0, 512])
+@pytest.mark.parametrize("of", ["copy", "separate", "adapters off", "adapter ref"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_policy_that_is_its_reference_starts_at_log_2(
+    precision: str, of: str, tokens: int, tmp_path: Any
+) -> None:
+    dtype, options = PRECISIONS[precision]
+    model = tiny_model().to(dtype)
+    if of == "separate":
+        options = {**options, "reference": copy.deepcopy(model)}
+    if of.startswith("adapter"):
+        config = peft.LoraConfig(r=2, lora_dropout=0.3, target_modules=["q_proj", "v_proj"])
+        model = peft.get_peft_model(model, config)
+    if of == "adapter ref":
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.add_(0.1 if "lora_B" in name else 0)
+        model.add_adapter("ref", config)
+        for name, parameter in model.named_parameters():
+            if ".ref." in name:
+                parameter.data.copy_(model.get_parameter(name.replace(".ref.", ".default.")))
+    if tokens:
+        options = {**options, "train_dataset": long_rows(tokens)}
+    made = transformers_trainer(
+        model,
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=2,
+        eval_dataset=examples(3),
+        **options,
+    )
+    check_same(made.evaluate(), "eval_")  # of a model that no step has prepared
+    recorder = Recorder()
+    recorder.watch(made)
+    made.train()
+    check_same({**recorder.logs[0], "loss": recorder.losses[0]})
+    assert recorder.gradients[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gpt2-tied", {}),
+        ("opt-projection", {"layerdrop": 0.5, "dropout": 0.3}),
+        ("mixtral", {"router_jitter_noise": 0.3, "attention_dropout": 0.3}),
+        ("bart-encoder-decoder", {"encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5}),
+    ],
+)
+def test_nothing_random_is_left_in_training(name: str, changes: Any, tmp_path: Any) -> None:
+    config = copy.deepcopy(tiny_model(name).config)
+    for key, value in changes.items():
+        assert hasattr(config, key)
+        setattr(config, key, value)
+    kind = transformers.AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        kind = transformers.AutoModelForSeq2SeqLM
+    model = kind.from_config(config)
+    made = transformers_trainer(model, tmp_path, data_collator=None, max_steps=1)
+    recorder = Recorder()
+    recorder.watch(made)
+    made.train()
+    check_same({**recorder.logs[0], "loss": recorder.losses[0]})
+
+
+def test_a_trained_bias_of_attention_costs_a_rounding(tmp_path: Any) -> None:
+    """T5's: with its gradient PyTorch takes another kernel for attention than without."""
+    made = transformers_trainer(tiny_model("t5-untied"), tmp_path, data_collator=None, max_steps=1)
+    recorder = Recorder()
+    recorder.watch(made)
+    made.train()
+    assert recorder.losses[0] == pytest.approx(LOG_2, abs=1e-6)
+    assert made.state.log_history[0]["kl/chosen"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_reference_is_cast_for_an_evaluation_as_the_policy_is(
+    dtype: str, tmp_path: Any
+) -> None:
+    made = transformers_trainer(
+        tiny_model(), tmp_path, eval_dataset=examples(3), **{f"{dtype}_full_eval": True}
+    )
+    check_same(made.evaluate(), "eval_")
+    assert made.reference.dtype == made.model.dtype != torch.float32
+
+
+def test_a_step_by_hand_runs_in_the_trainers_precision(tmp_path: Any) -> None:
+    made = transformers_trainer(tiny_model(), tmp_path, bf16=True)
+    batch = of_transformers.PreferenceCollator(0)(examples(3))
+    loss, logits, labels = made.prediction_step(made.model.eval(), batch, True)
+    assert (loss.item(), logits, labels) == (LOG_2, None, None)
+    with made.reference_precision():  # as whoever computes a reference beforehand
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert torch.is_autocast_enabled("cpu")
+        assert not torch.is_grad_enabled()
+
+
+def test_trained_weights_that_policy_and_reference_share_keep_their_gradients(
+    tmp_path: Any,
+) -> None:
+    """Autocast keeps casts of trained weights; those of the reference have no gradients."""
+    model = lora(tiny_model(), target_modules=["q_proj"])
+    shared = "base_model.model.model.layers.0.self_attn.k_proj.weight"
+    model.get_parameter(shared).requires_grad_(True)
+    made = transformers_trainer(model, tmp_path, max_steps=1, bf16=True)
+    recorder = Recorder()
+    recorder.watch(made)
+    made.train()
+    assert recorder.gradients[0][shared].abs().max() > 0
+
+
+# --- what is logged -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [transformers_trainer, trl_trainer])
+def test_tokens_are_counted_from_the_first_step_on(make: Any, tmp_path: Any) -> None:
+    options = {"ref_model": tiny_model()} if make is trl_trainer else {}
+    made = make(
+        tiny_model(),
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        logging_steps=2,
+        num_train_epochs=1,
+        **options,
+    )
+    for _ in range(2):  # a second run counts anew
+        recorder = Recorder()
+        recorder.watch(made)
+        made.train()
+        steps = [
+            [int(batch["attention_mask"].sum()) for batch in step] for step in recorder.batches
+        ]
+        logged = [entry["num_tokens"] for entry in recorder.logs if "num_tokens" in entry]
+        assert logged == [
+            sum(sum(step) for step in steps[:2]),
+            sum(sum(step) for step in steps[:3]),
+        ]
+        made.remove_callback(recorder)
+
+
+def test_the_best_model_is_that_of_the_exact_loss(tmp_path: Any) -> None:
+    rows = examples(5, seed=1)  # in batches of 2 the last pair is alone
+    made = transformers_trainer(
+        tiny_model(),
+        tmp_path,
+        eval_dataset=rows,
+        per_device_eval_batch_size=2,
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        callbacks=[transformers.EarlyStoppingCallback(2)],
+    )
+    made.train()
+    losses = [entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry]
+    assert made.state.best_metric == min(losses)
+    batch = of_transformers.PreferenceCollator(0)(rows)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        logits = [each.double()(**inputs).logits for each in (made.model, tiny_model())]
+    loss = reference.tdpo_loss(*logits, batch["labels"]).loss.item()
+    assert loss == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_the_loss_of_a_router_is_part_of_the_evaluated_loss(tmp_path: Any) -> None:
+    model = tiny_model("mixtral")
+    model.config.output_router_logits = True
+    made = transformers_trainer(model, tmp_path, eval_dataset=examples(3))
+    metrics = made.evaluate()
+    assert metrics["eval_aux_loss"] > 0
+    assert metrics["eval_loss"] == pytest.approx(LOG_2 + metrics["eval_aux_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("route", ["use_legacy_prediction_loop", None])
+def test_prediction_has_the_same_loss(route: str | None, tmp_path: Any) -> None:
+    rows = examples(5, seed=1)
+    options = {} if route is None else {route: True}
+    if route and not hasattr(transformers.TrainingArguments, route):
+        pytest.skip("a version without it")
+    made = transformers_trainer(
+        tiny_model(),
+        tmp_path,
+        reference=tiny_model(seed=1),
+        per_device_eval_batch_size=2,
+        **options,
+    )
+    evaluated, predicted = made.evaluate(rows), made.predict(rows).metrics
+    assert predicted["test_loss"] == evaluated["eval_loss"]
+    whole = of_transformers.PreferenceCollator(0)(rows)
+    made.model.eval()
+    assert made.prediction_step(made.model, whole, True)[0] == pytest.approx(evaluated["eval_loss"])
+
+
+def test_every_option_of_the_loss_reaches_it(tmp_path: Any, monkeypatch: Any) -> None:
+    given = {
+        "beta": 0.3,
+        "alpha": 0.7,
+        "variant": "tdpo1",
+        "label_smoothing": 0.1,
+        "average_log_prob": True,
+        "chunk_bytes": 4096,
+    }
+    asked: list[dict[str, Any]] = []
+    function = attach.linear_tdpo_loss
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        asked.append(options)
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(attach, "linear_tdpo_loss", spy)
+    transformers_trainer(tiny_model(), tmp_path, loss=given, max_steps=1).train()
+    assert given.items() <= asked[0].items()
+
+
 # --- what cannot be honoured ----------------------------------------------------------------------
 
 
@@ -271,7 +514,6 @@ def test_dropout_is_off_everywhere(tmp_path: Any) -> None:
         ({"ld_alpha": 0.5}, "ld_alpha"),
         ({"f_divergence_type": "js_divergence"}, "f_divergence_type"),
         ({"use_weighting": True}, "use_weighting"),
-        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs"),
         ({"loss_weights": [2.0]}, "loss_weights"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"tdpo_fused_head": False, "tdpo_chunk_bytes": 1000}, "tdpo_chunk_bytes"),
@@ -309,15 +551,67 @@ def test_options_of_transformers_that_tdpo_has_not_raise(
         transformers_trainer(tiny_model(), tmp_path, **options)
 
 
-@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "model_init"])
+@pytest.mark.parametrize(
+    "name",
+    ["compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "model_init"],
+)
 def test_functions_that_cannot_be_called_are_refused(name: str, tmp_path: Any) -> None:
     arguments = transformers.TrainingArguments(str(tmp_path), **ARGUMENTS)
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=name) as raised:
         of_transformers.TDPOTrainer(tiny_model(), arguments, **{name: print})
+    if "metrics" in name:
+        assert "call the model without tdpo= in a callback" in str(raised.value)
     if name == "compute_metrics":
         config = of_trl.TDPOConfig(str(tmp_path), **ARGUMENTS)
         with pytest.raises(ValueError, match=name):
             of_trl.TDPOTrainer(tiny_model(), args=config, compute_metrics=print)
+
+
+def test_batches_that_one_process_would_cut_for_all_are_refused(tmp_path: Any) -> None:
+    options = {"accelerator_config": {"dispatch_batches": True}}
+    with pytest.raises(ValueError, match=r"dispatch_batches=True.*leave it unset"):
+        transformers_trainer(tiny_model(), tmp_path, **options)
+    made = transformers_trainer(tiny_model(), tmp_path)
+    assert made.accelerator.dispatch_batches is False
+
+
+def test_without_a_collator_one_is_made(tmp_path: Any) -> None:
+    made = transformers_trainer(tiny_model(), tmp_path, data_collator=None, max_steps=1)
+    assert made.data_collator.pad_token_id == 0
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(LOG_2)
+    assert not made.data_collator.encoder_decoder
+    made = transformers_trainer(tiny_model("t5-untied"), tmp_path, data_collator=None)
+    assert made.data_collator.encoder_decoder
+
+
+@pytest.mark.parametrize(
+    ("rows", "collator", "message"),
+    [
+        (
+            [{"prompt": "a", "chosen": "b", "rejected": "c"}],
+            None,
+            r"one has prompt, chosen.*Tokenize",
+        ),
+        ([{"input_ids": [1, 2], "labels": [1, 2]}], None, "one has input_ids, labels"),
+        ([{"input_ids": [1, 2]}], transformers.default_data_collator, r"got 1 rows.*PreferenceCo"),
+        ([{"ids": [1]}] * 2, transformers.default_data_collator, r"fields \['ids'\].*PreferenceCo"),
+        ([{"input_ids": [1]}] * 2, transformers.default_data_collator, "input_ids but no labels"),
+    ],
+)
+def test_examples_or_batches_of_something_else_name_the_collator(
+    rows: Any, collator: Any, message: str, tmp_path: Any
+) -> None:
+    made = transformers_trainer(
+        tiny_model(),
+        tmp_path,
+        train_dataset=rows,
+        data_collator=collator,
+        per_device_train_batch_size=2,
+        max_steps=1,
+    )
+    with pytest.raises(ValueError, match=message):
+        made.train()
 
 
 def test_several_cards_in_one_process_are_refused(tmp_path: Any) -> None:

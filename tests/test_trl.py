@@ -13,10 +13,11 @@ import pytest
 import torch
 import transformers
 import trl
+from packaging.version import Version
 from tiny_models import VOCABULARY, tiny_model
 from trainer_checks import ARGUMENTS, Recorder, as_text, examples, tokenizer, trl_trainer
 
-from tdpo_ext import reference
+from tdpo_ext import TDPOLoss, reference
 from tdpo_ext.integrations import transformers as of_transformers
 from tdpo_ext.integrations import trl as of_trl
 
@@ -116,7 +117,7 @@ def test_every_option_of_the_loss_is_an_argument_of_a_script() -> None:
             *("--output_dir", "folder", "--use_cpu", "--bf16", "False", "--beta", "0.2"),
             *("--tdpo_variant", "tdpo1", "--tdpo_alpha", "0.3", "--tdpo_chunk_bytes", "5000"),
             *("--tdpo_average_log_prob", "--tdpo_fused_head", "False"),
-            "--tdpo_inplace_backward",
+            *("--tdpo_inplace_backward", "--tdpo_reference_cache", "cache"),
         ]
     )
     options = {name: x for name, x in vars(parsed).items() if name.startswith("tdpo_")}
@@ -127,13 +128,16 @@ def test_every_option_of_the_loss_is_an_argument_of_a_script() -> None:
         "tdpo_fused_head": False,
         "tdpo_chunk_bytes": 5000,
         "tdpo_inplace_backward": True,
+        "tdpo_reference_cache": "cache",
     }
     assert parsed.beta == 0.2
 
 
-def test_chunk_bytes_reach_the_fused_head(tmp_path: Any) -> None:
+def test_options_that_change_no_number_reach_their_loss(tmp_path: Any) -> None:
     made = trainer(tmp_path, tdpo_chunk_bytes=4096)
     assert made.model._tdpo.loss.chunk_bytes == 4096
+    made = trainer(tmp_path, tdpo_fused_head=False, tdpo_inplace_backward=True)
+    assert made.logits_loss.inplace_backward
 
 
 @pytest.mark.parametrize(
@@ -155,6 +159,18 @@ def test_means_over_tokens_and_where_the_gradient_goes(
     assert errors["gradient"] <= 5e-5
 
 
+def test_no_logits_are_rounded_to_those_of_the_other_model() -> None:
+    """A policy in bfloat16 with a virtual token before each sequence; its reference in float32."""
+    policy = torch.randn(4, 8, 40).bfloat16()
+    ref_logits = policy[:, 1:].float() + 1e-3 * torch.randn(4, 7, 40)  # lost in bfloat16
+    labels = torch.randint(0, 40, (4, 7))
+    made = SimpleNamespace(logits_loss=TDPOLoss())
+    found = of_trl.TDPOTrainer._from_logits(made, policy, ref_logits, labels)
+    expected = reference.tdpo_loss(policy[:, 1:].double(), ref_logits.double(), labels)
+    torch.testing.assert_close(found.chosen_kl.double(), expected.chosen_kl, rtol=1e-3, atol=0)
+    assert expected.chosen_kl.max() < 1e-4
+
+
 # --- what TRL decides, and what cannot be honoured ------------------------------------------------
 
 
@@ -171,10 +187,10 @@ def test_padding_free_is_left_to_trl(tmp_path: Any, caplog: pytest.LogCaptureFix
 def test_liger_kernels_for_layers_are_left_to_trl_and_its_loss_is_refused(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not hasattr(trl.DPOTrainer, "_compute_loss_liger"):
+    if Version(trl.__version__) >= Version("1.15"):
         trainer(tmp_path, use_liger_kernel=True)
-        monkeypatch.setattr(trl.DPOTrainer, "_compute_loss_liger", None, raising=False)
-    with pytest.raises(ValueError, match=r"use_liger_kernel must be False.*1\.14"):
+    monkeypatch.setattr(trl, "__version__", "1.14.0")
+    with pytest.raises(ValueError, match=r"use_liger_kernel must be False.*1\.15"):
         trainer(tmp_path, use_liger_kernel=True)
 
 

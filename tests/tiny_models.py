@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import transformers
 
+from tdpo_ext.integrations.hidden import decoder_inputs
+
 VOCABULARY = 61
 _WIDTH: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -87,6 +89,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "MixtralConfig",
         {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
+    "jetmoe": (
+        "JetMoeConfig",
+        {
+            **_WIDTH,
+            "kv_channels": 8,
+            "num_key_value_heads": 2,
+            "num_attention_heads": 4,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
     "qwen3-moe": (
         "Qwen3MoeConfig",
         {
@@ -160,5 +173,5 @@ def tiny_batch(model: Any, pairs: int = 2, tokens: int = 7, seed: int = 0) -> di
     labels[-1, -2:] = -100
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        inputs["decoder_input_ids"] = decoder_inputs(model, labels)
     return {"inputs": inputs, "labels": labels}

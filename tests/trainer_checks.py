@@ -259,7 +259,14 @@ def transformers_trainer(
     )
 
 
-_NO_ARGUMENTS = ("reference", "eval_dataset", "train_dataset", "data_collator", "callbacks")
+_NO_ARGUMENTS = (
+    "reference",
+    "precompute_reference",
+    "eval_dataset",
+    "train_dataset",
+    "data_collator",
+    "callbacks",
+)
 
 
 def trl_trainer(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import shutil
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +105,40 @@ def trl_trainer_full() -> dict[str, float]:
         ref_model=copy.deepcopy(model),
         gradient_accumulation_steps=2,
         gradient_checkpointing=False,
+    )
+
+
+def cached(make: Any, reference_model: Any, **options: Any) -> dict[str, float]:
+    """Each process has run the reference on its share, and reads what all have written."""
+    folders: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folders)
+    try:
+        trained_steps = trained(make, tiny_model(), reference_model, **options, cache=folders[0])
+        sizes = [path.stat().st_size // 32 for path in sorted(Path(folders[0]).glob("*.index"))]
+        assert sizes == [12, 10]  # of 22 sequences; the batches have two each
+    finally:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folders[0])
+    return trained_steps
+
+
+@scenario
+def transformers_trainer_cached_reference() -> dict[str, float]:
+    def make(model: Any, folder: Any, *, cache: str, **options: Any) -> Any:
+        return transformers_trainer(model, folder, precompute_reference=cache, **options)
+
+    return cached(make, tiny_model(seed=1), reference=tiny_model(seed=1))
+
+
+@scenario
+def trl_trainer_cached_reference() -> dict[str, float]:
+    def make(model: Any, folder: Any, *, cache: str, **options: Any) -> Any:
+        cache_options = {"precompute_ref_log_probs": True, "tdpo_reference_cache": cache}
+        return trl_trainer(model, folder, **cache_options, **options)
+
+    return cached(
+        make, tiny_model(seed=1), ref_model=tiny_model(seed=1), gradient_checkpointing=False
     )
 
 

@@ -212,11 +212,13 @@ class Attachment:
 
 
 def _as_constant(reference: HeadInputs, own: HeadInputs) -> HeadInputs:
-    """Detached. The head stays as it is; what is small gets the type of the head's weight."""
+    """Detached. The head stays as it is; what is small gets the type of the head's weight, or that
+    of the autocast in force, as the policy's does: rounded to both, it would not be the policy's.
+    """
     reference = reference.detached()
     if own.hidden.dtype == torch.float64:
         return reference.to(torch.float64)  # loses nothing, and float64 goes with float64 alone
-    dtype = reference.weight.dtype
+    dtype = _autocast_dtype(reference.hidden.device.type) or reference.weight.dtype
     bias = None if reference.bias is None else reference.bias.to(dtype)
     return reference.replace(hidden=reference.hidden.to(dtype), bias=bias)
 

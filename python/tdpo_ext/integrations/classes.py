@@ -25,30 +25,32 @@ def override_forward(module: nn.Module, forward: Forward) -> None:
     if hasattr(type(module), "_tdpo_plain_class"):
         return
     plain: Any = type(module)
-    module.__class__ = _subclass(plain, forward)
+    ours = module.__class__ = _subclass(plain, forward)
     if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__:
         # accelerate's hook brings the weights, then calls _old_forward: that has to be ours.
-        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
-    elif "forward" in module.__dict__:  # somebody's, which ours goes around
-        module.__dict__["_tdpo_forward_before"] = module.__dict__.pop("forward")
+        module.__dict__["_old_forward"] = types.MethodType(ours.forward, module)
+    elif "forward" in module.__dict__:  # somebody's wrapper, such as accelerate's: ours around it
+        module.__dict__["_tdpo_forward_before"] = module.__dict__["forward"]
+        module.__dict__["forward"] = types.MethodType(ours._tdpo_around, module)
 
 
 def restore_forward(module: nn.Module) -> None:
     """Undo that, unless somebody has wrapped the forward or the class since: then it stays below
     theirs."""
-    plain = vars(type(module)).get("_tdpo_plain_class")
+    ours: Any = type(module)
+    plain = vars(ours).get("_tdpo_plain_class")
     if plain is None:
         return
     attributes = module.__dict__
     if _is_ours(module, attributes.get("_old_forward")):
         attributes["_old_forward"] = types.MethodType(plain.forward, module)
-    else:
-        if _is_ours(module, attributes.get("forward")):
-            del attributes["forward"]
-        if "forward" in attributes:
-            return
-        if "_tdpo_forward_before" in attributes:
-            attributes["forward"] = attributes.pop("_tdpo_forward_before")
+    elif _is_ours(module, attributes.get("forward")):
+        is_around = attributes.pop("forward").__func__ is ours._tdpo_around
+        before = attributes.pop("_tdpo_forward_before", None)
+        if is_around:  # else accelerate has taken its wrapper off, and ours with it
+            attributes["forward"] = before
+    elif "forward" in attributes:
+        return
     module.__class__ = plain
 
 
@@ -59,20 +61,23 @@ def plain_forward(module: nn.Module) -> Any:
 
 
 def _is_ours(module: nn.Module, forward: Any) -> bool:
-    return getattr(forward, "__func__", None) is type(module).forward
+    ours: Any = type(module)
+    return getattr(forward, "__func__", None) in (ours.forward, ours._tdpo_around)
 
 
 @functools.cache
 def _subclass(plain: Any, override: Forward) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = self.__dict__.get("_tdpo_forward_before")
-        call = functools.partial(plain.forward, self) if before is None else before
-        return override(call, self, *args, **kwargs)
+        return override(functools.partial(plain.forward, self), self, *args, **kwargs)
 
     # As the class's own to whoever looks at its signature, as generate does. No __wrapped__:
-    # accelerate takes its own wrappers off as far as that leads.
+    # accelerate takes wrappers off as far as that leads.
     forward.__signature__ = inspect.signature(plain.forward)  # type: ignore[attr-defined]
     forward.__qualname__ = f"{plain.__qualname__}.forward"
+
+    @functools.wraps(forward)  # to here, where what it goes around is taken off
+    def around(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return override(self.__dict__["_tdpo_forward_before"], self, *args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
         if type(self) is not subclass:
@@ -91,6 +96,7 @@ def _subclass(plain: Any, override: Forward) -> Any:
             "__doc__": plain.__doc__,
             "__reduce_ex__": reduce,
             "forward": forward,
+            "_tdpo_around": around,
             "_tdpo_plain_class": plain,
         },
     )

@@ -189,6 +189,40 @@ def _refusal(head: nn.Module, why: str) -> str:
     )
 
 
+def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """What an encoder-decoder's decoder takes for these labels: itself one token behind them."""
+    start, padding = (
+        getattr(model.config, name, None) for name in ("decoder_start_token_id", "pad_token_id")
+    )
+    for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):
+        if hasattr(model, name):  # of most classes, not of M2M100, Blenderbot and others
+            try:
+                ids: Tensor = getattr(model, name)(labels)
+            except (AttributeError, ValueError) as error:
+                raise ValueError(_no_start(model, start, padding)) from error
+            return ids
+    if start is None or padding is None:
+        raise ValueError(_no_start(model, start, padding))
+    shifted = labels.masked_fill(labels == -100, padding)
+    return torch.cat([torch.full_like(shifted[:, :1], start), shifted[:, :-1]], dim=1)
+
+
+def _no_start(model: Any, start: Any, padding: Any) -> str:
+    return (
+        f"the config of {type(model).__name__} needs decoder_start_token_id and pad_token_id, got "
+        f"{start} and {padding}"
+    )
+
+
+def router_coefficient(model: Any) -> float:
+    """With which a mixture of experts adds its router's loss; 0 where its config has none."""
+    config = language_model(model).config.get_text_config()
+    for name in ("router_aux_loss_coef", "aux_loss_coef"):  # the latter in JetMoe
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    return 0.0
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, and afterwards each as it was."""

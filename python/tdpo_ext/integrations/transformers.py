@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 
@@ -18,19 +18,13 @@ from tdpo_ext.integrations.attach import (
     attach_tdpo,
     detach_tdpo,
 )
-from tdpo_ext.integrations.hidden import (
-    HeadInputs,
-    LogitOptions,
-    head_of,
-    language_model,
-    weight_and_bias,
-)
+from tdpo_ext.integrations.cached_reference import CachedReference, cache_reference_of_trainer
+from tdpo_ext.integrations.hidden import HeadInputs, decoder_inputs, language_model
 from tdpo_ext.integrations.preferences import (
     PreferenceBatch,
     PreferenceCollator,
     without_empty_pairs,
 )
-from tdpo_ext.integrations.probe import logit_options_of
 from tdpo_ext.integrations.steps import (
     ReferenceAdapter,
     RouterLoss,
@@ -52,28 +46,6 @@ __all__ = [
 ]
 
 
-class CachedReference(NamedTuple):
-    """A reference whose hidden states come with the batches; its head, which stays in memory."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_options: LogitOptions
-
-    @classmethod
-    def of(cls, model: nn.Module) -> CachedReference:
-        """With a copy of the model's head as it is now."""
-        weight, bias = weight_and_bias(head_of(model))
-        copied = None if bias is None else bias.detach().clone()
-        return cls(weight.detach().clone(), copied, logit_options_of(model))
-
-    def to(self, device: torch.device) -> CachedReference:
-        bias = None if self.bias is None else self.bias.to(device)
-        return CachedReference(self.weight.to(device), bias, self.logit_options)
-
-    def with_hidden(self, hidden: Tensor) -> HeadInputs:
-        return HeadInputs(hidden, *self.to(hidden.device))
-
-
 class TDPOTrainer(TDPOSteps, transformers.Trainer):
     """``transformers.Trainer`` whose loss is TDPO, from the fused head inside the model's forward.
 
@@ -91,6 +63,8 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
             ``reference_hidden`` in the batches (``PreferenceCollator``). None: for a PEFT model its
             adapter "ref" or, without one, the model without adapters; else a frozen copy of it. A
             model is held whole on every device, but partitioned with ZeRO-3.
+        precompute_reference: a folder: the reference runs once over all data sets, its hidden
+            states go to disk there (``precompute_reference``), and the model is let go.
         others: as ``transformers.Trainer``. ``data_collator`` is a ``PreferenceCollator``, or gives
             such batches; None: one without ``max_length``. Examples of which it leaves no response
             are left out of lists, ``datasets.Dataset`` and iterable data sets, with a warning that
@@ -110,6 +84,7 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         *,
         loss: LinearTDPOLoss | None = None,
         reference: nn.Module | CachedReference | None = None,
+        precompute_reference: str | Path | None = None,
         **others: Any,
     ) -> None:
         loss = LinearTDPOLoss() if loss is None else loss
@@ -137,6 +112,12 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
             self.reference = self._placed(reference)
         elif reference is not None:
             self.reference = reference.to(self.accelerator.device)
+        if precompute_reference is not None:
+            if isinstance(self.reference, CachedReference):
+                raise ValueError(
+                    "precompute_reference and a CachedReference were both given; pass one of them"
+                )
+            self.reference = cache_reference_of_trainer(self, self.reference, precompute_reference)
 
     def _placed(self, reference: nn.Module) -> nn.Module:
         """On this process's device, whole, or partitioned as the policy is by ZeRO-3."""
@@ -165,7 +146,7 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         inner = language_model(unwrapped(model))
         targets: dict[str, Any] = {"labels": labels}
         if inner.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels)
+            inputs["decoder_input_ids"] = decoder_inputs(inner, labels)
             targets = {"shift_labels": labels}
         reference = self._reference_inputs(model, inputs, cached)
         output = model(**inputs, tdpo=TDPOTargets(reference, **targets))
@@ -178,11 +159,6 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], cached: Tensor | None
     ) -> HeadInputs:
         if isinstance(self.reference, CachedReference):
-            if cached is None:
-                raise ValueError(
-                    "reference is a CachedReference, but the batch has no reference_hidden; give "
-                    "the examples chosen_hidden and rejected_hidden"
-                )
             return self.reference.with_hidden(cached)
         if hasattr(text_config(model), "output_router_logits"):
             inputs = {**inputs, "output_router_logits": False}

@@ -10,10 +10,17 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import trl
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from tdpo_ext.integrations.attach import HEAD_INPUTS, TDPOTargets, attach_tdpo
+from tdpo_ext.integrations.cached_reference import (
+    CachedReference,
+    cache_reference_of_trainer,
+    separate_reference_of_trl,
+    without_precomputing,
+)
 from tdpo_ext.integrations.hidden import parameter_of
 from tdpo_ext.integrations.steps import (
     ReferenceAdapter,
@@ -52,6 +59,13 @@ class TDPOConfig(trl.DPOConfig):
     tdpo_inplace_backward: bool = field(
         default=False,
         metadata={"help": "From logits: write their gradient over them, which saves their size."},
+    )
+    tdpo_reference_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "With precompute_ref_log_probs=True: the folder of the reference's hidden "
+            "states; None: _reference_cache in output_dir."
+        },
     )
 
 
@@ -126,7 +140,11 @@ Jun Wang},
         }
         linear_loss = LinearTDPOLoss(**options, chunk_bytes=args.tdpo_chunk_bytes)
         self.logits_loss = TDPOLoss(**options, inplace_backward=args.tdpo_inplace_backward)
-        super().__init__(*given.args, **given.kwargs)
+        given.arguments["ref_model"] = separate_reference_of_trl(
+            model, ref_model, args, given.arguments.get("peft_config")
+        )
+        with without_precomputing(args):
+            super().__init__(*given.args, **given.kwargs)
         self.begin()
         _check_vocabularies(self.model, self.ref_model)
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
@@ -137,9 +155,14 @@ Jun Wang},
         for each in models:
             if args.disable_dropout:
                 without_dropout(each)
-            if args.tdpo_fused_head:
+            if args.tdpo_fused_head or args.precompute_ref_log_probs:
                 # What an engine has wrapped already cannot be called without it.
                 attach_tdpo(unwrapped(each), linear_loss, probe=unwrapped(each) is each)
+        self.cached_reference: CachedReference | None = None
+        if args.precompute_ref_log_probs:
+            folder = args.tdpo_reference_cache
+            self.cached_reference = cache_reference_of_trainer(self, self.ref_model, folder)
+            self.ref_model: Any = None
 
     def tdpo_output(
         self, model: nn.Module, inputs: dict[str, Any]
@@ -147,10 +170,11 @@ Jun Wang},
         completion = inputs.pop("completion_mask")
         labels = inputs["input_ids"].masked_fill(completion == 0, -100)
         inputs["use_cache"] = False
+        cached = inputs.pop("reference_hidden", None)
         coefficient = self._router_coefficient(model)
         router = {"output_router_logits": True} if coefficient else {}
         with self.reference_precision():
-            reference = self._of_reference(model, inputs)
+            reference = self._of_reference(model, inputs, cached)
         if self.args.tdpo_fused_head:
             outputs = model(**inputs, **router, tdpo=TDPOTargets(reference, labels))
             output = outputs.tdpo
@@ -168,8 +192,11 @@ Jun Wang},
         output: TDPOOutput = self.logits_loss(policy.to(dtype), reference.to(dtype), labels)
         return output
 
-    def _of_reference(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+    def _of_reference(self, model: nn.Module, inputs: dict[str, Any], cached: Any) -> Any:
         """What its head takes, or its logits."""
+        if self.cached_reference is not None:
+            given = self.cached_reference.with_hidden(cached)
+            return given if self.args.tdpo_fused_head else given.logits()
         separate = self.ref_model is not None
         context = nullcontext() if separate else ReferenceAdapter(unwrapped(model))
         reference = self.ref_model if separate else model
@@ -295,15 +322,9 @@ ONLY = (
         "forward KL is added to that margin and is always there",
     ),
     Only(
-        "precompute_ref_log_probs",
-        (False,),
-        "it keeps one number per sequence; the KL needs the whole distribution of the reference at "
-        "every token",
-    ),
-    Only(
         "use_liger_kernel",
         (False,),
-        "before version 1.14 TRL replaces the loss with it, later only layers",
+        "before version 1.15 TRL replaces the loss with it, later only layers",
     ),
     Only(
         "label_smoothing_factor",
@@ -322,7 +343,7 @@ _OF_ONE_ROUTE = (
 def _check_options(args: Any, functions: dict[str, Any]) -> None:
     if not isinstance(args, TDPOConfig):
         raise TypeError(f"args must be a TDPOConfig, got {type(args).__name__}")
-    layers_only = not hasattr(TDPOTrainer, "_compute_loss_liger")
+    layers_only = Version(trl.__version__) >= Version("1.15")
     for option in (*ONLY, _OF_ONE_ROUTE[args.tdpo_fused_head]):
         value = getattr(args, option.name, option.allowed[0])
         value = getattr(value, "value", value)  # an enum in some versions

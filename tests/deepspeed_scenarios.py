@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import tempfile
 from typing import Any
 
 import deepspeed
@@ -14,6 +16,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 from trainer_checks import transformers_trainer
 from trainer_scenarios import trained
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 ZERO = {
     "train_micro_batch_size_per_gpu": 1,
@@ -80,3 +83,20 @@ def zero3_in_transformers_trainer() -> dict[str, float]:
         deepspeed={**ZERO, "gradient_accumulation_steps": "auto"},
     )
     return {"loss": errors["loss"], "gradient": 0.0}
+
+
+@scenario
+def deepspeed_in_bf16_starts_at_log_2() -> dict[str, float]:
+    """DeepSpeed casts the policy's weights, and the reference's have to be the same."""
+    errors = []
+    for stage in (2, 3):
+        unset_hf_deepspeed_config()  # an earlier trainer's, under which models are made in parts
+        zero = {**ZERO, "zero_optimization": {"stage": stage}, "bf16": {"enabled": "auto"}}
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+            options = {"bf16": True, "deepspeed": zero, "max_steps": 1}
+            options["per_device_train_batch_size"] = 1
+            made = transformers_trainer(tiny_model(), folder, **options)
+            made.train()
+        first = made.state.log_history[0]
+        errors += [abs(first["loss"] - torch.tensor(2.0).log().item()), first["kl/chosen"]]
+    return {"loss": max(errors), "gradient": 0.0}

@@ -72,6 +72,8 @@ def recorded_run(made: Any, **options: Any) -> tuple[Recorder, dict[str, torch.T
 def test_a_resumed_run_is_the_run_that_was_never_killed(
     make: Any, adapters: bool, tmp_path: Path
 ) -> None:
+    if adapters and make is trl_trainer and transformers.__version__ < "5":
+        pytest.skip("a Trainer of version 4 does not load the adapter beside one named ref")
     options: dict[str, Any] = {
         "adapters": adapters,
         "max_steps": STEPS,

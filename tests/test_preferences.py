@@ -290,5 +290,5 @@ def test_prompts_cut_from_the_left_keep_their_pairs(tmp_path: Any) -> None:
     assert len(made.train_dataset) == 2
     made.train()
     losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
-    assert losses[0] == pytest.approx(math.log(2))
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # older versions round
     assert losses[1] < losses[0]

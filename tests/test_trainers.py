@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +35,13 @@ from tdpo_ext.integrations import trl as of_trl
 from tdpo_ext.integrations.steps import TDPOSteps
 
 LOSS_BOUND, GRADIENT_BOUND = 2e-6, 5e-5
+
+
+@pytest.fixture(autouse=True)
+def precision_of_this_test_alone() -> Iterator[None]:
+    """Transformers 4 leaves that of bf16=True to all trainers after it."""
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
 
 
 def check(recorder: Recorder, model: Any, reference_model: Any, **loss: Any) -> dict[str, float]:
@@ -306,7 +315,8 @@ def test_a_policy_that_is_its_reference_starts_at_log_2(
         model.add_adapter("ref", config)
         for name, parameter in model.named_parameters():
             if ".ref." in name:
-                parameter.data.copy_(model.get_parameter(name.replace(".ref.", ".default.")))
+                same = model.get_parameter(name.replace(".ref.", ".default."))
+                parameter.data = same.data.clone()  # PEFT 0.18 makes it in another type
     if tokens:
         options = {**options, "train_dataset": long_rows(tokens)}
     made = transformers_trainer(
@@ -580,7 +590,7 @@ def test_without_a_collator_one_is_made(tmp_path: Any) -> None:
     made = transformers_trainer(tiny_model(), tmp_path, data_collator=None, max_steps=1)
     assert made.data_collator.pad_token_id == 0
     made.train()
-    assert made.state.log_history[0]["loss"] == pytest.approx(LOG_2)
+    assert made.state.log_history[0]["loss"] == pytest.approx(LOG_2, abs=1e-4)
     assert not made.data_collator.encoder_decoder
     made = transformers_trainer(tiny_model("t5-untied"), tmp_path, data_collator=None)
     assert made.data_collator.encoder_decoder

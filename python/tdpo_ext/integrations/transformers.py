@@ -140,16 +140,25 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
             self.reference = reference.to(self.accelerator.device)
 
     def _placed(self, reference: nn.Module) -> nn.Module:
-        """On this process's device, whole, or partitioned as the policy is by ZeRO-3."""
+        """On this process's device, whole, or partitioned as the policy is by ZeRO-3; in the type
+        that DeepSpeed casts the policy's weights to."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if plugin is None or plugin.zero_stage != 3:
+        if plugin is None:
+            return reference.to(self.accelerator.device)
+        settings = plugin.deepspeed_config
+        casts = {name: settings[name] for name in ("bf16", "fp16") if _enabled(settings, name)}
+        if plugin.zero_stage != 3:
+            for name in casts:
+                dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+                for parameter in reference.parameters():  # buffers stay as they are
+                    parameter.data = parameter.data.to(dtype)
             return reference.to(self.accelerator.device)
         import deepspeed
 
-        zero = {**plugin.deepspeed_config["zero_optimization"]}
+        zero = {**settings["zero_optimization"]}
         for name in ("offload_optimizer", "reduce_bucket_size"):  # of training alone
             zero.pop(name, None)
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **casts}
         engine: nn.Module = deepspeed.initialize(model=reference, config=config)[0]
         return engine
 
@@ -195,6 +204,10 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
                     result = model(**inputs, tdpo=HEAD_INPUTS)
         assert isinstance(result, HeadInputs)
         return result
+
+
+def _enabled(settings: dict[str, Any], name: str) -> bool:
+    return settings.get(name, {}).get("enabled") is True  # the Trainer has filled in what is "auto"
 
 
 def _default_collator(model: nn.Module, processing_class: Any) -> PreferenceCollator:

@@ -431,6 +431,7 @@ def test_loss_options_are_the_attached_ones() -> None:
 def test_a_prepared_reference_hands_over_its_head_as_it_is(dtype: torch.dtype) -> None:
     """Accelerate converts a model's outputs to float32; a head is no output."""
     model = attach_tdpo(tiny_model().to(dtype))
+    accelerate.state.AcceleratorState._reset_state()  # of trainers that ran before
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
     with torch.no_grad():

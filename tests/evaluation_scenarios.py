@@ -105,6 +105,15 @@ def evaluation_in_trl() -> dict[str, float]:
 
 
 @scenario
+def evaluation_of_a_stream_in_trl() -> dict[str, float]:
+    """Where the examples to train on are no stream."""
+    rows = examples(5, seed=1)
+    options = {"eval_dataset": as_text(rows).to_iterable_dataset(), "per_device_eval_batch_size": 2}
+    with trainer(trl_trainer, **options) as made:
+        return {"loss": error_of(made.evaluate(), rows)}
+
+
+@scenario
 def prediction() -> dict[str, float]:
     rows = examples(5, seed=1)
     with trainer(per_device_eval_batch_size=2) as made:

@@ -578,11 +578,15 @@ def test_functions_that_cannot_be_called_are_refused(name: str, tmp_path: Any) -
             of_trl.TDPOTrainer(tiny_model(), args=config, compute_metrics=print)
 
 
-def test_batches_that_one_process_would_cut_for_all_are_refused(tmp_path: Any) -> None:
-    options = {"accelerator_config": {"dispatch_batches": True}}
+@pytest.mark.parametrize("make", [transformers_trainer, trl_trainer])
+def test_batches_that_one_process_would_cut_for_all_are_refused(make: Any, tmp_path: Any) -> None:
+    options = {"ref_model": tiny_model()} if make is trl_trainer else {}
+    dispatched = {"accelerator_config": {"dispatch_batches": True}}
     with pytest.raises(ValueError, match=r"dispatch_batches=True.*leave it unset"):
-        transformers_trainer(tiny_model(), tmp_path, **options)
-    made = transformers_trainer(tiny_model(), tmp_path)
+        make(tiny_model(), tmp_path, **dispatched, **options)
+    made = make(tiny_model(), tmp_path, **options)
+    assert made.accelerator.dispatch_batches is False
+    made.create_accelerator_and_postprocess()  # as a search for hyperparameters does
     assert made.accelerator.dispatch_batches is False
 
 

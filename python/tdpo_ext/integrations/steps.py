@@ -101,7 +101,20 @@ class TDPOSteps:
                     f"parallelism_config has {name}: the trainer would split sequences before the "
                     "loss sums over them; examples/sequence_parallel.py does it in a loop"
                 )
+        self._keep_batches_whole()
         self.model_accepts_loss_kwargs = True  # to Trainers that do not know loss_is_scaled_for_ga
+
+    def _keep_batches_whole(self) -> None:
+        """Accelerate's default for a stream is that one process cuts batches for all."""
+        trainer: Any = self
+        for config in (trainer.args.accelerator_config, self.accelerator.dataloader_config):
+            if config.dispatch_batches:
+                raise ValueError(
+                    "accelerator_config has dispatch_batches=True: it cuts the batches of one "
+                    "process by rows, so that the two sequences of a pair land on different "
+                    "processes; leave it unset or say False"
+                )
+            config.dispatch_batches = False
 
     @contextmanager
     def reference_precision(self) -> Iterator[None]:
@@ -165,8 +178,8 @@ class TDPOSteps:
         dataloader = state.active_dataloader
         stream, sampler = dataloader.dataset, dataloader.batch_sampler
         if isinstance(stream, IterableDatasetShard):
-            total = pairs * stream.num_processes
-            left = 0 if stream.drop_last else stream.dataset.count % total
+            counted = isinstance(stream.dataset, CountedStream) and not stream.drop_last
+            left = stream.dataset.count % (pairs * stream.num_processes) if counted else 0
             process = stream.process_index
         else:
             left = state.remainder if getattr(sampler, "even_batches", True) else 0
@@ -237,16 +250,12 @@ class TDPOSteps:
     def _cast_reference(self) -> None:
         """As the Trainer casts the policy for ``bf16_full_eval`` and ``fp16_full_eval``."""
         trainer: Any = self
-        full = {
-            torch.float16: trainer.args.fp16_full_eval,
-            torch.bfloat16: trainer.args.bf16_full_eval,
-        }
-        for dtype in [dtype for dtype, asked in full.items() if asked and not trainer.is_in_train][
-            :1
-        ]:
-            for name in ("reference", "ref_model"):
-                if isinstance(reference := getattr(self, name, None), nn.Module):
-                    reference.to(dtype)
+        if trainer.is_in_train or not (trainer.args.fp16_full_eval or trainer.args.bf16_full_eval):
+            return
+        dtype = torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16
+        for name in ("reference", "ref_model"):
+            if isinstance(reference := getattr(self, name, None), nn.Module):
+                reference.to(dtype)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs or "train_runtime" in logs:  # the Trainer's own, on every process
@@ -272,9 +281,10 @@ class TDPOSteps:
 
 
 def pairs_of(batch: Mapping[str, Any]) -> int:
-    ids = batch.get("input_ids")
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if ids is None or len(ids) % 2:
-        got = f"fields {[*batch]}" if ids is None else f"{len(ids)} rows"
+        given = f"fields {[*batch]}" if isinstance(batch, Mapping) else type(batch).__name__
+        got = given if ids is None else f"{len(ids)} rows"
         raise ValueError(
             "a batch must have input_ids [2B, T], the chosen sequences stacked on the rejected "
             f"ones; got {got}. data_collator must be a "

@@ -91,8 +91,6 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         args = transformers.TrainingArguments() if args is None else args
         _check_options(args, loss, others)
         args.remove_unused_columns = False  # the collator uses what forward does not take
-        accelerator: Any = args.accelerator_config
-        accelerator.dispatch_batches = False  # else batches of streams are cut along their rows
         collator = others.get("data_collator")
         if collator is None:
             collator = _default_collator(model, others.get("processing_class"))
@@ -209,13 +207,6 @@ def _check_options(
     for name, reason in _REASONS.items():
         if others.get(name) is not None:
             raise ValueError(f"{name} cannot be honoured: {reason}")
-    accelerator: Any = args.accelerator_config
-    if accelerator.dispatch_batches:
-        raise ValueError(
-            "accelerator_config has dispatch_batches=True: it cuts the batches of one process by "
-            "rows, so that the two sequences of a pair land on different processes; leave it unset "
-            "or say False"
-        )
     if args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor={args.label_smoothing_factor} smooths labels of tokens; pass "

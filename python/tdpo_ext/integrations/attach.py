@@ -220,10 +220,13 @@ class Attachment:
 
 
 def _as_constant(reference: HeadInputs, own: HeadInputs) -> HeadInputs:
-    """Detached. The head stays as it is; what is small gets the type of the head's weight."""
+    """Detached. The head stays as it is; what is small gets the type of the head's weight, unless
+    autocast gives all of it one: a second rounding would tell it from the policy's."""
     reference = reference.detached()
     if own.hidden.dtype == torch.float64:
         return reference.to(torch.float64)  # loses nothing, and float64 goes with float64 alone
+    if own.autocast is not None:
+        return reference
     dtype = reference.weight.dtype
     bias = None if reference.bias is None else reference.bias.to(dtype)
     return reference.replace(hidden=reference.hidden.to(dtype), bias=bias)

@@ -29,6 +29,7 @@ from tdpo_ext.integrations.hidden import (
     head_of,
     language_model,
     missing_values,
+    named,
     parameter_of,
     weight_and_bias,
 )
@@ -60,6 +61,13 @@ class TDPOModelOutput(ModelOutput):
     tdpo: TDPOOutput | TokenStats | None = None
     aux_loss: Tensor | None = None
     """Of a mixture of experts' router, if it was asked for (``output_router_logits=True``)."""
+
+    def __getattr__(self, name: str) -> Any:
+        hint = {
+            "logits": "with tdpo= there are no logits; call the model without it to have them",
+            "metrics": "call tdpo.metrics()",
+        }.get(name, "")
+        raise AttributeError(f"TDPOModelOutput has no {name}" + (f": {hint}" if hint else ""))
 
 
 class Attachment:
@@ -115,6 +123,8 @@ class Attachment:
         check_targets(own, request)
         if request.cu_seqlens is not None:
             own = own.replace(hidden=hidden.squeeze(0))
+            of_reference = request.reference.replace(hidden=request.reference.hidden.squeeze(0))
+            request = request._replace(reference=of_reference)
         if self.loss is None:
             stats = self.result = self.stats(own, request)
             self.numbers = torch.stack(stats, dim=-1)
@@ -190,14 +200,12 @@ class Attachment:
             own.weight,
             reference.hidden,
             reference.weight,
-            request.shift_labels,
+            request.shift_labels.view(own.hidden.shape[:-1]),
             **_logit_arguments(own, reference),
         )
 
     def output(self, loss: LinearTDPOLoss, own: HeadInputs, request: TDPOTargets) -> TDPOOutput:
         reference = _as_constant(request.reference, own)
-        if request.cu_seqlens is not None:
-            reference = reference.replace(hidden=reference.hidden.squeeze(0))
         options = {**loss.options(), **_logit_arguments(own, reference)}
         return linear_tdpo_loss(
             own.hidden,
@@ -212,13 +220,14 @@ class Attachment:
 
 
 def _as_constant(reference: HeadInputs, own: HeadInputs) -> HeadInputs:
-    """Detached. The head stays as it is; what is small gets the type of the head's weight, or that
-    of the autocast in force, as the policy's does: rounded to both, it would not be the policy's.
-    """
+    """Detached. The head stays as it is; what is small gets the type of the head's weight, unless
+    autocast gives all of it one: a second rounding would tell it from the policy's."""
     reference = reference.detached()
     if own.hidden.dtype == torch.float64:
         return reference.to(torch.float64)  # loses nothing, and float64 goes with float64 alone
-    dtype = _autocast_dtype(reference.hidden.device.type) or reference.weight.dtype
+    if own.autocast is not None:
+        return reference
+    dtype = reference.weight.dtype
     bias = None if reference.bias is None else reference.bias.to(dtype)
     return reference.replace(hidden=reference.hidden.to(dtype), bias=bias)
 
@@ -340,8 +349,9 @@ def _check_request(model: Any, attachment: Any, tdpo: Any, kwargs: dict[str, Any
             "DistributedDataParallel (torchrun or accelerate launch)"
         )
     if not isinstance(tdpo, TDPOTargets) and not (isinstance(tdpo, str) and tdpo == HEAD_INPUTS):
-        what = repr(tdpo) if isinstance(tdpo, str) else type(tdpo).__name__
-        raise TypeError(f'tdpo must be a TDPOTargets or "{HEAD_INPUTS}" (HEAD_INPUTS), got {what}')
+        raise TypeError(
+            f'tdpo must be a TDPOTargets or "{HEAD_INPUTS}" (HEAD_INPUTS), got {named(tdpo)}'
+        )
     if kwargs.get("labels") is not None:
         raise ValueError("labels and tdpo were both given; labels go into TDPOTargets")
     if kwargs.get("return_dict") is False:
@@ -360,7 +370,7 @@ def _check_labels(attachment: Attachment, targets: TDPOTargets) -> None:
     if not isinstance(targets.reference, HeadInputs):
         raise TypeError(
             "TDPOTargets.reference must be the HeadInputs that an attached reference returns for "
-            f"tdpo=HEAD_INPUTS, got {type(targets.reference).__name__}"
+            f"tdpo=HEAD_INPUTS, got {named(targets.reference)}"
         )
     given = [name for name in ("labels", "shift_labels") if getattr(targets, name) is not None]
     if len(given) != 1:
@@ -369,7 +379,7 @@ def _check_labels(attachment: Attachment, targets: TDPOTargets) -> None:
         )
     labels = getattr(targets, given[0])
     if not isinstance(labels, Tensor):
-        raise TypeError(f"TDPOTargets.{given[0]} must be a tensor, got {type(labels).__name__}")
+        raise TypeError(f"TDPOTargets.{given[0]} must be a tensor, got {named(labels)}")
     if attachment.is_encoder_decoder and given == ["labels"]:
         raise ValueError(
             "TDPOTargets.labels are shifted inside, but what a decoder takes is shifted already; "
@@ -415,13 +425,14 @@ def check_targets(own: HeadInputs, targets: TDPOTargets) -> None:
 
 
 def _why(labels: torch.Size, rows: torch.Size) -> str:
-    if len(labels) != 2 or len(rows) != 2 or labels[0] != rows[0]:
+    if len(labels) != 2 or labels[0] != rows[0]:
         return ""
-    if labels[1] < rows[1]:
-        return (
-            "; if PEFT puts virtual tokens before each sequence, call attach_tdpo on the PEFT model"
-        )
-    return "; leave logits_to_keep out"
+    if labels[1] > rows[1]:
+        return "; leave logits_to_keep out"
+    return (
+        "; labels and shift_labels are as long as input_ids, nothing is cut off. If PEFT puts "
+        "virtual tokens before each sequence, call attach_tdpo on the PEFT model"
+    )
 
 
 _DEFAULT = LinearTDPOLoss()
@@ -461,7 +472,10 @@ def attach_tdpo(
             to do instead.
     """
     if loss is not None and not isinstance(loss, LinearTDPOLoss):
-        raise TypeError(f"loss must be a LinearTDPOLoss or None, got {type(loss).__name__}")
+        raise TypeError(
+            f"loss must be a LinearTDPOLoss or None (statistics per token), got {named(loss)}; its "
+            "options are LinearTDPOLoss(beta=..., alpha=..., variant=...)"
+        )
     inner = language_model(model)
     detach_tdpo(model)
     head = head_of(inner)

@@ -95,14 +95,32 @@ class HeadInputs:
 
 def language_model(model: Any) -> Any:
     """The Hugging Face model inside PEFT's wrapper, or the model itself."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not hasattr(inner, "get_output_embeddings"):
-        raise TypeError(
-            f"model must be a Hugging Face language model or a PEFT model of one, got "
-            f"{type(model).__name__}; with another model call tdpo_ext.linear_tdpo_loss on its "
-            "hidden states"
-        )
-    return inner
+    if isinstance(model, nn.Module):
+        peft: Any = model
+        inner = peft.get_base_model() if hasattr(model, "get_base_model") else model
+        if hasattr(inner, "get_output_embeddings"):
+            return inner
+    raise TypeError(
+        f"model must be a Hugging Face language model or a PEFT model of one, got {named(model)}; "
+        f"{_what_instead(model)}"
+    )
+
+
+def _what_instead(model: Any) -> str:
+    if isinstance(model, type):
+        return "make one of its class: from_pretrained, or its constructor"
+    if isinstance(model, str):
+        return "load it first: AutoModelForCausalLM.from_pretrained"
+    if hasattr(getattr(model, "module", None), "get_output_embeddings"):
+        return "attach the model inside, before it is wrapped (here .module)"
+    return "with another model call tdpo_ext.linear_tdpo_loss on its hidden states"
+
+
+def named(value: Any) -> str:
+    """What somebody gave, for a message."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return repr(value) if isinstance(value, str) else type(value).__name__
 
 
 def head_of(model: nn.Module) -> nn.Module:
@@ -110,8 +128,9 @@ def head_of(model: nn.Module) -> nn.Module:
     head = language_model(model).get_output_embeddings()
     if head is None:
         raise ValueError(
-            f"{type(model).__name__} has no output embeddings; call tdpo_ext.linear_tdpo_loss on "
-            "hidden states and weight of its head"
+            f"{type(model).__name__} has no output embeddings; use a class with a head over tokens "
+            "(...ForCausalLM), or call tdpo_ext.linear_tdpo_loss on hidden states and weight of "
+            "its head"
         )
     assert isinstance(head, nn.Module)
     inner = head

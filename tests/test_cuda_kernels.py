@@ -8,7 +8,7 @@ import emulated
 import oracle
 import pytest
 import torch
-from conftest import DTYPES, labels_for, numpy64, pair_of_logits, relative_error
+from conftest import DTYPES, EMULATED, labels_for, numpy64, pair_of_logits, relative_error
 from test_token_stats import check_against_oracle, stats_and_gradient
 
 import tdpo_ext
@@ -31,8 +31,13 @@ def at_alignment(rows: torch.Tensor, entries: int) -> torch.Tensor:
 
 def test_the_path_is_the_plain_one_where_there_is_no_card(cuda):
     """Inline PTX has a plain path beside it; on the CPU that is the one."""
-    if cuda == "cuda-on-cpu":
-        assert emulated.library().emulated_path() == b"plain"
+    if cuda in EMULATED:
+        assert emulated.library(EMULATED[cuda]).emulated_path() == b"plain"
+
+
+@pytest.mark.parametrize("rounding", emulated.roundings())
+def test_the_two_builds_round_as_they_say(rounding):
+    assert emulated.library(rounding).emulated_rounding() == rounding.encode()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

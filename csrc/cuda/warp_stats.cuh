@@ -45,6 +45,7 @@ class WarpStats {
   static constexpr Real kLargeCentre = 8, kHugeCentre = 65536;
   // A centre that is off by less is kept.
   static constexpr Real kCentreOff = Real(0.125);
+  static constexpr Real kPerGapUnit = Real(1 / kGapUnit);
   static constexpr Real kLowest =
       sizeof(Real) == 4 ? Real(-3.402823466e38) : Real(-1.7976931348623157e308);
 
@@ -52,7 +53,7 @@ class WarpStats {
   // Vectors of each lane, taken together.
   struct Start {
     Base<Real> base;
-    Real reference_sum;  // relative to the base
+    Two<Real> sums;  // relative to the base
   };
 
   // Scope is the team, or Team<1> for the warp alone.
@@ -71,7 +72,7 @@ class WarpStats {
     sum = Scope::sum(sum);
     const Real log_sums = log(sum.policy) - log(sum.reference);
     const Real gap = (largest.policy - largest.reference) + log_sums;
-    return {{largest.policy, largest.reference, finite_or_zero(gap)}, sum.reference};
+    return {{largest.policy, largest.reference, finite_or_zero(gap)}, sum};
   }
 
   explicit __device__ WarpStats(const Base<Real>& base)
@@ -99,13 +100,13 @@ class WarpStats {
     Base<Real> base = stats.base;
     if (own.base.policy_max > base.policy_max) base.policy_max = own.base.policy_max;
     if (own.base.reference_max > base.reference_max) base.reference_max = own.base.reference_max;
-    const Real of_own =
-        own.reference_sum * relative_scale(own.base.reference_max, base.reference_max);
-    const Real of_before =
-        before.reference * relative_scale(stats.base.reference_max, base.reference_max);
-    const Real off = of_own > of_before ? own.base.centre - base.centre
-                                        : log(before.policy / (k * before.reference));
-    if (fabs(finite_or_zero(off)) > kCentreOff) base.centre += off;
+    const Two<Real> of_own = relative(own.sums, own.base, base);
+    const Two<Real> sums = Sum()(relative(before, stats.base, base), of_own);
+    // lse(z) - lse(r) of all that is known: the centre from where E[e^d] = 1.
+    const Real centre =
+        (base.policy_max - base.reference_max) + (log(sums.policy) - log(sums.reference));
+    const bool known = centre - centre == Real(0);
+    if (known && !(fabs(centre - base.centre) <= kCentreOff)) base.centre = centre;
     stats = rebase(stats, base);
     set_base(base);
     reference_limit = Real(INFINITY);
@@ -131,6 +132,12 @@ class WarpStats {
   VocabStats<Real> stats;
   Real reference_limit;  // of a lane's reference_sum; from there the base is looked at
   Real k;  // e^(reference_max + centre - policy_max); 0 while one of them is not known
+
+  static __device__ Two<Real> relative(Two<Real> sums, const Base<Real>& from,
+                                       const Base<Real>& to) {
+    return {sums.policy * relative_scale(from.policy_max, to.policy_max),
+            sums.reference * relative_scale(from.reference_max, to.reference_max)};
+  }
 
   static __device__ __forceinline__ void unpack(const Pair<T>& vectors, Values& z, Values& r) {
     Storage<T>::unpack(vectors.policy.word, z);
@@ -161,14 +168,14 @@ class WarpStats {
     const Real reference_total = stats.reference_sum + reference_sum;
     if (!all_of_warp(reference_sum <= kHeadroom && within_limit(reference_total))) return false;
     stats.reference_sum = reference_total;
-    stats.gap_sum += gap_sum;
+    stats.gap_sum += gap_sum * kPerGapUnit;
     stats.policy_sum += k * ((reference_sum + gap_sum) + excess_sum);
     stats.excess_sum += k * excess_sum;
     return true;
   }
 
   struct FarSums {
-    Real policy, reference, gap;
+    Real policy, reference, gap;  // the last in kGapUnit
     bool excluded;  // some z = -inf < r: the KL is infinite, also if w is too small to show it
   };
 
@@ -202,7 +209,7 @@ class WarpStats {
       const Real w = exp_of(reference), d = gaps.of(z[i], r[i], policy, reference);
       sums.policy += exp_of(policy);
       sums.reference += w;
-      sums.gap += w * finite_gap(d);
+      sums.gap += w * (finite_gap(d) * kPerGapUnit);
       sums.excluded = sums.excluded || d == -Real(INFINITY);
     }
     return sums;
@@ -235,7 +242,7 @@ class WarpStats {
       const bool fits =
           sums.policy <= kHeadroom && sums.reference <= kHeadroom && within_limit(reference_total);
       if (!base_is_right && !all_of_warp(fits)) return false;
-      Real excess = sums.policy - k * (sums.reference + sums.gap);
+      Real excess = sums.policy - k * (sums.reference + sums.gap * Real(kGapUnit));
       stats.policy_sum += sums.policy;
       if (!all_of_warp(stats.excess_sum + excess >= kFarPart * stats.policy_sum)) {
         excess = mixed_excess(z, r);

@@ -75,6 +75,9 @@ struct LabelledStats {
 
 // What forward saves for backward: eight numbers per row. p = e^(z - policy_max) policy_scale, q
 // likewise, and log p - log q = z - r - log_sum_gap, which keeps its digits when p and q are close.
+//
+// The maxima are rounded to whole numbers. Then z - policy_max + policy_max is exact (whole logits
+// from 2^24 on included), so what rounding loses of z - policy_max can be had back.
 template <class Real>
 struct Normalizers {
   Real policy_max;
@@ -359,9 +362,10 @@ TDPO_ALGEBRA RowSummary<Real> finalise(const LabelledStats<Real>& stats) {
   row.reference_logp = Real(q.log_label);
   row.forward_kl = kl < 0 ? Real(0) : Real(kl);
   Normalizers<Real>& of = row.normalizers;
-  of.policy_max = base.policy_max > label_policy ? base.policy_max : label_policy;
+  of.policy_max = rint(base.policy_max > label_policy ? base.policy_max : label_policy);
   of.policy_scale = Real(exp(double(of.policy_max) - p.log_sum));
-  of.reference_max = base.reference_max > label_reference ? base.reference_max : label_reference;
+  of.reference_max =
+      rint(base.reference_max > label_reference ? base.reference_max : label_reference);
   of.reference_scale = Real(exp(double(of.reference_max) - q.log_sum));
   of.log_sum_gap = Real(gap);
   of.policy_rest = Real(p.rest);

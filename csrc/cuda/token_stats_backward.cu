@@ -20,43 +20,57 @@ namespace {
 // The gradient of the entries but the label's, and of the label, in four kinds. Each reads what its
 // algebra needs and nothing else.
 
-template <class Real>
+// e^(x - largest): where the gradient is stored in half width its rounding hides that of x log2(e).
+template <class T>
+__device__ __forceinline__ RealOf<T> mass_of(RealOf<T> x, RealOf<T> largest) {
+  if constexpr (sizeof(T) == 2) {
+    return exp_of(x - largest);
+  } else {
+    return exp_below(x, largest);
+  }
+}
+
+template <class T>
 struct Zero {
+  using Real = RealOf<T>;
   static constexpr bool kReadsPolicy = false, kReadsReference = false, kHasLabel = false;
   __device__ __forceinline__ Real gradient(Real, Real) const { return 0; }
   __device__ __forceinline__ Real label() const { return 0; }
 };
 
-template <class Real>
+template <class T>
 struct PolicyOnly {  // g_k = 0: -g_m p
+  using Real = RealOf<T>;
   static constexpr bool kReadsPolicy = true, kReadsReference = false, kHasLabel = true;
   const Normalizers<Real>& of;
   Real g_m, policy_max, weight;
   __device__ PolicyOnly(const Normalizers<Real>& of, Real g_m)
       : of(of), g_m(g_m), policy_max(of.policy_max), weight(-g_m * of.policy_scale) {}
   __device__ __forceinline__ Real gradient(Real z, Real) const {
-    return exp_of(z - policy_max) * weight;
+    return mass_of<T>(z, policy_max) * weight;
   }
   __device__ __forceinline__ Real label() const { return g_m * of.policy_rest; }
 };
 
-template <class Real>
+template <class T>
 struct ReferenceOnly {  // g_k = g_m: -g_m p + g_m (p - q) = -g_m q
+  using Real = RealOf<T>;
   static constexpr bool kReadsPolicy = false, kReadsReference = true, kHasLabel = true;
   const Normalizers<Real>& of;
   Real g_m, reference_max, weight;
   __device__ ReferenceOnly(const Normalizers<Real>& of, Real g_m)
       : of(of), g_m(g_m), reference_max(of.reference_max), weight(-g_m * of.reference_scale) {}
   __device__ __forceinline__ Real gradient(Real, Real r) const {
-    return exp_of(r - reference_max) * weight;
+    return mass_of<T>(r, reference_max) * weight;
   }
   __device__ __forceinline__ Real label() const { return g_m * of.reference_rest; }
 };
 
 // g_k (p - q) - g_m p. Where p and q are close, p - q = q (e^u - 1) with u = log p - log q keeps
 // its digits, provided that u has them: with logits shifted far against each other it has not.
-template <class Real>
+template <class T>
 struct Both {
+  using Real = RealOf<T>;
   static constexpr bool kReadsPolicy = true, kReadsReference = true, kHasLabel = true;
   const Normalizers<Real>& of;
   Real g_m, g_k, g_p, policy_max, policy_scale, reference_max, reference_scale, gap, close_gap;
@@ -72,8 +86,8 @@ struct Both {
         gap(of.log_sum_gap),
         close_gap(fabs(gap) < Real(2) ? Real(1) : Real(0)) {}
   __device__ __forceinline__ Real gradient(Real z, Real r) const {
-    const Real p = exp_of(z - policy_max) * policy_scale;
-    const Real q = exp_of(r - reference_max) * reference_scale;
+    const Real p = mass_of<T>(z, policy_max) * policy_scale;
+    const Real q = mass_of<T>(r, reference_max) * reference_scale;
     const Real u = (z - r) - gap;
     const Real close = q * (u + (u * u) * excess_over_square(u));
     return fabs(u) < close_gap ? g_k * close - g_m * p : g_p * p - g_k * q;
@@ -168,13 +182,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
   const Normalizers<Real>& of = static_cast<const Normalizers<Real>*>(work.normalizers)[row];
   const bool ignored = work.problem.labels[row] == work.problem.ignore_index;
   if (ignored || (g_m == Real(0) && g_k == Real(0))) {
-    gradient.write(Zero<Real>());
+    gradient.write(Zero<T>());
   } else if (g_k == Real(0)) {
-    gradient.write(PolicyOnly<Real>(of, g_m));
+    gradient.write(PolicyOnly<T>(of, g_m));
   } else if (g_k == g_m) {
-    gradient.write(ReferenceOnly<Real>(of, g_m));
+    gradient.write(ReferenceOnly<T>(of, g_m));
   } else {
-    gradient.write(Both<Real>(of, g_m, g_k));
+    gradient.write(Both<T>(of, g_m, g_k));
   }
 }
 

@@ -6,7 +6,8 @@ Each kernel: no more registers than let a multiprocessor hold the blocks that th
 16-byte loads (and stores) of global memory where it streams. Its hot loop, the shortest one around
 such loads: no registers spilled to memory in it (a few beside it do no harm), and no more
 instructions for each entry of a row than the sources promise, of which a memory-bound card has
-31 a pair of bfloat16 logits. Needs no card: NVIDIA's disassembler is on PyPI.
+31 a pair of bfloat16 logits. Backward has such a loop for each kind of gradient, and asks in it for
+several vectors before it uses the first. Needs no card: NVIDIA's disassembler is on PyPI.
 """
 
 from __future__ import annotations
@@ -37,6 +38,17 @@ class Expected(NamedTuple):
     per_entry: float | None = None  # instructions in the hot loop, at most
 
 
+# Of backward's loops, by what they read: one side (policy or reference), both with one sign, both.
+# Instructions for each entry, at most; half-width and float32, aligned alike and shifted.
+BACKWARD = {
+    ("half", "0"): (7, 7, 13, 30),
+    ("half", "1"): (10, 10, 18, 35),
+    ("float", "0"): (14, 14, 28, 45),
+    ("float", "1"): (19, 19, 39, 57),
+}
+LOADS_AHEAD = 4
+
+
 class Instruction(NamedTuple):
     address: int
     name: str
@@ -48,6 +60,7 @@ class Loop(NamedTuple):
     spills: int
     loads: int  # of 16 bytes
     stores: int
+    ahead: int  # loads before the first exponential
 
 
 def expected(kernel: str) -> Expected:
@@ -56,7 +69,8 @@ def expected(kernel: str) -> Expected:
     if "row_records_kernel" in kernel:
         alone, shifted = "Li1E" in kernel, "Lb1E" in kernel
         blocks = 1 if double else 2 if alone else 3 if shifted else 4
-        per_entry = None if double else 28 if shifted else 24
+        room = 2 if "If" in kernel else 0  # float32 moves twice the bytes
+        per_entry = None if double else (27 if shifted else 24.5) + room
         return Expected(blocks, loads=True, stores=False, per_entry=per_entry)
     if "token_stats_backward_kernel" in kernel:
         return Expected(2 if double else 4, loads=True, stores=True)
@@ -124,24 +138,48 @@ def wide(code: list[Instruction], what: str) -> int:
     return sum(one.name.startswith(what) and ".128" in one.name for one in code)
 
 
-def hot_loop(code: list[Instruction]) -> Loop | None:
-    """The shortest loop around 16-byte loads: from a branch backwards to where it leads."""
+def loops(code: list[Instruction]) -> list[Loop]:
+    """Those around 16-byte loads, the shortest first: from a branch backwards to where it leads."""
     found = []
     for place, one in enumerate(code):
         target = re.search(r"0x([0-9a-f]+)", one.text) if one.name == "BRA" else None
         if target and int(target[1], 16) < one.address:
             body = [x for x in code[: place + 1] if x.address >= int(target[1], 16)]
             if loads := wide(body, "LDG"):
-                found.append(Loop(len(body), sum(map(is_spill, body)), loads, wide(body, "STG")))
-    return min(found, default=None)
+                first = next((i for i, x in enumerate(body) if x.name == "MUFU.EX2"), 0)
+                ahead = wide(body[:first], "LDG")
+                spills = sum(map(is_spill, body))
+                found.append(Loop(len(body), spills, loads, wide(body, "STG"), ahead))
+    return sorted(found)
 
 
-def per_entry(kernel: str, loop: Loop, stores: bool) -> float:
-    """Instructions of its hot loop for each entry of a row. Forward loads a vector of each side
-    (three where they are shifted) for each vector of entries; backward stores one."""
-    vectors = loop.stores if stores else loop.loads // (3 if "Lb1E" in kernel else 2)
+def hot_loop(code: list[Instruction]) -> Loop | None:
+    return next(iter(loops(code)), None)
+
+
+def per_entry(kernel: str, loop: Loop) -> float:
+    """Instructions of a loop for each entry of a row. Forward loads a vector of each side (three
+    where they are shifted) for each vector of entries; backward stores one."""
+    vectors = loop.stores or loop.loads // (3 if "Lb1E" in kernel else 2)
     entries = next(n for name, n in SIXTEENS.items() if name in kernel)
     return loop.instructions / (vectors * entries)
+
+
+def streams(code: list[Instruction]) -> list[Loop]:
+    """The loops of backward that take several vectors at once."""
+    return [loop for loop in loops(code) if loop.stores > 1]
+
+
+def faults_of_backward(kernel: str, found: list[Loop]) -> list[str]:
+    width, shifted = "float" if "If" in kernel else "half", "1" if "Lb1E" in kernel else "0"
+    promised = BACKWARD[width, shifted]
+    if len(found) != len(promised):
+        return [f"{len(found)} loops, one for each of {len(promised)} kinds of gradient promised"]
+    counts = sorted(per_entry(kernel, loop) for loop in found)
+    wrong = [f"{x:.1f} > {y}" for x, y in zip(counts, promised, strict=True) if x > y]
+    texts = [f"instructions an entry: {', '.join(wrong)}"] if wrong else []
+    few = min(loop.ahead for loop in found)
+    return texts + ([f"only {few} loads before the first use"] if few < LOADS_AHEAD else [])
 
 
 def faults(
@@ -161,8 +199,10 @@ def faults(
         found.append("no 16-byte load")
     if promised.stores and not wide(code, "STG"):
         found.append("no 16-byte store")
+    if promised.stores and "Id" not in kernel:
+        found += faults_of_backward(kernel, streams(code))
     if promised.per_entry:
-        count = per_entry(kernel, loop, promised.stores) if loop else math.inf
+        count = per_entry(kernel, loop) if loop else math.inf
         if not count <= promised.per_entry:
             found.append(f"{count:.1f} instructions an entry, promised {promised.per_entry}")
     return found
@@ -196,10 +236,14 @@ def main() -> int:
         wrong += bool(found)
         counted = ""
         if loop and promised.per_entry:
-            counted = f"{per_entry(kernel, loop, promised.stores):.1f} instructions an entry"
+            counted = f"{per_entry(kernel, loop):.1f} instructions an entry"
+        elif promised.stores:
+            kinds = sorted(per_entry(kernel, x) for x in streams(body))
+            ahead = min((x.ahead for x in streams(body)), default=0)
+            counted = f"{', '.join(f'{x:.1f}' for x in kinds)}; {ahead} loads ahead"
         print(
             f"{architecture:7} {short(kernel):45} {registers:3} registers {stack:3} of stack  "
-            f"{counted:27} {'; '.join(found)}"
+            f"{counted:40} {'; '.join(found)}"
         )
     print(f"{len(code)} kernels for {', '.join(sorted(architectures))}; {wrong} with faults")
     return 1 if wrong else 0

@@ -60,6 +60,7 @@ def test_a_divergent_shuffle(tmp_path):
 
 
 FORWARD, STATS = "token_stats_forward.cu", "warp_stats.cuh"
+BACKWARD = "token_stats_backward.cu"
 IN_THE_LOOP = {
     "the last vectors of a row left out": (
         *(FORWARD, "(end - begin + size - 1) / size", "(end - begin) / size"),
@@ -97,6 +98,22 @@ IN_THE_LOOP = {
         *(STATS, "near_enough && sums.gap", "sums.gap"),
         *("test_precision.py", "far_below_the_maximum"),
     ),
+    "a direction with the wrong sign": (
+        *(BACKWARD, "reference_weight(-g_k *", "reference_weight(g_k *"),
+        *("test_ways.py", "any_weight"),
+    ),
+    "vectors of a gradient not written": (
+        *(BACKWARD, "for (int i = 0; i < kAtOnce; ++i) write", "for (int i = 0; i < 1; ++i) write"),
+        *("test_token_stats.py", "many_blocks"),
+    ),
+    "the last vectors of a gradient not written": (
+        *(BACKWARD, "kAtOnce > 1 && index < end;", "kAtOnce > 4 && index < end;"),
+        *("test_token_stats.py", "many_blocks"),
+    ),
+    "the label's gradient by a thread beside": (
+        *(BACKWARD, "!= Scope::rank() : vector", "!= (Scope::rank() ^ 1) : vector"),
+        *("test_cuda_kernels.py", "labels_at_every_place"),
+    ),
     "gaps in nats": (
         *(STATS, "(gap * kPerGapUnit)", "gap"),
         *("test_not_finite.py", "words_of_the_reference"),
@@ -106,7 +123,7 @@ IN_THE_LOOP = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", IN_THE_LOOP)
-def test_a_fault_in_the_loop_of_forward(tmp_path, fault):
+def test_a_fault_in_a_hot_loop(tmp_path, fault):
     file, right, wrong, tests, chosen = IN_THE_LOOP[fault]
     sources = with_fault(tmp_path, file, right, wrong)
     status, output = run_plain(tests, f"cuda-on-cpu and not fma and ({chosen})", sources)

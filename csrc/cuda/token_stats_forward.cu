@@ -97,12 +97,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>
   const int label_vector = has_label ? vectors.of_entry(label) : -1;
   const int begin = vectors.part_begin(part, parts), end = vectors.part_begin(part + 1, parts);
 
+  const auto load_16 = [](const uint4* address) { return TDPO_FORWARD_LOAD(address); };
   const auto load_inner = [&](int index) {
     Pair<T> pair;
-    pair.present = index < end && index != label_vector;
+    pair.present = index >= begin && index < end && index != label_vector;
     if (pair.present) {
-      pair.policy = z.load(index);
-      pair.reference = r.load(index);
+      pair.policy = z.load(index, load_16);
+      pair.reference = r.load(index, load_16);
     }
     return pair;
   };
@@ -124,21 +125,25 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>
   // vectors are there and none is the label's (all lanes of a warp know where that is), else one at
   // a time. What the quick way does not take goes by in the other one; after several such turns
   // more at once, untried.
-  const int size = Scope::size(), own = begin + Scope::rank();
-  const int whole_rounds = (end - begin) / size;
-  const int inner_rounds = max(1, (end - begin + size - 1) / size);
+  // Rounds begin at whole sectors of the policy, so the first, which is never in a turn, may begin
+  // before the row.
+  const int start = begin - vectors.past_sectors(z.first + begin);
+  const int size = Scope::size(), own = start + Scope::rank();
+  const int whole_rounds = (end - start) / size;
+  const int inner_rounds = max(1, (end - start + size - 1) / size);
   const bool takes_outer = part == 0 && Scope::rank() < kLanes;  // the first warp of the row
   const int rounds = inner_rounds + (takes_outer ? RowVectors<T>::kOuterRounds : 0);
-  const int from_begin = label_vector - begin, label_rank = from_begin % size;
+  const int from_start = label_vector - start, label_rank = from_start % size;
   const bool label_is_here =
-      from_begin >= 0 && label_vector < end && label_rank / kLanes == Scope::rank() / kLanes;
-  const int label_round = label_is_here ? from_begin / size : rounds;
+      label_vector >= begin && label_vector < end && label_rank / kLanes == Scope::rank() / kLanes;
+  const int label_round = label_is_here ? from_start / size : rounds;
 
   const auto load = [&](int round) {
     return round < inner_rounds ? load_inner(own + round * size) : load_outer(round - inner_rounds);
   };
   const auto load_whole = [&](int round) -> Pair<T> {
-    return {z.load(own + round * size), r.load(own + round * size), true};
+    const int index = own + round * size;
+    return {z.load(index, load_16), r.load(index, load_16), true};
   };
 
   Pair<T> pair = load(0);
@@ -250,7 +255,7 @@ template <class T, int kWarps>
 void launch_row_records(const TokenStatsProblem& problem, bool tile, int parts,
                         VocabStats<RealOf<T>>* records, const Launch& launch) {
   using Scope = Team<kWarps>;
-  const bool shifted = !same_alignment(problem, sizeof(T));
+  const bool shifted = !same_alignment(problem.policy, problem.reference, sizeof(T));
   launch_kernel(
       "row_records_kernel",
       shifted ? row_records_kernel<T, kWarps, true> : row_records_kernel<T, kWarps, false>,

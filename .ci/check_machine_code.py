@@ -1,18 +1,23 @@
 """Check the machine code of the CUDA kernels in the built extension, for every architecture.
 
-Each kernel: no registers spilled to memory, no more registers than let a multiprocessor hold the
-blocks that the kernel counts on, and 16-byte loads (and stores) of global memory where it streams.
-Needs no card: NVIDIA's disassembler is on PyPI.
+    python .ci/check_machine_code.py [FILE]    (another object file or cubin than the extension)
+
+Each kernel: no more registers than let a multiprocessor hold the blocks that the kernel counts on,
+16-byte loads (and stores) of global memory where it streams. Its hot loop, the shortest one around
+such loads: no registers spilled to memory in it (a few beside it do no harm), and no more
+instructions for each entry of a row than the sources promise, of which a memory-bound card has
+31 a pair of bfloat16 logits. Backward has such a loop for each kind of gradient, and asks in it for
+several vectors before it uses the first. Needs no card: NVIDIA's disassembler is on PyPI.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +27,40 @@ REGISTERS_OF_A_PARTITION = 16384  # a multiprocessor has four, each with a quart
 WARPS_OF_A_BLOCK = 7  # kBlockWarps in csrc/cuda/team.cuh
 
 
+MOST_STACK = 64  # bytes of registers spilled outside hot loops
+SIXTEENS = {"BFloat16": 8, "Float16": 8, "If": 4, "Id": 2}  # entries in 16 bytes
+
+
 class Expected(NamedTuple):
     blocks: int  # on one multiprocessor, as __launch_bounds__ says
     loads: bool  # 16 bytes at a time
     stores: bool
+    per_entry: float | None = None  # instructions in the hot loop, at most
+
+
+# Of backward's loops, by what they read: one side (policy or reference), both with one sign, both.
+# Instructions for each entry, at most; half-width and float32, aligned alike and shifted.
+BACKWARD = {
+    ("half", "0"): (7, 7, 13, 30),
+    ("half", "1"): (10, 10, 18, 35),
+    ("float", "0"): (14, 14, 28, 45),
+    ("float", "1"): (19, 19, 39, 57),
+}
+LOADS_AHEAD = 4
+
+
+class Instruction(NamedTuple):
+    address: int
+    name: str
+    text: str
+
+
+class Loop(NamedTuple):
+    instructions: int
+    spills: int
+    loads: int  # of 16 bytes
+    stores: int
+    ahead: int  # loads before the first exponential
 
 
 def expected(kernel: str) -> Expected:
@@ -34,7 +69,9 @@ def expected(kernel: str) -> Expected:
     if "row_records_kernel" in kernel:
         alone, shifted = "Li1E" in kernel, "Lb1E" in kernel
         blocks = 1 if double else 2 if alone else 3 if shifted else 4
-        return Expected(blocks, loads=True, stores=False)
+        room = 2 if "If" in kernel else 0  # float32 moves twice the bytes
+        per_entry = None if double else (27 if shifted else 24.5) + room
+        return Expected(blocks, loads=True, stores=False, per_entry=per_entry)
     if "token_stats_backward_kernel" in kernel:
         return Expected(2 if double else 4, loads=True, stores=True)
     # A thread per row, a few numbers each; and what only asks whether this build fits a card.
@@ -78,38 +115,96 @@ def registers_and_stack(extension: Path) -> dict[tuple[str, str], tuple[int, int
     return found
 
 
-def instructions(extension: Path) -> dict[tuple[str, str], Counter[str]]:
-    """(architecture, kernel) -> how often each instruction occurs."""
-    found: dict[tuple[str, str], Counter[str]] = {}
-    architecture, counts = "", Counter[str]()
+def instructions(extension: Path) -> dict[tuple[str, str], list[Instruction]]:
+    """(architecture, kernel) -> its instructions."""
+    found: dict[tuple[str, str], list[Instruction]] = {}
+    architecture, code = "", list[Instruction]()
+    line_of_code = re.compile(r"/\*([0-9a-f]+)\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
     for line in dump("--dump-sass", extension).splitlines():
         if match := re.match(r"arch = (\S+)", line.strip()):
             architecture = match[1]
         elif match := re.match(r"Function : (\S+)", line.strip()):
-            counts = found.setdefault((architecture, match[1]), Counter())
-        elif match := re.match(r"/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9_.]*)", line.strip()):
-            counts[match[1]] += 1
+            code = found.setdefault((architecture, match[1]), [])
+        elif match := line_of_code.match(line.strip()):
+            code.append(Instruction(int(match[1], 16), match[2], match[3]))
     return found
 
 
-def faults(kernel: str, registers: int, stack: int, counts: Counter[str]) -> list[str]:
+def is_spill(one: Instruction) -> bool:
+    return one.name.startswith(("STL", "LDL"))
+
+
+def wide(code: list[Instruction], what: str) -> int:
+    return sum(one.name.startswith(what) and ".128" in one.name for one in code)
+
+
+def loops(code: list[Instruction]) -> list[Loop]:
+    """Those around 16-byte loads, the shortest first: from a branch backwards to where it leads."""
+    found = []
+    for place, one in enumerate(code):
+        target = re.search(r"0x([0-9a-f]+)", one.text) if one.name == "BRA" else None
+        if target and int(target[1], 16) < one.address:
+            body = [x for x in code[: place + 1] if x.address >= int(target[1], 16)]
+            if loads := wide(body, "LDG"):
+                first = next((i for i, x in enumerate(body) if x.name == "MUFU.EX2"), 0)
+                ahead = wide(body[:first], "LDG")
+                spills = sum(map(is_spill, body))
+                found.append(Loop(len(body), spills, loads, wide(body, "STG"), ahead))
+    return sorted(found)
+
+
+def hot_loop(code: list[Instruction]) -> Loop | None:
+    return next(iter(loops(code)), None)
+
+
+def per_entry(kernel: str, loop: Loop) -> float:
+    """Instructions of a loop for each entry of a row. Forward loads a vector of each side (three
+    where they are shifted) for each vector of entries; backward stores one."""
+    vectors = loop.stores or loop.loads // (3 if "Lb1E" in kernel else 2)
+    entries = next(n for name, n in SIXTEENS.items() if name in kernel)
+    return loop.instructions / (vectors * entries)
+
+
+def streams(code: list[Instruction]) -> list[Loop]:
+    """The loops of backward that take several vectors at once."""
+    return [loop for loop in loops(code) if loop.stores > 1]
+
+
+def faults_of_backward(kernel: str, found: list[Loop]) -> list[str]:
+    width, shifted = "float" if "If" in kernel else "half", "1" if "Lb1E" in kernel else "0"
+    promised = BACKWARD[width, shifted]
+    if len(found) != len(promised):
+        return [f"{len(found)} loops, one for each of {len(promised)} kinds of gradient promised"]
+    counts = sorted(per_entry(kernel, loop) for loop in found)
+    wrong = [f"{x:.1f} > {y}" for x, y in zip(counts, promised, strict=True) if x > y]
+    texts = [f"instructions an entry: {', '.join(wrong)}"] if wrong else []
+    few = min(loop.ahead for loop in found)
+    return texts + ([f"only {few} loads before the first use"] if few < LOADS_AHEAD else [])
+
+
+def faults(
+    kernel: str, registers: int, stack: int, code: list[Instruction], loop: Loop | None
+) -> list[str]:
     promised = expected(kernel)
     warps = -(-promised.blocks * WARPS_OF_A_BLOCK // 4)
     limit = min(255, REGISTERS_OF_A_PARTITION // (warps * 32) // 8 * 8)
-    spills = sum(n for name, n in counts.items() if name.startswith(("STL", "LDL")))
-    wide = {
-        what: sum(n for name, n in counts.items() if name.startswith(what) and ".128" in name)
-        for what in ("LDG", "STG")
-    }
     found = []
-    if stack or spills:
-        found.append(f"{stack} bytes of stack, {spills} loads and stores of local memory")
+    if stack > (MOST_STACK if promised.loads else 0):
+        found.append(f"{stack} bytes of stack, {sum(map(is_spill, code))} uses of local memory")
+    if loop and loop.spills:
+        found.append(f"{loop.spills} uses of local memory in the hot loop")
     if registers > limit:
         found.append(f"{registers} registers, {promised.blocks} blocks allow {limit}")
-    if promised.loads and not wide["LDG"]:
+    if promised.loads and not wide(code, "LDG"):
         found.append("no 16-byte load")
-    if promised.stores and not wide["STG"]:
+    if promised.stores and not wide(code, "STG"):
         found.append("no 16-byte store")
+    if promised.stores and "Id" not in kernel:
+        found += faults_of_backward(kernel, streams(code))
+    if promised.per_entry:
+        count = per_entry(kernel, loop) if loop else math.inf
+        if not count <= promised.per_entry:
+            found.append(f"{count:.1f} instructions an entry, promised {promised.per_entry}")
     return found
 
 
@@ -122,22 +217,34 @@ def short(kernel: str) -> str:
 
 
 def main() -> int:
-    if native.core is None or not native.core.build_info()["cuda"]:
+    if len(sys.argv) < 2 and (native.core is None or not native.core.build_info()["cuda"]):
         print("the build has no CUDA kernels: nothing to check")
         return 0
     if disassembler() is None:
         print("nvidia-cuda-cuobjdump has no wheel for this platform: nothing checked")
         return 0
-    extension = Path(native.core.__file__)
+    extension = Path(sys.argv[1] if len(sys.argv) > 1 else native.core.__file__)
     usage, code = registers_and_stack(extension), instructions(extension)
     architectures = {architecture for architecture, _ in code}
     assert len(architectures) >= 1, "no machine code found"
     wrong = 0
-    for (architecture, kernel), counts in sorted(code.items()):
+    for (architecture, kernel), body in sorted(code.items()):
         registers, stack = usage[architecture, kernel]
-        found = faults(kernel, registers, stack, counts)
+        promised = expected(kernel)
+        loop = hot_loop(body) if promised.loads else None
+        found = faults(kernel, registers, stack, body, loop)
         wrong += bool(found)
-        print(f"{architecture:7} {short(kernel):45} {registers:3} registers  {'; '.join(found)}")
+        counted = ""
+        if loop and promised.per_entry:
+            counted = f"{per_entry(kernel, loop):.1f} instructions an entry"
+        elif promised.stores:
+            kinds = sorted(per_entry(kernel, x) for x in streams(body))
+            ahead = min((x.ahead for x in streams(body)), default=0)
+            counted = f"{', '.join(f'{x:.1f}' for x in kinds)}; {ahead} loads ahead"
+        print(
+            f"{architecture:7} {short(kernel):45} {registers:3} registers {stack:3} of stack  "
+            f"{counted:40} {'; '.join(found)}"
+        )
     print(f"{len(code)} kernels for {', '.join(sorted(architectures))}; {wrong} with faults")
     return 1 if wrong else 0
 

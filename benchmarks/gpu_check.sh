@@ -1,16 +1,24 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitizes and measures the CUDA kernels on a machine with a GPU, which may be
-# offline. Writes logs and JSON into OUT, and takes 9 minutes at most.
+# offline and just started. Writes logs and JSON into OUT; six minutes or so, with a limit for each
+# step.
 #
 #   bash benchmarks/gpu_check.sh OUT [WHEELS]
+#   bash benchmarks/gpu_check.sh OUT --choices    only times what a card decides (choices.cuh)
 #
 # There must be python3 with torch, nvcc, a C++ compiler, compute-sanitizer, and cmake, ninja,
 # pybind11, scikit-build-core, numpy and pytest; what is missing of the packages may lie in the
-# folder WHEELS, and so may liger_kernel and trl, peers to be measured.
+# folder WHEELS, and so may pytest-xdist, and liger_kernel and trl, peers to be measured. The
+# kernels' own times and the choices need nvcc alone.
 set -uo pipefail
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
-wheels=${2:+$(cd "$2" && pwd)}
+choices=0 wheels=
+case ${2:-} in
+  "") ;;
+  --choices) choices=1 ;;
+  *) wheels=$(cd "$2" && pwd) || exit ;;
+esac
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 site=$PWD/build/gpu-site
@@ -28,10 +36,56 @@ step() {
   return "$status"
 }
 
-build() {
+# kernel_times NAME FLAGS...: builds benchmarks/kernel_times.cu as OUT/NAME.
+kernel_times() {
+  nvcc -O3 -std=c++17 "-arch=${CUDA_ARCH:-native}" -Icsrc "${@:2}" benchmarks/kernel_times.cu \
+    -o "$out/$1"
+}
+
+own_times() { kernel_times kernel_times && "$out/kernel_times"; }
+
+# One table: a build for each alternative, all built at once, timed one after the other.
+time_choices() {
+  local alternatives=(
+    "as it stands:"
+    "forward, 3 blocks:-DTDPO_FORWARD_BLOCKS=3"
+    "forward, 5 blocks:-DTDPO_FORWARD_BLOCKS=5"
+    "forward through L1:-DTDPO_FORWARD_LOAD=load_through_l1"
+    "backward, 2 vectors:-DTDPO_BACKWARD_VECTORS=2"
+    "backward, 8 vectors:-DTDPO_BACKWARD_VECTORS=8"
+    "one side through L1:-DTDPO_BACKWARD_LOAD_ONE=load_through_l1"
+    "both sides streamed:-DTDPO_BACKWARD_LOAD_BOTH=__ldcs"
+  )
+  local number=0 one flags builds=()
+  for one in "${alternatives[@]}"; do
+    read -ra flags <<<"${one#*:}"
+    kernel_times "choice-$number" ${flags[@]+"${flags[@]}"} &
+    builds+=($!)
+    number=$((number + 1))
+  done
+  for one in "${builds[@]}"; do wait "$one" || return; done
+  number=0
+  for one in "${alternatives[@]}"; do
+    if [ "$number" = 0 ]; then "$out/choice-0"; else "$out/choice-$number" "${one%%:*}"; fi || return
+    number=$((number + 1))
+  done
+}
+
+# On a machine that has just started the first imports take over a minute.
+warm_up() {
   if [ -n "$wheels" ]; then
     "$python" -m pip install --no-index --no-deps --target "$site" "$wheels"/*.whl || return
   fi
+  "$python" -c 'import importlib, torch
+print(torch.__version__, torch.cuda.get_device_name())
+for name in ("triton", "numpy", "pytest", "trl", "liger_kernel"):
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        print(f"{name}: {error}")'
+}
+
+build() {
   "$python" -m pip install --no-index --no-deps --no-build-isolation --target "$site" . \
     --config-settings=cmake.define.TDPO_CUDA=ON || return
   "$python" -c 'import sys, tdpo_ext
@@ -49,6 +103,13 @@ sanitize() {
     "$python" -m pytest -m cuda -p no:cacheprovider tests/test_cuda_kernels.py -k "$chosen"
 }
 
+# In four processes where pytest-xdist is there.
+run_tests() {
+  local processes=()
+  "$python" -c 'import xdist' 2>/dev/null && processes=(--numprocesses 4 --dist worksteal)
+  "$python" -m pytest -m cuda -p no:cacheprovider ${processes[@]+"${processes[@]}"}
+}
+
 report() {
   "$python" - "$out" <<'PYTHON'
 import json, sys
@@ -58,7 +119,13 @@ out = Path(sys.argv[1])
 rows = [line.split() for line in (out / "steps.log").read_text().splitlines()]
 steps = {name: {"status": int(status), "seconds": int(taken)} for name, status, taken in rows}
 for name, step in steps.items():
-    step["last_line"] = ((out / f"{name}.log").read_text().splitlines() or [""])[-1]
+    lines = (out / f"{name}.log").read_text(errors="replace").splitlines() or [""]
+    step["last_line"] = lines[-1]
+    if step["status"]:
+        said = [x for x in lines if x.startswith(("E  ", "FAILED", "ERROR", "MISSED", "CUDA:"))]
+        said += [x for x in lines if "error" in x.lower()] + lines[-3:]
+        step["first_failure"] = said[:3]
+        print(f"\n{name} failed (status {step['status']}; 124: out of time)", *said[:3], sep="\n  ")
 (out / "gpu-check.json").write_text(json.dumps(steps, indent=1) + "\n")
 (out / "steps.log").unlink()
 with (out / "sanitizers.log").open("w") as log:
@@ -69,17 +136,26 @@ sys.exit(any(step["status"] for step in steps.values()))
 PYTHON
 }
 
-export -f build sanitize
-export python site wheels chosen
+export -f kernel_times own_times time_choices warm_up build sanitize run_tests
+export out python site wheels chosen
 : >"$out/steps.log"
+if [ "$choices" = 1 ]; then
+  step choices 300 bash -c time_choices
+  cat "$out/choices.log"
+  report
+  exit
+fi
+step kernel_times 90 bash -c own_times && cat "$out/kernel_times.log"
+step warm_up 150 bash -c warm_up
 if step build 90 bash -c build; then
   # initcheck must see all kernels, or it takes what torch's have written for unwritten.
   step memcheck 180 bash -c 'sanitize memcheck --kernel-regex kns=tdpo' &
   step racecheck 180 bash -c 'sanitize racecheck --kernel-regex kns=tdpo' &
   step initcheck 180 bash -c 'sanitize initcheck' &
   step synccheck 180 bash -c 'sanitize synccheck --kernel-regex kns=tdpo' &
-  step tests 180 "$python" -m pytest -m cuda -p no:cacheprovider
+  step tests 180 bash -c run_tests
   wait
+  step parity 60 "$python" -m tdpo_ext.parity --devices cuda --json "$out/parity.json"
   # One after the other, alone on the machine.
   step benchmark 150 "$python" benchmarks/gpu_against_copy.py "$out"
   step fused 100 "$python" benchmarks/fused_head.py "$out" --device cuda --rounds 3

@@ -54,10 +54,16 @@ struct VocabStats {
   Base<Real> base;
   Real policy_sum;     // sum e^(z - policy_max)
   Real reference_sum;  // sum w,       w = e^(r - reference_max)
-  Real gap_sum;        // sum w d,     d = z - r - centre
+  Real gap_sum;        // sum w d,     d = z - r - centre, in units of kGapUnit nats
   Real excess_sum;  // sum e^(z - policy_max) - k w (1 + d),  k = e^(reference_max + c - policy_max)
                     //   = sum k w (e^d - 1 - d), and it counts policy mass where q = 0 as well
 };
+
+// Words may be masked with the lowest number, -3.4e38 in float32, and a row has up to 2^30 words
+// with weights w up to 2^16. In this unit the sum of their gaps stays finite, as the divergence is;
+// -inf then means one thing only: p = 0 < q. (The excess may overflow to inf or NaN: then it is
+// not small, and `summarise` does without it.)
+constexpr double kGapUnit = 0x1p48;
 
 // A row over several tiles of the vocabulary, one of which holds the label: the record of all other
 // entries, and the label's logits, -inf until its tile has come.
@@ -69,6 +75,9 @@ struct LabelledStats {
 
 // What forward saves for backward: eight numbers per row. p = e^(z - policy_max) policy_scale, q
 // likewise, and log p - log q = z - r - log_sum_gap, which keeps its digits when p and q are close.
+//
+// The maxima are rounded to whole numbers. Then z - policy_max + policy_max is exact (whole logits
+// from 2^24 on included), so what rounding loses of z - policy_max can be had back.
 template <class Real>
 struct Normalizers {
   Real policy_max;
@@ -115,6 +124,9 @@ TDPO_ALGEBRA VocabStats<Real> stats_of_one(Real z, Real r) {
   const bool policy_has_mass = z != nothing, reference_has_mass = r != nothing;
   VocabStats<Real> stats = empty_stats<Real>();
   stats.base = {z, r, reference_has_mass ? finite_or_zero(z - r) : Real(0)};
+  if (reference_has_mass && z - r - stats.base.centre != Real(0)) {  // z - r overflowed, or is NaN
+    stats.gap_sum = Real((double(z) - double(r)) / kGapUnit);
+  }
   stats.policy_sum = policy_has_mass ? Real(1) : Real(0);
   stats.reference_sum = reference_has_mass ? Real(1) : Real(0);
   if (reference_has_mass && !policy_has_mass) stats.gap_sum = nothing;  // p = 0 < q: KL is infinite
@@ -165,12 +177,15 @@ TDPO_ALGEBRA Real linear_scale(Real reference_max, Real centre, Real policy_max)
 // With s = centre - new centre the gaps grow by s: sum w d becomes sum w d + s sum w. The linear
 // mass k w (1 + d) changes as well; what it loses moves into the excess:
 //   e^(reference_max + c' - policy_max') [ (e^s - 1 - s) sum w + (e^s - 1) sum w d ].
+// All of it in double: it is done a few times in a row, and s may be as large as the numbers that
+// words are masked with.
 template <class Real>
 TDPO_ALGEBRA VocabStats<Real> rebase(const VocabStats<Real>& stats, const Base<Real>& base) {
   const Base<Real>& old = stats.base;
   const Real policy_scale = relative_scale(old.policy_max, base.policy_max);
   const Real reference_scale = relative_scale(old.reference_max, base.reference_max);
-  const Real s = old.centre - base.centre;
+  const double s = double(old.centre) - double(base.centre);  // may exceed float's range
+  const double reference_sum = stats.reference_sum, gap_sum = stats.gap_sum * kGapUnit;
   VocabStats<Real> moved = stats;
   moved.base = base;
   moved.policy_sum *= policy_scale;
@@ -181,32 +196,43 @@ TDPO_ALGEBRA VocabStats<Real> rebase(const VocabStats<Real>& stats, const Base<R
     moved.excess_sum = moved.policy_sum;
     return moved;
   }
-  if (!infinite) moved.gap_sum = reference_scale * (stats.gap_sum + s * stats.reference_sum);
+  if (!infinite) {
+    moved.gap_sum = Real(reference_scale * (stats.gap_sum + s / kGapUnit * reference_sum));
+  }
   moved.excess_sum *= policy_scale;
-  if (s == Real(0) || stats.reference_sum == Real(0)) return moved;
-  const Real linear = stats.reference_sum + stats.gap_sum;
-  const Real to_new = linear_scale(old.reference_max, base.centre, base.policy_max);
+  if (s == 0 || stats.reference_sum == Real(0)) return moved;
+  const double linear = reference_sum + gap_sum;
+  const double to_new = linear_scale(old.reference_max, base.centre, base.policy_max);
   if (fabs(s) < CloseGap<Real>::value) {
-    moved.excess_sum += to_new * (excess_of(s) * stats.reference_sum + expm1(s) * stats.gap_sum);
+    const double growth = expm1(Real(s)), excess = excess_of(Real(s));
+    moved.excess_sum += Real(to_new * (excess * reference_sum + growth * gap_sum));
   } else {  // the same, without e^s, which might overflow
-    const Real to_old = linear_scale(old.reference_max, old.centre, base.policy_max);
-    moved.excess_sum += to_old * linear - to_new * (linear + s * stats.reference_sum);
+    const double to_old = linear_scale(old.reference_max, old.centre, base.policy_max);
+    moved.excess_sum += Real(to_old * linear - to_new * (linear + s * reference_sum));
   }
   return moved;
 }
 
-// The base that two parts share: the larger maxima, and the centre of the part with more of q's
-// mass, whose digits count. (Not that of the larger reference_max: that may be an entry or, being a
-// number some nats below the largest entry, say nothing.)
+// The base that two parts share: the larger maxima, and of the two centres the one nearer to
+// lse(z) - lse(r) of both together, from where E[e^d] = 1. (Not that of the part with the largest
+// entry or with more of q's mass: the policy may mask those words.)
 template <class Real>
 TDPO_ALGEBRA Base<Real> common_base(const VocabStats<Real>& a, const VocabStats<Real>& b) {
-  const Real policy_max =
-      a.base.policy_max > b.base.policy_max ? a.base.policy_max : b.base.policy_max;
+  const Base<Real>&of_a = a.base, &of_b = b.base;
+  const Real policy_max = of_a.policy_max > of_b.policy_max ? of_a.policy_max : of_b.policy_max;
   const Real reference_max =
-      a.base.reference_max > b.base.reference_max ? a.base.reference_max : b.base.reference_max;
-  const Real of_a = a.reference_sum * relative_scale(a.base.reference_max, reference_max);
-  const Real of_b = b.reference_sum * relative_scale(b.base.reference_max, reference_max);
-  return {policy_max, reference_max, of_a >= of_b ? a.base.centre : b.base.centre};
+      of_a.reference_max > of_b.reference_max ? of_a.reference_max : of_b.reference_max;
+  const Real policy_sum = a.policy_sum * relative_scale(of_a.policy_max, policy_max) +
+                          b.policy_sum * relative_scale(of_b.policy_max, policy_max);
+  const Real a_sum = a.reference_sum * relative_scale(of_a.reference_max, reference_max);
+  const Real b_sum = b.reference_sum * relative_scale(of_b.reference_max, reference_max);
+  const double gap = (double(policy_max) - double(reference_max)) +
+                     (double(log(policy_sum)) - double(log(a_sum + b_sum)));
+  bool as_a = a_sum >= b_sum;  // where there is no gap, or only one side has a centre
+  if (a_sum > 0 && b_sum > 0 && fabs(gap) < double(INFINITY)) {
+    as_a = fabs(of_a.centre - gap) <= fabs(of_b.centre - gap);
+  }
+  return {policy_max, reference_max, as_a ? of_a.centre : of_b.centre};
 }
 
 // The record of two disjoint parts of the vocabulary together.
@@ -255,7 +281,7 @@ TDPO_ALGEBRA PartSummary summarise(const VocabStats<Real>& stats) {
   part.log_sum_gap = part.policy_log_sum - part.reference_log_sum;
   part.forward_kl = 0;
   if (reference_sum == 0) return part;
-  const double mean_gap = double(stats.gap_sum) / reference_sum;
+  const double mean_gap = double(stats.gap_sum) / reference_sum * kGapUnit;
   const double excess =
       double(stats.excess_sum) * exp(policy_max - reference_max - centre) / reference_sum;
   // Huge gaps of words with next to no mass may have cost the excess all digits; then it is not
@@ -336,9 +362,10 @@ TDPO_ALGEBRA RowSummary<Real> finalise(const LabelledStats<Real>& stats) {
   row.reference_logp = Real(q.log_label);
   row.forward_kl = kl < 0 ? Real(0) : Real(kl);
   Normalizers<Real>& of = row.normalizers;
-  of.policy_max = base.policy_max > label_policy ? base.policy_max : label_policy;
+  of.policy_max = rint(base.policy_max > label_policy ? base.policy_max : label_policy);
   of.policy_scale = Real(exp(double(of.policy_max) - p.log_sum));
-  of.reference_max = base.reference_max > label_reference ? base.reference_max : label_reference;
+  of.reference_max =
+      rint(base.reference_max > label_reference ? base.reference_max : label_reference);
   of.reference_scale = Real(exp(double(of.reference_max) - q.log_sum));
   of.log_sum_gap = Real(gap);
   of.policy_rest = Real(p.rest);

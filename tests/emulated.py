@@ -1,8 +1,10 @@
 """The CUDA kernels on the CPU: their own source, compiled by the C++ compiler (tests/cuda_on_cpu).
 
-``EmulatedCore`` stands in for ``tdpo_ext.kernels.core``. Environment variables, for tests that
-start other test runs: TDPO_EXT_TEST_CSRC, another folder of sources; TDPO_EXT_TEST_SANITIZE, to
-compile with the address and undefined-behaviour sanitizers (libasan must be preloaded then).
+``EmulatedCore`` stands in for ``tdpo_ext.kernels.core``. There are two builds, which differ in
+rounding. "plain" rounds each product and each sum; "fma" rounds a * b + c once wherever the source
+allows it, as nvcc does. Environment variables, for tests that start other test runs:
+TDPO_EXT_TEST_CSRC, another folder of sources; TDPO_EXT_TEST_SANITIZE, to compile with the address
+and undefined-behaviour sanitizers (libasan must be preloaded then).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -29,14 +32,33 @@ SOURCES = [
 FLAGS = ["-x", "c++", "-std=c++17", "-O1" if SANITIZED else "-O2", "-fPIC", "-fno-strict-aliasing"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{EMULATION}", f"-I{CSRC}"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+ON_X86 = platform.machine() in ("x86_64", "AMD64")
+ROUNDINGS = {
+    "plain": ["-ffp-contract=off"],
+    "fma": ["-ffp-contract=fast", *(["-mfma"] if ON_X86 else [])],
+}
 
 
 def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
-def _compile(folder: Path) -> Path:
-    tool, extra = compiler(), SANITIZERS if SANITIZED else []
+@functools.cache
+def roundings() -> list[str]:
+    """Those that this machine can run."""
+    if compiler() is None:
+        return []
+    listed = Path("/proc/cpuinfo")
+    fused = not ON_X86 or (listed.exists() and " fma " in listed.read_text())
+    return list(ROUNDINGS) if fused else ["plain"]
+
+
+def backend_name(rounding: str) -> str:
+    return "cuda-on-cpu" if rounding == "plain" else f"cuda-on-cpu-{rounding}"
+
+
+def _compile(folder: Path, rounding: str) -> Path:
+    tool, extra = compiler(), ROUNDINGS[rounding] + (SANITIZERS if SANITIZED else [])
     assert tool is not None
 
     def one(source: Path) -> str:
@@ -52,10 +74,10 @@ def _compile(folder: Path) -> Path:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def library(rounding: str = "plain") -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="cuda_on_cpu") as folder:
-        loaded = ctypes.CDLL(str(_compile(Path(folder))))
-    for name in ("forward", "tile", "finish", "backward", "path"):
+        loaded = ctypes.CDLL(str(_compile(Path(folder), rounding)))
+    for name in ("forward", "tile", "finish", "backward", "path", "rounding"):
         getattr(loaded, f"emulated_{name}").restype = c_char_p
     loaded.emulated_launches.restype = c_long
     return loaded
@@ -145,36 +167,40 @@ def _run(function, work: Structure) -> None:
 class EmulatedCore:
     """The compiled core's functions for the CPU, done by the CUDA kernels."""
 
-    def __init__(self, *, check_labels: bool = True):
-        self.check_labels = check_labels
+    def __init__(self, rounding: str = "plain", *, check_labels: bool = True):
+        self.rounding, self.check_labels = rounding, check_labels
+
+    @property
+    def library(self) -> ctypes.CDLL:
+        return library(self.rounding)
 
     def instruction_sets(self) -> list[str]:
-        return ["cuda-on-cpu"]
+        return [backend_name(self.rounding)]
 
     def run_warps_backwards(self, backwards: int) -> None:
-        library().emulated_run_warps_backwards(backwards)
+        self.library.emulated_run_warps_backwards(backwards)
 
     def token_stats_forward(self, _instruction_set, _threads, *arguments) -> int:
         problem = Problem.of(*arguments[:PROBLEM_ARGUMENTS])
         wrong = _first_wrong_label(problem) if self.check_labels else -1
         if wrong < 0:
             outputs = Outputs(*arguments[PROBLEM_ARGUMENTS:])
-            _run(library().emulated_forward, Forward(problem, outputs))
+            _run(self.library.emulated_forward, Forward(problem, outputs))
         return wrong
 
     def token_stats_tile(self, _instruction_set, _threads, *arguments) -> None:
         problem = Problem.of(*arguments[:PROBLEM_ARGUMENTS])
-        _run(library().emulated_tile, Tile(problem, *arguments[PROBLEM_ARGUMENTS:]))
+        _run(self.library.emulated_tile, Tile(problem, *arguments[PROBLEM_ARGUMENTS:]))
 
     def token_stats_finish(self, _instruction_set, _threads, *arguments) -> None:
         *shape_and_records, a, b, c, d = arguments
-        _run(library().emulated_finish, Finish(*shape_and_records, Outputs(a, b, c, d)))
+        _run(self.library.emulated_finish, Finish(*shape_and_records, Outputs(a, b, c, d)))
 
     def token_stats_backward(self, _instruction_set, _threads, *arguments) -> None:
         problem = Problem.of(*arguments[:PROBLEM_ARGUMENTS])
         *addresses, sizes, strides = arguments[PROBLEM_ARGUMENTS:]
         work = Backward(problem, *addresses, RowLayout.of(sizes, strides))
-        _run(library().emulated_backward, work)
+        _run(self.library.emulated_backward, work)
 
 
 def _first_wrong_label(problem: Problem) -> int:

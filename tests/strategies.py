@@ -57,7 +57,7 @@ def rows(
     least_vocabulary: int = 1,
 ) -> Rows:
     """Rows of ordinary logits; with ``extremes`` some entries are nearly what a dtype can hold at
-    most, infinitely small, or tiny."""
+    most, infinitely small, or tiny. On the CPU, also where another device is the default."""
     dtype = draw(dtypes)
     count, vocabulary = draw(st.integers(least_rows, 6)), draw(VOCABULARIES)
     vocabulary = max(vocabulary, least_vocabulary)
@@ -66,12 +66,12 @@ def rows(
     generator = torch.Generator().manual_seed(draw(SEEDS))
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
     reference = scale * normal(count, vocabulary)
     policy = reference + gap * normal(count, vocabulary)
     policy, reference = policy.to(dtype), reference.to(dtype)
-    labels = torch.randint(0, vocabulary, (count,), generator=generator)
+    labels = torch.randint(0, vocabulary, (count,), generator=generator, device="cpu")
     if extremes and count:
         special = draw(st.lists(st.tuples(SEEDS, SEEDS, st.sampled_from(_SPECIAL)), max_size=8))
         for row, entry, value in special:
@@ -80,7 +80,8 @@ def rows(
             if value in ("max", "min") and dtype != torch.float16:
                 number /= 2**14  # so that no sum of gaps overflows
             side[row % count, entry % vocabulary] = number
-    labels[torch.rand(count, generator=generator) < draw(st.sampled_from([0.0, 0.5]))] = -100
+    ignored = torch.rand(count, generator=generator, device="cpu")
+    labels[ignored < draw(st.sampled_from([0.0, 0.5]))] = -100
     upstream = normal(2, count).to(torch.float64 if dtype == torch.float64 else torch.float32)
     kind = draw(st.sampled_from(["any", "margin", "kl", "equal", "none"]))
     upstream[0] *= kind not in ("kl", "none")
@@ -106,6 +107,6 @@ def laid_out(x: Tensor, layout: tuple[int, int, int, int]) -> Tensor:
     offset, behind, before, step = layout
     count, width = x.shape
     pitch = before + width + behind
-    memory = torch.full((offset + count * step * pitch,), torch.nan, dtype=x.dtype)
+    memory = torch.full((offset + count * step * pitch,), torch.nan, dtype=x.dtype, device=x.device)
     there = memory[offset:].view(count * step, pitch)[::step, before : before + width]
     return there.copy_(x)

@@ -59,6 +59,77 @@ def test_a_divergent_shuffle(tmp_path):
     assert "threads wait for each other" in output
 
 
+FORWARD, STATS = "token_stats_forward.cu", "warp_stats.cuh"
+BACKWARD = "token_stats_backward.cu"
+IN_THE_LOOP = {
+    "the last vectors of a row left out": (
+        *(FORWARD, "(end - begin + size - 1) / size", "(end - begin) / size"),
+        *("test_token_stats.py", "many_blocks"),
+    ),
+    "one vector taken twice": (
+        *(FORWARD, "= load_whole(round + 1)", "= load_whole(round)"),
+        *("test_token_stats.py", "many_blocks"),
+    ),
+    "the label's vector in a turn": (
+        *(FORWARD, "min(whole_rounds, label_round) : whole_rounds", "whole_rounds : whole_rounds"),
+        *("test_token_stats.py", "many_blocks"),
+    ),
+    "a turn that does not fit lost": (
+        *(FORWARD, "if (!taken) break;", ""),
+        *("test_cuda_kernels.py", "base_follows"),
+    ),
+    "the record not moved to the new base": (
+        *(STATS, "stats = rebase(stats, base);", "stats.base = base;"),
+        *("test_cuda_kernels.py", "base_follows"),
+    ),
+    "the exponents' base not moved": (
+        *(STATS, "    shift = {top * kLog2E, centre * kLog2E};", "    if (!(k > 0)) shift = {};"),
+        *("test_cuda_kernels.py", "base_follows"),
+    ),
+    "the rounding of the base not put back": (
+        *(STATS, "scale.reference = 1 - of_reference", "scale.reference = 1"),
+        *("test_precision.py", "log_sums_are"),
+    ),
+    "the polynomial used too far": (
+        *(STATS, "kClose = 0.5f", "kClose = 5.0f"),
+        *("test_cuda_kernels.py", "gaps_of_all_sizes or whatever_the_gap"),
+    ),
+    "masses that underflow trusted": (
+        *(STATS, "near_enough && sums.gap", "sums.gap"),
+        *("test_precision.py", "far_below_the_maximum"),
+    ),
+    "a direction with the wrong sign": (
+        *(BACKWARD, "reference_weight(-g_k *", "reference_weight(g_k *"),
+        *("test_ways.py", "any_weight"),
+    ),
+    "vectors of a gradient not written": (
+        *(BACKWARD, "for (int i = 0; i < kAtOnce; ++i) write", "for (int i = 0; i < 1; ++i) write"),
+        *("test_token_stats.py", "many_blocks"),
+    ),
+    "the last vectors of a gradient not written": (
+        *(BACKWARD, "kAtOnce > 1 && index < end;", "kAtOnce > 4 && index < end;"),
+        *("test_token_stats.py", "many_blocks"),
+    ),
+    "the label's gradient by a thread beside": (
+        *(BACKWARD, "!= Scope::rank() : vector", "!= (Scope::rank() ^ 1) : vector"),
+        *("test_cuda_kernels.py", "labels_at_every_place"),
+    ),
+    "gaps in nats": (
+        *(STATS, "(gap * kPerGapUnit)", "gap"),
+        *("test_not_finite.py", "words_of_the_reference"),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", IN_THE_LOOP)
+def test_a_fault_in_a_hot_loop(tmp_path, fault):
+    file, right, wrong, tests, chosen = IN_THE_LOOP[fault]
+    sources = with_fault(tmp_path, file, right, wrong)
+    status, output = run_plain(tests, f"cuda-on-cpu and not fma and ({chosen})", sources)
+    assert status == 1, output[-3000:]
+
+
 @needs_sanitizer
 def test_a_load_past_the_end(tmp_path):
     """What is read there is not even used: only the sanitizer sees it."""

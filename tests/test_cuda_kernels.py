@@ -8,7 +8,7 @@ import emulated
 import oracle
 import pytest
 import torch
-from conftest import DTYPES, labels_for, numpy64, pair_of_logits, relative_error
+from conftest import DTYPES, EMULATED, labels_for, numpy64, pair_of_logits, relative_error
 from test_token_stats import check_against_oracle, stats_and_gradient
 
 import tdpo_ext
@@ -31,8 +31,13 @@ def at_alignment(rows: torch.Tensor, entries: int) -> torch.Tensor:
 
 def test_the_path_is_the_plain_one_where_there_is_no_card(cuda):
     """Inline PTX has a plain path beside it; on the CPU that is the one."""
-    if cuda == "cuda-on-cpu":
-        assert emulated.library().emulated_path() == b"plain"
+    if cuda in EMULATED:
+        assert emulated.library(EMULATED[cuda]).emulated_path() == b"plain"
+
+
+@pytest.mark.parametrize("rounding", emulated.roundings())
+def test_the_two_builds_round_as_they_say(rounding):
+    assert emulated.library(rounding).emulated_rounding() == rounding.encode()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -157,8 +162,8 @@ def test_the_base_follows_rows_that_grow(cuda, dtype, vocabulary):
 
 @pytest.mark.parametrize("gap", [0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_between_the_close_and_the_far_way(cuda, dtype, gap):
-    """Row by row; 0.3 to 0.7 mixes both within most vectors."""
+def test_divergences_whatever_the_gap_is(cuda, dtype, gap):
+    """Row by row; entries take a polynomial or a difference, each as it needs."""
     policy, reference = pair_of_logits(5, 9001, gap=gap, dtype=dtype)
     labels = labels_for(policy)
     truth = oracle.token_stats(numpy64(policy), numpy64(reference), labels.cpu().numpy())

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import DTYPES, labels_for, pair_of_logits
+from conftest import DTYPES, EMULATED, labels_for, pair_of_logits
 
 import tdpo_ext
 
@@ -326,7 +326,7 @@ def every_rounding(dtype):
 def test_gradients_round_to_nearest_even_everywhere(compiled, dtype):
     """Two equal logits: p = 1/2 exactly, so the gradient beside the label is -g_m / 2 exactly."""
     values = every_rounding(dtype)
-    if compiled == "cuda-on-cpu":  # emulated, a row takes a millisecond
+    if compiled in EMULATED:  # emulated, a row takes a millisecond
         values = values[::7]  # an odd step: between even neighbours and odd ones
     logits = torch.zeros(len(values), 2, dtype=dtype, requires_grad=True)
     labels = torch.zeros(len(values), dtype=torch.int64)

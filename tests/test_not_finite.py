@@ -119,6 +119,37 @@ def test_a_mask_of_the_lowest_number_on_the_first_word(backend, dtype, label):
     assert stats.forward_kl.item() == pytest.approx(-lowest / 5 + math.log(0.8), rel=1e-6)
 
 
+MASKED = {
+    "the last": lambda count: slice(count - 1, count),
+    "half of the first": lambda count: slice(0, count // 2, 2),
+    "the first half": lambda count: slice(2, count // 2),
+    "the last half": lambda count: slice(count // 2, count),
+    "all but three": lambda count: slice(3, count),
+    "all but the last three": lambda count: slice(2, count - 3),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary", [40, 5000, 128256])
+@pytest.mark.parametrize("words", MASKED)
+def test_masks_of_the_lowest_number_on_words_of_the_reference(backend, dtype, vocabulary, words):
+    """The policy masks them, the reference does not: KL = q(masked) times that number, whatever
+    the largest of their weights is, and however many there are."""
+    lowest = torch.finfo(dtype).min
+    policy, reference = pair_of_logits(1, vocabulary, scale=0.5, gap=0.0, dtype=dtype)
+    masked = MASKED[words](vocabulary)
+    reference[0, masked.stop - 1] += 3.0  # above all that came before
+    policy[0, masked] = lowest
+    stats = tdpo_ext.token_stats(policy, reference, torch.tensor([1]))
+    share = reference.double().softmax(-1)[0, masked].sum().item()
+    truth = -lowest * share  # all of it but for a few nats, which matter beside float16's lowest
+    if dtype == torch.float16:
+        truth = oracle.forward_kl(numpy64(policy)[0], numpy64(reference)[0])
+    rel = 1e-12 if dtype == torch.float64 else 5e-6
+    assert stats.forward_kl.item() == pytest.approx(truth, rel=rel)
+    assert stats.policy_logps.isfinite().all()
+
+
 @pytest.mark.parametrize("lowest", [-1e4, -1e10, -1e30, -1e37])
 def test_a_huge_gap_of_a_word_with_next_to_no_mass(backend, lowest):
     """The first words make a centre that the last word, with all of the mass, moves by 44 nats."""

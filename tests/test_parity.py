@@ -16,7 +16,7 @@ import tdpo_ext
 from tdpo_ext import kernels, parity
 from tdpo_ext.outputs import TokenStats
 from tdpo_ext.parity import __main__ as command
-from tdpo_ext.parity import backends, cases, formulas, measure, table, truth
+from tdpo_ext.parity import backends, cases, formulas, measure, table, truth, wanted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,8 +50,8 @@ def test_the_truth_is_the_oracle(kind, vocabulary):
     ours = truth.token_stats(z, r, labels, *upstream)
     arrays = numpy64(z), numpy64(r), labels.numpy()
     stats = oracle.token_stats(*arrays)
-    for value, wanted in zip(ours, stats, strict=False):
-        np.testing.assert_allclose(numpy64(value), wanted, rtol=1e-9, atol=1e-14)
+    for value, right in zip(ours, stats, strict=False):
+        np.testing.assert_allclose(numpy64(value), right, rtol=1e-9, atol=1e-14)
     gradient = oracle.token_stats_gradient(*arrays, *(numpy64(x) for x in upstream))
     np.testing.assert_allclose(numpy64(ours.gradient), gradient, rtol=1e-7, atol=1e-13)
 
@@ -140,6 +140,29 @@ def test_a_gradient_that_is_a_little_off_is_a_miss(small_grid, monkeypatch):
     assert {(row.quantity, row.dtype) for row in missed} == {
         ("gradient", x) for x in ("float32", "float64", "bfloat16", "float16")
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocabulary", [33, 1000])
+def test_a_heads_gradient_that_is_rounded_twice_keeps_its_bound(dtype, vocabulary):
+    """As on CUDA: dz before the products, the products where they are stored. Entries
+    of dz that are off by three units, in the direction that hurts, do not."""
+    case = cases.Case(dtype, vocabulary, "apart", "any", "contiguous", 0.0, seed=5)
+    inputs = case.heads()
+    true = wanted.of_heads(inputs)
+    weight = inputs.policy_weight.double()
+    logits = inputs.policy_hidden.double() @ weight.T, inputs.reference_hidden.double() @ weight.T
+    dz = wanted.of_logits(cases.Inputs(*logits, *inputs[4:])).values["gradient"]
+    name = "gradient of hidden"
+    bound = measure.bound_of(name, dtype, head=True)
+
+    def largest(dz: torch.Tensor) -> float:
+        ours = (dz.to(dtype).double() @ weight).to(dtype)
+        return float(measure.errors(ours, true.values[name], true.sizes[name], 1e-30).max())
+
+    assert largest(dz) <= bound
+    off = 3 * torch.finfo(dtype).eps * dz.abs() * weight[:, 0].sign()
+    assert largest(dz + off) > bound
 
 
 def test_errors_are_relative_and_infinite_where_only_one_is_finite():

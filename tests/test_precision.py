@@ -135,6 +135,40 @@ def test_gradients_of_any_number_of_leading_dimensions(backend, shape):
     assert relative_error(gradient.reshape(-1, 37), wanted) <= 1e-6
 
 
+@pytest.mark.parametrize("level", [-60.3, 0.0, 41.7, 61.9, 90.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_log_sums_are_as_exact_wherever_the_maxima_lie(cuda, dtype, level):
+    """Of a label that is nearly certain log p(y) = -(mass of the rest), relative. An exponent
+    r log2(e) near 100 is rounded to 4e-6: as a constant of the row that can be put back."""
+    policy, reference = pair_of_logits(4, 9001, scale=1.0, gap=0.3)
+    policy, reference = policy + level + 2.2, reference + level
+    labels = labels_for(policy)
+    for logits in (policy, reference):
+        logits.scatter_(1, labels[:, None], level + 20)
+    policy, reference = policy.to(dtype), reference.to(dtype)
+    stats = tdpo_ext.token_stats(policy, reference, labels)
+    for ours, logits in zip(stats[:2], (policy, reference), strict=True):
+        rest = logits.double().scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+        label = logits.double().gather(1, labels[:, None])[:, 0]
+        truth = -torch.log1p((rest - label).exp())
+        torch.testing.assert_close(ours.double(), truth, rtol=6e-7, atol=0)
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (1.0, 0.5)])
+def test_small_masses_of_a_gradient_keep_their_digits(cuda, weights):
+    """p = e^(z - lse) of words up to 80 nats below the largest: the rounding of z - lse, and of its
+    product with log2(e), would cost them 8e-6."""
+    count = 4000
+    policy, reference = (torch.linspace(-45, 35, count)[torch.randperm(count)] for _ in range(2))
+    policy, reference = (x[None] + torch.randn(1, count).abs() for x in (policy, reference))
+    labels, upstream = policy.argmax(-1), [torch.full((1,), x) for x in weights]
+    _, gradient = stats_and_gradient(policy, reference, labels, *upstream)
+    _, wanted = truth_and_gradient(policy, reference, labels, *upstream)
+    far = (policy.double().softmax(-1) / reference.double().softmax(-1)).log().abs() > 0.5
+    error = np.abs(numpy64(gradient) / wanted - 1)[far.cpu().numpy() & (np.abs(wanted) > 1e-37)]
+    assert error.max() <= 1e-6
+
+
 @pytest.mark.parametrize("offset", [-20.0, -3.0, -0.5, 0.3, 0.6])
 @pytest.mark.parametrize("scale", [0.01, 1.0])
 def test_an_outlier_where_the_reference_is_largest_costs_no_digits(backend, scale, offset):

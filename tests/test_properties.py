@@ -29,6 +29,11 @@ def on_device(drawn: Rows, backend: str) -> Rows:
     return Rows(*(x.cuda() for x in drawn)) if backend == "cuda" else drawn
 
 
+def shuffled(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator, device="cpu")
+
+
 def results_of(drawn: Rows) -> list[Tensor]:
     """The three statistics and the gradient."""
     policy = drawn.policy.detach().requires_grad_()
@@ -72,6 +77,19 @@ def assert_close(ours: list[Tensor], wanted: list[Tensor], drawn: Rows, loss: fl
     assert bool((difference <= stored * size + torch.finfo(dtype).tiny).all())
 
 
+@pytest.fixture
+def another_default_device():
+    with torch.device("meta"):
+        yield
+
+
+@given(rows(extremes=True), layouts(), SEEDS)
+def test_inputs_are_drawn_on_the_cpu(another_default_device, drawn, layout, seed):
+    """The tests of a card run where the card is the default device; `on_device` moves them."""
+    tensors = (*drawn, laid_out(drawn.policy, layout), shuffled(7, seed))
+    assert {x.device.type for x in tensors} == {"cpu"}
+
+
 # --- bits that stay -------------------------------------------------------------------------------
 
 
@@ -90,7 +108,7 @@ def test_strides_and_what_lies_between_rows_change_no_bit(on_host, drawn, a, b):
 @given(rows(extremes=True), SEEDS)
 def test_the_order_of_rows_changes_no_bit(on_host, drawn, seed):
     count = drawn.labels.numel()
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = shuffled(count, seed)
     turned = Rows(*(x[order] for x in drawn[:3]), drawn.upstream[:, order])
     wanted = [x[order] for x in results_of(drawn)]
     assert_same_sums(on_host, results_of(turned), wanted, turned)
@@ -124,7 +142,7 @@ def test_what_stands_in_ignored_rows_changes_no_bit(backend, drawn, poison):
 @given(rows(), SEEDS)
 def test_the_order_of_the_vocabulary_changes_nothing(backend, drawn, seed):
     vocabulary = drawn.policy.shape[1]
-    order = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed))
+    order = shuffled(vocabulary, seed)
     ignored = drawn.labels == -100
     places = order.argsort()[drawn.labels.masked_fill(ignored, 0)]
     turned = drawn._replace(
@@ -171,7 +189,7 @@ def test_the_chunk_size_changes_nothing(backend, drawn, a, b, seed):
     count, vocabulary = drawn.policy.shape
     dtype = drawn.policy.dtype
     hidden, weight, bias = (
-        torch.randn(*shape, generator=generator, dtype=dtype)
+        torch.randn(*shape, generator=generator, dtype=dtype, device="cpu")
         for shape in ((count, 7), (vocabulary, 7), (vocabulary,))
     )
     given_ = [hidden, weight, hidden * 1.1, weight, drawn.labels]
@@ -222,7 +240,9 @@ def test_the_gradient_is_the_derivative(backend, drawn, seed):
     drawn = on_device(drawn, backend)
     assume(bool((drawn.policy - drawn.reference).abs().max() < 30))
     generator = torch.Generator().manual_seed(seed)
-    direction = torch.randn(drawn.policy.shape, generator=generator, dtype=torch.float64)
+    direction = torch.randn(
+        drawn.policy.shape, generator=generator, dtype=torch.float64, device="cpu"
+    )
     direction = direction.to(drawn.policy.device)
 
     def value(policy: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import emulated
 import numpy as np
 import pytest
 
@@ -19,14 +20,16 @@ ROOT = Path(__file__).parent.parent
 TOLERANCE = {"float32": 4e-6, "float64": 4e-13}
 
 
-@pytest.fixture(scope="module")
-def harness(tmp_path_factory):
+@pytest.fixture(scope="module", params=emulated.roundings())
+def harness(tmp_path_factory, request):
+    """Rounded as on the CPU, and as nvcc does."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler on the path")
     library = tmp_path_factory.mktemp("harness") / "vocab_stats.so"
     source = ROOT / "tests" / "vocab_stats_harness.cpp"
     flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    flags += emulated.ROUNDINGS[request.param]
     include = f"-I{ROOT / 'csrc'}"
     subprocess.run([compiler, *flags, include, str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))

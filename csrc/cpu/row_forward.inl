@@ -87,7 +87,6 @@ class RowStats {
 
   // How far above the base an entry may lie: exponentials stay within the range of exp_in_range.
   static constexpr Real kHeadroom = 10;
-  static constexpr Real kHuge = Real(-1e30);
   // Below this size bases have exact steps, and entries up to the headroom above; it leaves out
   // infinity and NaN.
   static constexpr double kFar = kExactSteps<Real>;
@@ -172,10 +171,8 @@ class RowStats {
 
   void cover(const T* policy, const T* reference, int64_t count, const Extremes<Real>& extremes) {
     Base<double> base = stats.base;
-    // A gap near the lowest number times a weight above 1 would be infinite.
-    const Real headroom = extremes.policy_min < kHuge ? Real(0) : kHeadroom;
-    const bool raise_policy = extremes.policy_max > base.policy_max + headroom;
-    const bool raise_reference = extremes.reference_max > base.reference_max + headroom;
+    const bool raise_policy = extremes.policy_max > base.policy_max + kHeadroom;
+    const bool raise_reference = extremes.reference_max > base.reference_max + kHeadroom;
     if (!raise_policy && !raise_reference) return;
     if (extremes.policy_max > base.policy_max) base.policy_max = extremes.policy_max;
     const bool higher = extremes.reference_max > base.reference_max;
@@ -235,7 +232,7 @@ class RowStats {
     if (!differences_suffice(p, w, excess)) return false;
     stats.policy_sum += p;
     stats.reference_sum += w;
-    stats.gap_sum += gap;
+    stats.gap_sum += gap / kGapUnit;
     stats.excess_sum += excess;
     return true;
   }
@@ -288,7 +285,7 @@ class RowStats {
       }
       stats.policy_sum += k * (w + gap + excess);
       stats.reference_sum += w;
-      stats.gap_sum += gap;
+      stats.gap_sum += gap / kGapUnit;
       stats.excess_sum += k * excess;
       if (at < count) {
         add_mixed(policy + at, reference + at, kGroup);
@@ -344,7 +341,7 @@ class RowStats {
       const Vector<Real> far = policy_mass - scale * (w + weighted_gap);
       policy_sum += policy_mass;
       reference_sum += w;
-      gap_sum += weighted_gap;
+      gap_sum += (w * Real(1 / kGapUnit)) * d;
       excess_sum += magnitude<Real>(d) < C::kClose ? close : far;
     });
     const double p = sum_of_lanes<Real>(policy_sum), w = sum_of_lanes<Real>(reference_sum);
@@ -352,7 +349,7 @@ class RowStats {
     if (may_recentre && recentre(p, w, excess)) return add_mixed(policy, reference, count, false);
     stats.policy_sum += p;
     stats.reference_sum += w;
-    stats.gap_sum += sum_of_lanes<Real>(gap_sum);
+    stats.gap_sum += sum_of_lanes<Real>(gap_sum);  // in kGapUnit already
     stats.excess_sum += excess;
     // p = 0 < q makes the KL infinite, also where q is too small for w to show it.
     const bool infinite_logits = extremes.policy_min == -Real(INFINITY);

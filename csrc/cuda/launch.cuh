@@ -92,20 +92,18 @@ int parts_of_row(const TokenStatsProblem& problem) {
   return static_cast<int>(std::max<int64_t>(1, std::min(wanted, vectors / kVectorsOfAPart)));
 }
 
-// Whether each row of the reference lies as far from an aligned address as the policy's.
-inline bool same_alignment(const TokenStatsProblem& problem, int64_t entry_bytes) {
-  const RowLayout &policy = problem.policy.rows, &reference = problem.reference.rows;
+// Whether each row of one tensor lies as far from an aligned address as that of the other.
+inline bool same_alignment(const Logits& one, const Logits& other, int64_t entry_bytes) {
   const auto whole_vectors = [&](int64_t entries) { return entries * entry_bytes % 16 == 0; };
   const auto address = [](const Logits& logits) {
     return static_cast<int64_t>(reinterpret_cast<uintptr_t>(logits.data) % 16);
   };
-  if (address(problem.policy) != address(problem.reference)) return false;
-  bool same = policy.dims == reference.dims, aligned = true;
+  if (address(one) != address(other)) return false;
+  bool same = one.rows.dims == other.rows.dims, aligned = true;
   for (int dim = 0; dim < RowLayout::kMaxDims; ++dim) {
-    same = same && policy.sizes[dim] == reference.sizes[dim] &&
-           whole_vectors(policy.strides[dim] - reference.strides[dim]);
-    aligned =
-        aligned && whole_vectors(policy.strides[dim]) && whole_vectors(reference.strides[dim]);
+    const int64_t of_one = one.rows.strides[dim], of_other = other.rows.strides[dim];
+    same = same && one.rows.sizes[dim] == other.rows.sizes[dim] && whole_vectors(of_one - of_other);
+    aligned = aligned && whole_vectors(of_one) && whole_vectors(of_other);
   }
   return same || aligned;
 }

@@ -16,7 +16,22 @@ struct Words {
   uint32_t word[4];
 };
 
-// One side of a row, policy or reference. Each entry is read once: streaming loads.
+// 16 bytes of global memory through the L1 cache. (Of a plain load the compiler does not know that
+// it is of global memory.)
+__device__ __forceinline__ uint4 load_through_l1(const uint4* address) {
+#if TDPO_INLINE_PTX
+  uint4 x;
+  const uint64_t global = __cvta_generic_to_global(address);
+  asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+      : "l"(global));
+  return x;
+#else
+  return *address;
+#endif
+}
+
+// One side of a row, policy or reference.
 template <class T>
 struct Side {
   const uint4* first;  // the aligned address at or below the start of vector 0
@@ -33,11 +48,12 @@ struct Side {
       : first(reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(row) & ~uintptr_t(15))),
         shift(0) {}
 
-  // An inner vector.
-  __device__ __forceinline__ Words load(int index) const {
-    const uint4 a = __ldcs(first + index);
+  // An inner vector. load_16(address): the 16 bytes there.
+  template <class Load>
+  __device__ __forceinline__ Words load(int index, const Load& load_16) const {
+    const uint4 a = load_16(first + index);
     if (shift == 0) return {{a.x, a.y, a.z, a.w}};
-    const uint4 b = __ldcs(first + index + 1);
+    const uint4 b = load_16(first + index + 1);
     uint32_t word[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
     for (int i = 0; i < 6; ++i) word[i] = shift & 8 ? word[i + 2] : word[i];
     for (int i = 0; i < 5; ++i) word[i] = shift & 4 ? word[i + 1] : word[i];
@@ -115,6 +131,12 @@ struct RowVectors {
   static constexpr int kOuterRounds = (5 * kPerVector + 31) / 32;
   __device__ __forceinline__ int outer(int n, int extra) const {
     return n == 4 && is_inner(extra) ? extra : outer(n);
+  }
+
+  // How many vectors after a multiple of 64 bytes this address is. Memory moves in sectors of 32
+  // bytes: warps that begin at such a multiple share none.
+  static __device__ __forceinline__ int past_sectors(const void* address) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(address) % 64 / 16);
   }
 
   // Where a part of the inner vectors begins, and the one before it ends.

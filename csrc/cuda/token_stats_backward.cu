@@ -1,62 +1,111 @@
 // Backward of the token statistics: dz = g_m (onehot(y) - p) + g_k (p - q).
 //
+// [N, V] policy and reference logits, labels [N], 8 normalizers and upstream g_m, g_k of each row
+// -> gradient [N, V].
+//
+//   for each row, by a warp, a block or several blocks: its kind, from g_m and g_k
+//     for each 2 or 4 vectors of each thread:
+//       load what the kind reads of all of them, then for each entry p, q or both and write
+//     the label's own gradient, by the thread that wrote its vector
+//
 // Roofline, per entry of S bytes: writes S, and reads 2 S where both upstream gradients count, S
 // where one distribution cancels (TDPO1 reads no policy, DPO and the chosen rows of TDPO2 no
 // reference), nothing where both are 0 or the label is ignored. One or two exponentials. A card
-// that moves 4.3 TB/s with 132 multiprocessors at 1.9 GHz leaves a bfloat16 entry of the first kind
-// 45 issued instructions and 5.6 results of the special-function unit, of which it takes about 29
-// and 2; of the second kind 30 and 3.7, of which it takes about 8 and 1. Memory is the limit.
+// that moves 4.3 TB/s with 132 multiprocessors at 1.9 GHz leaves a bfloat16 entry that reads both
+// 45 issued instructions and 5.6 results of the special-function unit, of which it takes at most 28
+// and 2; one that reads one side 30 and 3.7, of which it takes 6 and 1. Memory is the limit, as
+// long as enough of it is asked for: at a latency of 650 ns 21 KiB a multiprocessor, of which four
+// blocks of seven warps with four vectors of 16 bytes a thread have 56 on their way at most.
 //
-// Decomposition: every entry by itself, since forward has saved all that a row needs. A row is one
-// warp's (short rows), one block's or several blocks'. Lanes take vectors of 16 bytes in turn,
+// Decomposition: every entry by itself, since forward has saved all that a row needs. Vectors are
 // aligned where the gradient is written. The gradient may lie over the policy's logits: each thread
 // reads a vector before it writes it, and the two are aligned alike then.
+#include "choices.cuh"
 #include "launch.cuh"
 #include "row_vectors.cuh"
 
 namespace tdpo::cuda {
 namespace {
 
-// The gradient of the entries but the label's, and of the label, in four kinds. Each reads what its
+// The gradient of the entries but the label's, and of the label, in five kinds. Each reads what its
 // algebra needs and nothing else.
 
-template <class Real>
+// e^(x - largest): where the gradient is stored in half width its rounding hides that of x log2(e).
+template <class T>
+__device__ __forceinline__ RealOf<T> mass_of(RealOf<T> x, RealOf<T> largest) {
+  if constexpr (sizeof(T) == 2) {
+    return exp_of(x - largest);
+  } else {
+    return exp_below(x, largest);
+  }
+}
+
+template <class T>
 struct Zero {
+  using Real = RealOf<T>;
   static constexpr bool kReadsPolicy = false, kReadsReference = false, kHasLabel = false;
   __device__ __forceinline__ Real gradient(Real, Real) const { return 0; }
   __device__ __forceinline__ Real label() const { return 0; }
 };
 
-template <class Real>
+template <class T>
 struct PolicyOnly {  // g_k = 0: -g_m p
+  using Real = RealOf<T>;
   static constexpr bool kReadsPolicy = true, kReadsReference = false, kHasLabel = true;
   const Normalizers<Real>& of;
   Real g_m, policy_max, weight;
   __device__ PolicyOnly(const Normalizers<Real>& of, Real g_m)
       : of(of), g_m(g_m), policy_max(of.policy_max), weight(-g_m * of.policy_scale) {}
   __device__ __forceinline__ Real gradient(Real z, Real) const {
-    return exp_of(z - policy_max) * weight;
+    return mass_of<T>(z, policy_max) * weight;
   }
   __device__ __forceinline__ Real label() const { return g_m * of.policy_rest; }
 };
 
-template <class Real>
+template <class T>
 struct ReferenceOnly {  // g_k = g_m: -g_m p + g_m (p - q) = -g_m q
+  using Real = RealOf<T>;
   static constexpr bool kReadsPolicy = false, kReadsReference = true, kHasLabel = true;
   const Normalizers<Real>& of;
   Real g_m, reference_max, weight;
   __device__ ReferenceOnly(const Normalizers<Real>& of, Real g_m)
       : of(of), g_m(g_m), reference_max(of.reference_max), weight(-g_m * of.reference_scale) {}
   __device__ __forceinline__ Real gradient(Real, Real r) const {
-    return exp_of(r - reference_max) * weight;
+    return mass_of<T>(r, reference_max) * weight;
   }
   __device__ __forceinline__ Real label() const { return g_m * of.reference_rest; }
 };
 
+// (g_k - g_m) p - g_k q, where the two terms have one sign: nothing cancels. All rejected rows of
+// TDPO2 with alpha <= 1.
+template <class T>
+struct OneSign {
+  using Real = RealOf<T>;
+  static constexpr bool kReadsPolicy = true, kReadsReference = true, kHasLabel = true;
+  const Normalizers<Real>& of;
+  Real g_m, g_k, policy_max, policy_weight, reference_max, reference_weight;
+  __device__ OneSign(const Normalizers<Real>& of, Real g_m, Real g_k)
+      : of(of),
+        g_m(g_m),
+        g_k(g_k),
+        policy_max(of.policy_max),
+        policy_weight((g_k - g_m) * of.policy_scale),
+        reference_max(of.reference_max),
+        reference_weight(-g_k * of.reference_scale) {}
+  __device__ __forceinline__ Real gradient(Real z, Real r) const {
+    return mass_of<T>(z, policy_max) * policy_weight +
+           mass_of<T>(r, reference_max) * reference_weight;
+  }
+  __device__ __forceinline__ Real label() const {
+    return g_k * of.label_gap + g_m * of.policy_rest;
+  }
+};
+
 // g_k (p - q) - g_m p. Where p and q are close, p - q = q (e^u - 1) with u = log p - log q keeps
 // its digits, provided that u has them: with logits shifted far against each other it has not.
-template <class Real>
+template <class T>
 struct Both {
+  using Real = RealOf<T>;
   static constexpr bool kReadsPolicy = true, kReadsReference = true, kHasLabel = true;
   const Normalizers<Real>& of;
   Real g_m, g_k, g_p, policy_max, policy_scale, reference_max, reference_scale, gap, close_gap;
@@ -72,8 +121,8 @@ struct Both {
         gap(of.log_sum_gap),
         close_gap(fabs(gap) < Real(2) ? Real(1) : Real(0)) {}
   __device__ __forceinline__ Real gradient(Real z, Real r) const {
-    const Real p = exp_of(z - policy_max) * policy_scale;
-    const Real q = exp_of(r - reference_max) * reference_scale;
+    const Real p = mass_of<T>(z, policy_max) * policy_scale;
+    const Real q = mass_of<T>(r, reference_max) * reference_scale;
     const Real u = (z - r) - gap;
     const Real close = q * (u + (u * u) * excess_over_square(u));
     return fabs(u) < close_gap ? g_k * close - g_m * p : g_p * p - g_k * q;
@@ -83,8 +132,9 @@ struct Both {
   }
 };
 
-// A row, or a part of it, and the team that writes its gradient.
-template <class T, int kWarps>
+// A row, or a part of it, and the team that writes its gradient. kShifted: some rows of the logits
+// are aligned otherwise than the gradient's.
+template <class T, int kWarps, bool kShifted>
 struct GradientRow {
   using Real = RealOf<T>;
   using Scope = Team<kWarps>;
@@ -100,46 +150,72 @@ struct GradientRow {
     const int vocabulary = static_cast<int>(problem.vocabulary);
     T* gradient = static_cast<T*>(work.gradient) + row_offset(work.gradient_rows, row);
     const int before = entries_before(gradient);
-    const Side<T> z(start_of_row<T>(problem.policy, row), before);
-    const Side<T> r(start_of_row<T>(problem.reference, row), before);
+    const Side<T> z = side(problem.policy, before), r = side(problem.reference, before);
     const bool aligned = !(Kind::kReadsPolicy && z.shift) && !(Kind::kReadsReference && r.shift);
     const RowVectors<T> vectors(before, vocabulary, aligned);
     const int begin = vectors.part_begin(part, parts), end = vectors.part_begin(part + 1, parts);
 
-    const auto write_label = [&](int index) {
-      const int64_t label = problem.labels[row];
-      if (!Kind::kHasLabel || label < 0 || label >= vocabulary) return;
-      if (index != vectors.of_entry(static_cast<int>(label))) return;
-      Words words = {};
-      const Real values[kPerVector] = {kind.label()};
-      Storage<T>::pack(values, words.word);
-      gradient[label] = Storage<T>::get(words.word, 0);
-    };
-
-    for (int index = begin + Scope::rank(); index < end; index += Scope::size()) {
-      Words policy = {}, reference = {};
-      if (Kind::kReadsPolicy) policy = z.load(index);
-      if (Kind::kReadsReference) reference = r.load(index);
+    const auto write_vector = [&](int index, const Words& policy, const Words& reference) {
       const Words words = gradient_of(kind, policy, reference);
       const uint4 all = {words.word[0], words.word[1], words.word[2], words.word[3]};
       __stcs(reinterpret_cast<uint4*>(gradient - before) + index, all);
-      write_label(index);
+    };
+    constexpr int kSides = Kind::kReadsPolicy + Kind::kReadsReference;
+    constexpr int kAtOnce = kSides == 0 || sizeof(T) == 8 ? 1 : TDPO_BACKWARD_VECTORS / kSides;
+    const auto load_16 = [](const uint4* address) {
+      return kSides == 1 ? TDPO_BACKWARD_LOAD_ONE(address) : TDPO_BACKWARD_LOAD_BOTH(address);
+    };
+    const int first =
+        begin - vectors.past_sectors(reinterpret_cast<uint4*>(gradient - before) + begin);
+    const int size = Scope::size();
+    int index = first + Scope::rank();
+    // Rounds begin at whole sectors, so the first may begin before the row.
+    if (index < begin) index += size;
+    for (; index + (kAtOnce - 1) * size < end; index += kAtOnce * size) {
+      Words policy[kAtOnce] = {}, reference[kAtOnce] = {};
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (Kind::kReadsPolicy) policy[i] = z.load(index + i * size, load_16);
+        if (Kind::kReadsReference) reference[i] = r.load(index + i * size, load_16);
+      }
+      for (int i = 0; i < kAtOnce; ++i) write_vector(index + i * size, policy[i], reference[i]);
     }
-    const int index = vectors.outer(Scope::rank());
-    if (part != 0 || index >= vectors.count) return;
-    const int start = vectors.start(index);
-    Words policy = {}, reference = {};
-    if (Kind::kReadsPolicy) policy = z.load_some(index, start, vocabulary);
-    if (Kind::kReadsReference) reference = r.load_some(index, start, vocabulary);
-    const Words words = gradient_of(kind, policy, reference);
-    for (int i = 0; i < kPerVector; ++i) {
-      const int entry = start + i;
-      if (entry >= 0 && entry < vocabulary) gradient[entry] = Storage<T>::get(words.word, i);
+#pragma unroll 1
+    for (; kAtOnce > 1 && index < end; index += size) {
+      Words policy = {}, reference = {};
+      if (Kind::kReadsPolicy) policy = z.load(index, load_16);
+      if (Kind::kReadsReference) reference = r.load(index, load_16);
+      write_vector(index, policy, reference);
     }
-    write_label(index);
+    const int outer = part == 0 ? vectors.outer(Scope::rank()) : vectors.count;
+    if (outer < vectors.count) {
+      const int start = vectors.start(outer);
+      Words policy = {}, reference = {};
+      if (Kind::kReadsPolicy) policy = z.load_some(outer, start, vocabulary);
+      if (Kind::kReadsReference) reference = r.load_some(outer, start, vocabulary);
+      const Words words = gradient_of(kind, policy, reference);
+      for (int i = 0; i < kPerVector; ++i) {
+        const int entry = start + i;
+        if (entry >= 0 && entry < vocabulary) gradient[entry] = Storage<T>::get(words.word, i);
+      }
+    }
+    // Over what the loop has written there, so by the same thread.
+    const int64_t label = problem.labels[row];
+    if (!Kind::kHasLabel || label < 0 || label >= vocabulary) return;
+    const int vector = vectors.of_entry(static_cast<int>(label));
+    const bool in_part = vector >= begin && vector < end;
+    if (in_part ? (vector - first) % size != Scope::rank() : vector != outer) return;
+    Words words = {};
+    const Real values[kPerVector] = {kind.label()};
+    Storage<T>::pack(values, words.word);
+    gradient[label] = Storage<T>::get(words.word, 0);
   }
 
  private:
+  __device__ __forceinline__ Side<T> side(const Logits& logits, int before) const {
+    const T* start = start_of_row<T>(logits, row);
+    return kShifted ? Side<T>(start, before) : Side<T>(start);
+  }
+
   template <class Kind>
   static __device__ __forceinline__ Words gradient_of(const Kind& kind, const Words& policy,
                                                       const Words& reference) {
@@ -153,35 +229,42 @@ struct GradientRow {
   }
 };
 
-template <class T, int kWarps>
+template <class T, int kWarps, bool kShifted>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     token_stats_backward_kernel(const TokenStatsBackward work) {
   using Real = RealOf<T>;
   using Scope = Team<kWarps>;
   const uint32_t row = blockIdx.x * Scope::kTeams + Scope::index();
   if (row >= work.problem.rows) return;
-  const GradientRow<T, kWarps> gradient = {work, row, static_cast<int>(blockIdx.y),
-                                           static_cast<int>(gridDim.y)};
+  const GradientRow<T, kWarps, kShifted> gradient = {work, row, static_cast<int>(blockIdx.y),
+                                                     static_cast<int>(gridDim.y)};
   const Real g_m = static_cast<const Real*>(work.grad_policy_logps)[row];
   const Real g_k = static_cast<const Real*>(work.grad_forward_kl)[row];
   // Where the label is outside the vocabulary these are NaN, and so is the gradient.
   const Normalizers<Real>& of = static_cast<const Normalizers<Real>*>(work.normalizers)[row];
   const bool ignored = work.problem.labels[row] == work.problem.ignore_index;
   if (ignored || (g_m == Real(0) && g_k == Real(0))) {
-    gradient.write(Zero<Real>());
+    gradient.write(Zero<T>());
   } else if (g_k == Real(0)) {
-    gradient.write(PolicyOnly<Real>(of, g_m));
+    gradient.write(PolicyOnly<T>(of, g_m));
   } else if (g_k == g_m) {
-    gradient.write(ReferenceOnly<Real>(of, g_m));
+    gradient.write(ReferenceOnly<T>(of, g_m));
+  } else if (g_k > Real(0) ? g_k < g_m : g_k > g_m) {
+    gradient.write(OneSign<T>(of, g_m, g_k));
   } else {
-    gradient.write(Both<Real>(of, g_m, g_k));
+    gradient.write(Both<T>(of, g_m, g_k));
   }
 }
 
 template <class T, int kWarps>
 void launch_backward(const TokenStatsBackward& work, int parts, const Launch& launch) {
   constexpr int kTeams = Team<kWarps>::kTeams;
-  launch_kernel("token_stats_backward_kernel", token_stats_backward_kernel<T, kWarps>,
+  const Logits gradient = {work.gradient, work.gradient_rows};
+  const bool shifted = !same_alignment(gradient, work.problem.policy, sizeof(T)) ||
+                       !same_alignment(gradient, work.problem.reference, sizeof(T));
+  launch_kernel("token_stats_backward_kernel",
+                shifted ? token_stats_backward_kernel<T, kWarps, true>
+                        : token_stats_backward_kernel<T, kWarps, false>,
                 dim3(blocks_for(work.problem.rows, kTeams), parts), 0, launch, work);
 }
 

@@ -1,19 +1,26 @@
 // Forward of the token statistics.
 //
+// [N, V] policy and reference logits, labels [N] -> log p(y), log q(y), KL(q || p), 8 normalizers,
+// [N] each.
+//
+//   for each row, by a warp, a block or several blocks:
+//     base = maxima and lse(z) - lse(r) of the first vectors
+//     for each turn of two vectors of each thread:     w = 2^(r L - M), D = (z - r) L - C
+//       add up w, w D, w 2^D, w (2^D - 1 - D ln 2)     or, rarely, what the base cannot take
+//     leave a record; a thread per row merges the records and puts the label beside the rest
+//
 // Roofline, per pair (z, r) of logits of S bytes: reads 2 S bytes, once. Per row: writes 11
-// numbers, and 7 for each warp that works on it, which are read once. Exponentials: one a pair
-// where the policy is close to its reference, else two. A card that moves 4.3 TB/s with 132
-// multiprocessors at 1.9 GHz passes 1.07e12 bfloat16 pairs a second, which leaves a pair 30 issued
-// instructions and 3.7 results of the special-function unit. The close way takes about 22 and 1,
-// the far way about 24 and 2, the mixed way about 38 and 2: memory is the limit except where the
-// gap between policy and reference is about 1/2 throughout. float32 has twice that room. float64 is
-// bound by its arithmetic on cards that have little of it.
+// numbers, and 7 for each warp that works on it, which are read once. A card that moves 4.3 TB/s
+// with 132 multiprocessors at 1.9 GHz passes 1.07e12 bfloat16 pairs a second, which leaves a pair
+// 31 issued instructions and 3.7 results of the special-function unit. The loop of turns takes 23
+// and 2, whatever the gap between policy and reference is (.ci/check_machine_code.py counts them):
+// memory is the limit. float32 has twice that room. float64 is bound by its arithmetic on cards
+// that have little of it.
 //
 // Decomposition: a row is one warp's (short rows), one block's, or several blocks' (few long rows).
 // Lanes take vectors of 16 bytes in turn; the next vector is on its way while one is worked on. The
-// base of a block's sums comes from the first vector of each thread, so that it seldom moves. Each
-// warp leaves its record; a second kernel, a thread per row, merges them and computes the results,
-// or adds them to those of other tiles of the vocabulary.
+// base of a block's sums comes from the first vector of each thread, so that it seldom moves.
+#include "choices.cuh"
 #include "launch.cuh"
 #include "warp_stats.cuh"
 
@@ -26,8 +33,11 @@ namespace {
 template <class T, int kWarps, bool kShifted>
 constexpr int kResidentBlocks = sizeof(T) == 8 ? 1
                                 : kWarps == 1  ? 2
-                                : kShifted     ? 3
-                                               : 4;
+                                : kShifted     ? TDPO_FORWARD_BLOCKS - 1
+                                               : TDPO_FORWARD_BLOCKS;
+
+// Rounds that go by one at a time, at most, before the quick way is tried again.
+constexpr int kMostUntried = 16;
 
 template <class T>
 __device__ RealOf<T> value_of(T entry) {
@@ -87,12 +97,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>
   const int label_vector = has_label ? vectors.of_entry(label) : -1;
   const int begin = vectors.part_begin(part, parts), end = vectors.part_begin(part + 1, parts);
 
+  const auto load_16 = [](const uint4* address) { return TDPO_FORWARD_LOAD(address); };
   const auto load_inner = [&](int index) {
     Pair<T> pair;
-    pair.present = index < end && index != label_vector;
+    pair.present = index >= begin && index < end && index != label_vector;
     if (pair.present) {
-      pair.policy = z.load(index);
-      pair.reference = r.load(index);
+      pair.policy = z.load(index, load_16);
+      pair.reference = r.load(index, load_16);
     }
     return pair;
   };
@@ -110,25 +121,61 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>
     return pair;
   };
 
-  const int inner_rounds = max(1, (end - begin + Scope::size() - 1) / Scope::size());
+  // A round is a vector of each thread of the team. They go by two at a time, a turn, where all
+  // vectors are there and none is the label's (all lanes of a warp know where that is), else one at
+  // a time. What the quick way does not take goes by in the other one; after several such turns
+  // more at once, untried.
+  // Rounds begin at whole sectors of the policy, so the first, which is never in a turn, may begin
+  // before the row.
+  const int start = begin - vectors.past_sectors(z.first + begin);
+  const int size = Scope::size(), own = start + Scope::rank();
+  const int whole_rounds = (end - start) / size;
+  const int inner_rounds = max(1, (end - start + size - 1) / size);
   const bool takes_outer = part == 0 && Scope::rank() < kLanes;  // the first warp of the row
   const int rounds = inner_rounds + (takes_outer ? RowVectors<T>::kOuterRounds : 0);
-  Pair<T> pair = load_inner(begin + Scope::rank());
-  WarpStats<T> stats(WarpStats<T>::template start_of<Scope>(pair).base);
-  bool base_is_right = true;
-  for (int round = 1;;) {
-    Pair<T> next = {};
-    if (round < inner_rounds) next = load_inner(begin + round * Scope::size() + Scope::rank());
-    if (!stats.add(pair, base_is_right)) {
-      stats.move_base(pair);
-      base_is_right = true;
-      continue;  // and load `next` again: kept meanwhile it would cost registers
+  const int from_start = label_vector - start, label_rank = from_start % size;
+  const bool label_is_here =
+      label_vector >= begin && label_vector < end && label_rank / kLanes == Scope::rank() / kLanes;
+  const int label_round = label_is_here ? from_start / size : rounds;
+
+  const auto load = [&](int round) {
+    return round < inner_rounds ? load_inner(own + round * size) : load_outer(round - inner_rounds);
+  };
+  const auto load_whole = [&](int round) -> Pair<T> {
+    const int index = own + round * size;
+    return {z.load(index, load_16), r.load(index, load_16), true};
+  };
+
+  Pair<T> pair = load(0);
+  WarpStats<T> stats(WarpStats<T>::template start_of<Scope>(pair).base, whole_rounds >= 2);
+  bool taken = true;  // whether the quick way took the last turn
+  for (int round = 0, last = 1, untried = 1;;) {
+    for (;;) {  // one at a time
+      stats.add(pair, taken && round < inner_rounds);
+      if (round == 0) stats.keep_base();
+      if (++round == last) break;
+      pair = load(round);
     }
-    if (base_is_right) stats.keep_base();
-    base_is_right = false;
+    taken = true;
+    const int stop = round <= label_round ? min(whole_rounds, label_round) : whole_rounds;
+    if (stats.may_be_quick() && round + 2 <= stop) {
+      Pair<T> first = load_whole(round);
+#pragma unroll 1
+      for (bool more = true; more; round += 2) {
+        const Pair<T> second = load_whole(round + 1);
+        typename WarpStats<T>::QuickSums sums;
+        stats.sum_quickly(first, sums);
+        more = round + 4 <= stop;
+        if (more) first = load_whole(round + 2);
+        stats.sum_quickly(second, sums);
+        taken = stats.add_quickly(sums);
+        if (!taken) break;
+      }
+    }
     if (round == rounds) break;
-    pair = round < inner_rounds ? next : load_outer(round - inner_rounds);
-    ++round;
+    untried = taken ? 2 : min(2 * untried, kMostUntried);
+    last = min(round + untried, rounds);
+    pair = load(round);
   }
   const VocabStats<RealOf<T>> of_warp = stats.collect();
   if (lane_index() != 0) return;
@@ -208,7 +255,7 @@ template <class T, int kWarps>
 void launch_row_records(const TokenStatsProblem& problem, bool tile, int parts,
                         VocabStats<RealOf<T>>* records, const Launch& launch) {
   using Scope = Team<kWarps>;
-  const bool shifted = !same_alignment(problem, sizeof(T));
+  const bool shifted = !same_alignment(problem.policy, problem.reference, sizeof(T));
   launch_kernel(
       "row_records_kernel",
       shifted ? row_records_kernel<T, kWarps, true> : row_records_kernel<T, kWarps, false>,

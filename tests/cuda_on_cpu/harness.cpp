@@ -64,6 +64,13 @@ extern "C" long emulated_launches() { return cuda_on_cpu::launches; }
 
 extern "C" const char* emulated_path() { return TDPO_INLINE_PTX ? "inline PTX" : "plain"; }
 
+// Of a product and a sum: whether the product was rounded before the sum.
+extern "C" const char* emulated_rounding() {
+  volatile float above_1 = 1 + 0x1p-12f, minus_square = -(1 + 0x1p-11f);
+  const float factor = above_1;
+  return factor * factor + minus_square == 0 ? "plain" : "fma";
+}
+
 extern "C" void emulated_run_warps_backwards(int backwards) {
   cuda_on_cpu::run_warps_backwards = backwards != 0;
 }

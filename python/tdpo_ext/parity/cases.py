@@ -17,6 +17,9 @@ VOCABULARIES, QUICK_VOCABULARIES = (1, 2, 17, 1000, 32003, 128256), (2, 33, 1000
 WIDTHS = {17: 5, 33: 8, 1000: 64, 32003: 64}
 """Of the hidden states, for the vocabularies that the fused head is checked on."""
 IGNORED = (0.0, 0.4)
+UPSTREAMS_OF_A_CASE = 2
+"""Kinds of upstream gradients for each dtype, size and kind of rows. They take turns, and five
+sizes of one dtype go through all of them."""
 
 
 class Inputs(NamedTuple):
@@ -193,14 +196,13 @@ class Case(NamedTuple):
 
 
 def logit_cases(quick: bool) -> Iterator[Case]:
-    """Every dtype, size, kind of row and upstream gradient (quick: two of these); the others take
-    turns."""
+    """Every dtype, size and kind of row; the others take turns."""
     vocabularies = QUICK_VOCABULARIES if quick else VOCABULARIES
     upstream = itertools.cycle(UPSTREAM)
     layouts, ignored = itertools.cycle(LAYOUTS), itertools.cycle(IGNORED * 2 + IGNORED[:1])
     seeds = itertools.count()
     for dtype, vocabulary, kind in itertools.product(LOGIT_DTYPES, vocabularies, KINDS):
-        for _ in range(2 if quick else len(UPSTREAM)):
+        for _ in range(UPSTREAMS_OF_A_CASE):
             turn = next(upstream), next(layouts), next(ignored)
             yield Case(dtype, vocabulary, kind, *turn, next(seeds))
 

@@ -47,14 +47,19 @@ def of_logits(inputs: Inputs, *, eager: bool) -> Quantities:
     return _with_gradients(stats, {"gradient": policy}, inputs.grad_logps, inputs.grad_kl)
 
 
-def of_heads(inputs: HeadInputs, *, eager: bool, chunk_bytes: int | None = None) -> Quantities:
+def of_heads(
+    inputs: HeadInputs, *, eager: bool, chunk_bytes: int | None = None, as_run: bool = False
+) -> Quantities:
+    """``as_run``: eager PyTorch as people run it, the products in the operands' own type."""
     hidden = inputs.policy_hidden.detach().requires_grad_()
     weight = inputs.policy_weight.detach().requires_grad_()
     reference = (inputs.reference_hidden, inputs.reference_weight)
     if eager:
         blank = (inputs.labels == -100).unsqueeze(-1)
+        widen = (lambda x: x) if as_run else _wide
         logits = [
-            _wide(h.masked_fill(blank, 0)) @ _wide(w).T for h, w in ((hidden, weight), reference)
+            _wide(widen(h.masked_fill(blank, 0)) @ widen(w).T)
+            for h, w in ((hidden, weight), reference)
         ]
         stats = eager_token_stats(logits[0], logits[1], inputs.labels)
     else:

@@ -26,27 +26,34 @@ def stored_dtype(quantity: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def bound_of(quantity: str, dtype: torch.dtype, head: bool) -> float:
-    """The largest error that is allowed."""
+    """The largest error that is allowed.
+
+    A half-width gradient of the logits is rounded once, where it is stored: half a unit. A head's
+    is rounded twice on CUDA: dz, half a unit of each of its entries, before the tensor cores
+    multiply it (they take half-width operands, and sum in float32), and the product where it is
+    stored. In units of the sum of |dz| |W| (`wanted.Wanted.sizes`) each is half a unit at most.
+    """
     if quantity == "forward_kl":
         return _KL_BOUNDS.get(dtype, _OTHERS_KL)
     bound = _BOUNDS.get(dtype, _OF_FLOAT32_LOGITS if head else _OTHERS)
     stored = stored_dtype(quantity, dtype)
     if stored in (torch.float32, torch.float64):
         return bound
-    return bound + torch.finfo(stored).eps / 2  # what storing a number costs
+    roundings = 2 if head else 1
+    return bound + roundings * torch.finfo(stored).eps / 2
 
 
 def errors(ours: Tensor, wanted: Tensor, sizes: Tensor, least: float) -> Tensor:
-    """The largest error in each row over the row's size, ``[rows]``, float64 on the CPU.
+    """The largest error in each row over the row's size, ``[rows]``, float64, on the CPU.
 
     Infinite where one of the two is NaN or infinite and the other is not.
     """
-    ours = ours.detach().cpu().double()
+    ours = ours.detach().to(wanted.device, torch.float64)
     difference = (ours - wanted).abs().masked_fill(ours == wanted, 0)
     difference = difference.masked_fill(difference.isnan(), math.inf)
     if difference.dim() > sizes.dim():
         difference = difference.amax(-1)
-    return (difference / sizes.clamp(min=least)).flatten()
+    return (difference / sizes.clamp(min=least)).flatten().cpu()
 
 
 class CellErrors(NamedTuple):
@@ -57,11 +64,17 @@ class CellErrors(NamedTuple):
     case: str
     ulp: float
     """Of the type that the quantity is stored in, relative."""
+    as_run: Tensor | None = None
+    """Eager PyTorch's, with products in the type of the operands; of a half-width head alone."""
 
     @property
     def worse_than_eager(self) -> bool:
         """By more than one unit in the last place."""
         return bool(self.ours.max() > self.eager.max() + self.ulp)
+
+    @property
+    def worse_than_as_run(self) -> bool:
+        return self.as_run is not None and bool(self.ours.max() > self.as_run.max() + self.ulp)
 
 
 def cells_of(
@@ -70,6 +83,7 @@ def cells_of(
     eager: dict[str, Tensor],
     wanted: Wanted,
     fallback: bool,
+    as_run: dict[str, Tensor] | None = None,
 ) -> dict[str, CellErrors]:
     cells = {}
     for quantity, value in wanted.values.items():
@@ -80,6 +94,7 @@ def cells_of(
             errors(eager[quantity], value, sizes, least),
             case,
             torch.finfo(dtype).eps,
+            errors(as_run[quantity], value, sizes, least) if as_run else None,
         )
     return cells
 
@@ -101,6 +116,10 @@ class Row(NamedTuple):
     for float64: the truth is no better."""
     worst_case: str
     """The one with the largest error."""
+    as_run_largest: float | None = None
+    """Of eager PyTorch as it is run: half-width heads multiplied in their own type. None for all
+    other inputs, which have no such products."""
+    worse_than_as_run: int | None = None
 
     @property
     def kept(self) -> bool:
@@ -112,6 +131,7 @@ def row_of(
 ) -> Row:
     worst = max(cells, key=lambda cell: float(cell.ours.max()))
     ours, eager = (torch.cat([getattr(cell, x) for cell in cells]) for x in ("ours", "eager"))
+    as_run = [cell.as_run for cell in cells if cell.as_run is not None]
     return Row(
         backend,
         str(dtype).removeprefix("torch."),
@@ -124,4 +144,6 @@ def row_of(
         float(eager.median()),
         None if dtype == torch.float64 else sum(cell.worse_than_eager for cell in cells),
         worst.case,
+        float(torch.cat(as_run).max()) if as_run else None,
+        sum(cell.worse_than_as_run for cell in cells) if as_run else None,
     )

@@ -8,8 +8,11 @@ from typing import Any
 
 from tdpo_ext.parity import Report, Row
 
-HEADINGS = ("dtype", "quantity", "largest", "median", "bound", "", "eager", "median", "worse")
-WIDTH = 110
+HEADINGS = (
+    *("dtype", "quantity", "largest", "median", "bound", ""),
+    *("eager", "median", "worse", "as run", "worse"),
+)
+WIDTH = 130
 
 
 def _number(error: float) -> str:
@@ -17,14 +20,18 @@ def _number(error: float) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    worse = row.worse_than_eager
+    def cases(worse: int | None) -> str:
+        return "" if worse is None else f"{worse} of {row.cases}"
+
     return (
         row.dtype,
         row.quantity,
         *(_number(x) for x in (row.largest, row.median, row.bound)),
         "kept" if row.kept else "MISSED",
         *(_number(x) for x in (row.eager_largest, row.eager_median)),
-        "" if worse is None else f"{worse} of {row.cases}",
+        cases(row.worse_than_eager),
+        "" if row.as_run_largest is None else _number(row.as_run_largest),
+        cases(row.worse_than_as_run),
     )
 
 
@@ -57,6 +64,7 @@ def _closing(report: Report) -> list[str]:
     lines = [
         "",
         "Errors are relative, against float64. eager: the usual formula in PyTorch, in float32.",
+        "as run: the same with a half-width head's products in its own type, as it is run.",
         "worse: cases where our largest error exceeds eager's by more than 1 ulp of the output.",
     ]
     for row in report.misses:

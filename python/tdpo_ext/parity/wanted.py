@@ -21,7 +21,8 @@ class Wanted(NamedTuple):
     """A number for each row of a quantity.
 
     Of a statistic it is the statistic; of the logits' gradient the largest term that its row is a
-    sum of; of a head's gradients the largest entry in the row of a token, and of all the weight's.
+    sum of. A head's gradients are products, sum of dz W or of dz h, whose rounding errors are
+    relative to sum of |dz| |W|: it is the largest of these in the row of a token, or of all words.
     """
 
 
@@ -48,8 +49,10 @@ def of_heads(inputs: HeadInputs) -> Wanted:
     by_hidden = by_logits @ weight
     by_weight = by_logits.flatten(0, 1).T @ hidden.flatten(0, 1)
     values |= {"gradient of hidden": by_hidden, "gradient of weight": by_weight}
-    sizes["gradient of hidden"] = by_hidden.abs().amax(-1)
-    sizes["gradient of weight"] = by_weight.abs().amax().expand(by_weight.shape[:-1])
+    terms = by_logits.abs()
+    sizes["gradient of hidden"] = (terms @ weight.abs()).amax(-1)
+    of_weight = terms.flatten(0, 1).T @ hidden.flatten(0, 1).abs()
+    sizes["gradient of weight"] = of_weight.amax().expand(by_weight.shape[:-1])
     return Wanted(values, sizes)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdpo_ext import checks, linear_ops
 from tdpo_ext.distributed import local_labels
-from tdpo_ext.fused_head import DEFAULT_CHUNK_BYTES, captured
+from tdpo_ext.fused_head import captured, default_chunk_bytes
 from tdpo_ext.gemm import accumulation_dtype
 from tdpo_ext.linear_ops import Heads, Options
 from tdpo_ext.outputs import TDPOOutput, TokenStats
@@ -221,7 +221,7 @@ def _checked(
         _autocast(policy), _autocast(reference), chunk_bytes, process_group
     )
     checks.check_not_transformed(*policy, *reference)
-    bytes_at_once = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    bytes_at_once = default_chunk_bytes(policy[0].device) if chunk_bytes is None else chunk_bytes
     sharded = ("", 0, 0) if shard is None else shard
     options = Options(*checks.logit_options(*logits), ignore_index, bytes_at_once, *sharded)
     return (policy, reference), options
@@ -272,7 +272,7 @@ def _pairs_at_once(heads: Heads, options: Options, sequences: int, packed: bool)
         return 0
     problem = linear_ops.problem_of(heads, options)
     tokens = heads.labels.numel() if packed else 2 * heads.labels.numel() // sequences
-    cost = costs(problem.heads, tiles=2, gathers=True)
+    cost = costs(problem.heads, tiles=2, gathers=True, gradients=True)
     fitting = pairs_that_fit(cost, max(1, tokens), problem.policy.vocabulary, problem.chunk_bytes)
     pairs = sequences // 2
     return (pairs if fitting else 0) if packed else min(fitting, pairs)

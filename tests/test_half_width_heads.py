@@ -6,7 +6,9 @@ without the pair's scalar. The products are numpy's, with float32 results (half_
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +27,7 @@ from test_linear import (
 )
 from test_linear_seams import CountedProducts
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import tdpo_ext
 from tdpo_ext import fused_head
@@ -278,6 +281,61 @@ def test_units_of_a_frozen_head(backend, small_groups, monkeypatch, chunk_bytes)
     counted = CountedProducts(monkeypatch, TOKENS, VOCABULARY, WIDTH)
     loss_and_gradients(given, leaves, shift_labels=labels, chunk_bytes=chunk_bytes)
     assert counted.units() == 3
+
+
+def most_bytes(run: Callable[[], object]) -> int:
+    """What tensors take at the highest, beyond those that were there."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = run()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    del kept
+    return max(itertools.accumulate(change for _, change in changes))
+
+
+MEMORY = {
+    "forward": ({}, 400_000),
+    # Without a bias: on the CPU PyTorch casts what it sums in another type.
+    "recompute": ({"policy_hidden", "policy_weight"}, 400_000),
+    "direction": ({"policy_hidden"}, 1_500_000),
+    "whole pairs": ({"policy_hidden", "policy_weight", "policy_bias"}, 2_200_000),
+}
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.5], ids=["all kept", "half ignored"])
+@pytest.mark.parametrize("way", MEMORY)
+def test_all_that_exists_at_a_time_fits_chunk_bytes(backend, monkeypatch, way, ignored):
+    """Beyond outputs and gradients: tiles, dz, gathered and scaled states, dh of gathered rows.
+
+    Not counted are some numbers a token: outputs, upstream gradients, indices, records.
+    """
+    if backend == "fallback":
+        pytest.skip("plain PyTorch makes temporaries of its own")
+    monkeypatch.setattr("tdpo_ext.tiles.GROUP_ROWS", (32, 16))
+    vocabulary, width, tokens = 4096, 16, 256
+    wanted, chunk_bytes = MEMORY[way]
+    given = arguments_of(4, tokens // 4, vocabulary=vocabulary, width=width, dtype=torch.bfloat16)
+    given["policy_bias"] = torch.randn(vocabulary).bfloat16()
+    labels = torch.randint(0, vocabulary, (4, tokens // 4))
+    labels = labels.masked_fill(torch.rand(labels.shape) < ignored, -100)
+    for name in wanted:
+        given[name].requires_grad_()
+
+    def step() -> object:
+        loss = tdpo_ext.linear_tdpo_loss(**given, shift_labels=labels, chunk_bytes=chunk_bytes).loss
+        return loss, torch.autograd.grad(loss, [given[x] for x in wanted]) if wanted else ()
+
+    counted = CountedProducts(monkeypatch, int((labels != -100).sum()), vocabulary, width)
+    step()
+    of_reference = 13 / width - 1
+    units = {"forward": 2, "recompute": 5.5, "direction": 3, "whole pairs": 4}
+    assert counted.units() == pytest.approx(units[way] + of_reference, abs=0.6)
+    of_gradients = 4 * sum(
+        given[name].numel() for name in wanted
+    )  # half as much when stored, later
+    beyond = most_bytes(step) - of_gradients
+    assert 0.4 * chunk_bytes <= beyond <= chunk_bytes + 400 * tokens
+    assert beyond >= of_gradients / 2
 
 
 def test_without_chunk_bytes_a_card_gives_a_part_of_its_memory(monkeypatch):

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from tdpo_ext import gemm
 from tdpo_ext.fused_head import Problem
 from tdpo_ext.head import Head
 from tdpo_ext.tiles import (
@@ -43,18 +44,29 @@ def heads(dtype: torch.dtype, rows: int = 5, vocabulary: int = 131) -> tuple[Hea
 
 
 @pytest.mark.parametrize(
-    ("dtype", "gathers", "wanted"),
+    ("dtype", "gathers", "gradients", "half_width", "wanted"),
     [
-        (torch.float32, False, Costs(0, 0, 8)),
-        (torch.float32, True, Costs((19 + 13) * 4, 0, 8)),
-        (torch.float64, True, Costs((19 + 13) * 8, 0, 16)),
+        # dh of gathered rows is added up beside the others, dz lies over the logits.
+        (torch.float32, True, True, False, Costs((19 + 13) * 4 + 19 * 4, 0, 8)),
+        (torch.float32, False, True, False, Costs(0, 0, 8)),
+        # As on CUDA: nothing is cast, but states are scaled, and dz has memory of its own.
+        (torch.bfloat16, True, True, True, Costs((19 + 13) * 2 + 19 * 4 + 19 * 2, 0, 8, 2)),
+        (torch.bfloat16, False, True, True, Costs(19 * 2, 0, 8, 2)),
+        (torch.bfloat16, True, False, True, Costs((19 + 13) * 2, 0, 8)),
+        (torch.float32, True, True, True, Costs((19 + 13) * 4 + 19 * 4, 0, 8)),
+        (torch.float32, False, False, False, Costs(0, 0, 8)),
+        (torch.float32, True, False, False, Costs((19 + 13) * 4, 0, 8)),
+        (torch.float64, True, False, False, Costs((19 + 13) * 8, 0, 16)),
         # Cast to float32, as products on the CPU need it; what is gathered is so first.
-        (torch.bfloat16, False, Costs((19 + 13) * 4, 19 * 4, 8)),
-        (torch.bfloat16, True, Costs((19 + 13) * 6, 19 * 4, 8)),
+        (torch.bfloat16, False, False, False, Costs((19 + 13) * 4, 19 * 4, 8)),
+        (torch.bfloat16, True, False, False, Costs((19 + 13) * 6, 19 * 4, 8)),
     ],
 )
-def test_what_a_row_a_column_and_a_logit_cost(dtype, gathers, wanted):
-    assert costs(heads(dtype), tiles=2, gathers=gathers, gradients=False) == wanted
+def test_what_a_row_a_column_and_a_logit_cost(
+    monkeypatch, dtype, gathers, gradients, half_width, wanted
+):
+    monkeypatch.setattr(gemm, "takes_half_width", lambda device: half_width)
+    assert costs(heads(dtype), tiles=2, gathers=gathers, gradients=gradients) == wanted
 
 
 def taken(cost: Costs, plan: Plan) -> int:

@@ -270,18 +270,24 @@ def backward(problem: Problem, upstream: Upstream, wanted: Wanted) -> tuple[Tens
         grads = (grad.masked_fill(ignored, 0) for grad in upstream[1:])
         upstream = Upstream(upstream.normalizers, *grads)
     gradients = HeadGradients(problem.policy, wanted)
-    whole_rows = not kernels.serves(problem.labels.device)
     for kind, rows in zip(KINDS, rows_of_kinds(problem, upstream), strict=True):
-        if not row_count(rows):
-            continue
-        tiles = 2 if problem.policy.softcap else kind.policy + kind.reference
-        plan = problem.plan(rows, tiles, whole_rows=whole_rows, gradients=True)
-        scratch = Scratch(plan, problem.heads, tiles, gradients=True)
-        for chunk in row_chunks(rows, plan.rows):
-            recompute(problem, kind, chunk, upstream.of_rows(chunk), gradients, scratch)
+        if row_count(rows):
+            backward_of_kind(problem, kind, rows, upstream, gradients)
     if problem.shard is not None and wanted.hidden:
         sum_gradient(gradients.hidden, problem.shard)
     return gradients.results()
+
+
+def backward_of_kind(
+    problem: Problem, kind: Kind, rows: Rows, upstream: Upstream, gradients: HeadGradients
+) -> None:
+    """With scratch memory of its own, which is free before the next kind takes some."""
+    whole_rows = not kernels.serves(problem.labels.device)
+    tiles = 2 if problem.policy.softcap else kind.policy + kind.reference
+    plan = problem.plan(rows, tiles, whole_rows=whole_rows, gradients=True)
+    scratch = Scratch(plan, problem.heads, tiles, gradients=True)
+    for chunk in row_chunks(rows, plan.rows):
+        recompute(problem, kind, chunk, upstream.of_rows(chunk), gradients, scratch)
 
 
 def recompute(

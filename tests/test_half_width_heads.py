@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import emulated
 import numpy as np
 import oracle
 import pytest
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import tdpo_ext
-from tdpo_ext import fused_head
+from tdpo_ext import fused_head, gemm
 
 HALF = [torch.bfloat16, torch.float16]
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -281,6 +282,48 @@ def test_units_of_a_frozen_head(backend, small_groups, monkeypatch, chunk_bytes)
     counted = CountedProducts(monkeypatch, TOKENS, VOCABULARY, WIDTH)
     loss_and_gradients(given, leaves, shift_labels=labels, chunk_bytes=chunk_bytes)
     assert counted.units() == 3
+
+
+@pytest.mark.skipif("cuda-on-cpu" not in COMPILED, reason="no C++ compiler on the path")
+@pytest.mark.parametrize(
+    ("way", "products", "kernels"),
+    [
+        # Of 8 tiles of all rows: logits of both; the records of a tile, and their merge; at the end
+        # the outputs.
+        ("forward", 8 * 2, 8 * 2 + 1),
+        # And of the tiles of chosen rows the policy's logits, dh, dW and dz; of rejected rows also
+        # the reference's.
+        ("recompute", 8 * (2 + 3 + 4), 8 * (2 + 1 + 1) + 1),
+        # Of 6 groups of rows logits of both; a row's records, its outputs, dz; of 2 chunks dh, dW.
+        ("whole pairs", 6 * 2 + 2 * 2, 6 * 3),
+        ("direction", 6 * 2 + 1, 6 * 3),
+    ],
+)
+def test_launches_of_a_step(monkeypatch, way, products, kernels):
+    """docs/fused-head.md counts what they are at full size."""
+    take_half_width(monkeypatch)
+    monkeypatch.setattr("tdpo_ext.tiles.GROUP_ROWS", (4,))
+    monkeypatch.setattr("tdpo_ext.fused_head.MOST_COLUMNS_ON_CPU", VOCABULARY // 8)
+    given = arguments_of(4, TOKENS // 4, vocabulary=VOCABULARY, dtype=torch.bfloat16)
+    leaves = []
+    if way != "forward":
+        given, leaves = requiring_grad(given, frozen=way == "direction")
+    given["chunk_bytes"] = 45_000 if way == "whole pairs" else None  # a pair at a time
+    labels = torch.randint(0, VOCABULARY, (4, TOKENS // 4))
+    calls = []
+    for name in ("multiply", "multiply_add"):
+        product = getattr(gemm, name)
+        monkeypatch.setattr(
+            gemm, name, lambda a, b, out, product=product: calls.append(product(a, b, out=out))
+        )
+    with use_backend(monkeypatch, "cuda-on-cpu"):
+        before = emulated.library().emulated_launches()
+        reduction = "none" if way == "recompute" else "mean"
+        loss = tdpo_ext.linear_tdpo_loss(**given, shift_labels=labels, reduction=reduction).loss
+        if leaves:
+            torch.autograd.grad(loss.sum(), leaves)
+        launched = emulated.library().emulated_launches() - before
+    assert (len(calls), launched) == (products, kernels)
 
 
 def most_bytes(run: Callable[[], object]) -> int:

@@ -127,6 +127,8 @@ def test_groups_are_as_large_as_fits(all_at_once):
             assert plan.columns == vocabulary
             if all_at_once:
                 assert plan.gradient_rows == rows
+                smallest = min(rows, GROUP_ROWS[-1])
+                assert taken(cost, plan) <= chunk or plan.rows == smallest
             else:
                 assert taken(cost, plan) <= chunk or plan.gradient_rows == 1
             for group in GROUP_ROWS:  # larger ones leave no room for all rows, or two groups

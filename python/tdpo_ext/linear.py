@@ -67,8 +67,9 @@ def linear_token_stats(
         reference_logit_scale, reference_logit_softcap: of the reference's; None: the policy's.
         ignore_index: tokens with this label are left out before the first product: they cost
             nothing, and their outputs and gradients are 0.
-        chunk_bytes: scratch memory, beyond inputs, outputs and gradients. None: 256 MiB. Results
-            do not depend on it beyond rounding.
+        chunk_bytes: scratch memory, beyond inputs, outputs and gradients. None: 256 MiB, and on
+            CUDA a 32nd of the card's memory, between 256 MiB and 2 GiB. Results do not depend on
+            it beyond rounding.
         process_group: of the processes that share the vocabulary (tensor parallel). Weights and
             biases are this process's rows, all parts equally wide and in the order of ranks; hidden
             states and labels (global ids) are the same everywhere, and so are the results and the

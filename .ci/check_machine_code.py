@@ -73,7 +73,8 @@ def expected(kernel: str) -> Expected:
         per_entry = None if double else (27 if shifted else 24.5) + room
         return Expected(blocks, loads=True, stores=False, per_entry=per_entry)
     if "token_stats_backward_kernel" in kernel:
-        return Expected(2 if double else 4, loads=True, stores=True)
+        narrow = "kernelIfN" in kernel  # float32 logits, half-width gradient: 8 bytes at a time
+        return Expected(2 if double else 4, loads=True, stores=not narrow)
     # A thread per row, a few numbers each; and what only asks whether this build fits a card.
     if any(name in kernel for name in ("finish_", "merge_tile_kernel", "probe_kernel")):
         return Expected(1, loads=False, stores=False)
@@ -213,7 +214,9 @@ def short(kernel: str) -> str:
     match = re.search(r"\d([a-z_]+_kernel)(?:I(.*?)EEv)?", kernel)
     assert match is not None, kernel
     parts = re.sub(r"NS\d_\d+|L[ib]", " ", (match[2] or "").replace("E", " ")).split()
-    return " ".join((match[1], *({"f": "float", "d": "double"}.get(x, x) for x in parts)))
+    # Two types alike are one letter twice, or a reference to the first.
+    names = {"f": "float", "d": "double", "ff": "float", "dd": "double"}
+    return " ".join((match[1], *(names.get(x, x) for x in parts if not x.startswith("S"))))
 
 
 def main() -> int:

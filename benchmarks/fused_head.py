@@ -6,26 +6,46 @@ Memory is what a process of its own (on a GPU: the allocator) takes at its highe
 beyond the batch. Writes fused-head-DEVICE.json into a folder.
 
     python benchmarks/fused_head.py benchmarks/results [--device cpu] [--rounds 3]
+
+With --choices it measures what only time can decide instead, at one shape, and writes
+fused-head-choices-DEVICE.json: chunk_bytes, the columns of a tile, and the rows whose whole logits
+exist at a time. A list of each may be given.
+
+    python benchmarks/fused_head.py OUT --device cuda --choices [--shape 8 1024 4096 128256]
+        [--chunk-mebibytes 256 512 1024 2048 4096] [--tile-columns 2048 4096 8192 16384]
+        [--group-rows 256 512 1024 2048]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import machine
 import torch
-from fused_providers import PROVIDERS, Batch, make_batch, ours, step
+from fused_providers import (
+    PROVIDERS,
+    Batch,
+    make_batch,
+    ours,
+    ours_frozen_head,
+    ours_recomputed,
+    step,
+)
 from gpu_against_copy import Clock
+from torch import Tensor
 
 import tdpo_ext
-from tdpo_ext import gemm
-from tdpo_ext.tiles import MOST_COLUMNS_ON_CPU
+from tdpo_ext import fused_head, gemm, tiles
+from tdpo_ext.tiles import MOST_COLUMNS_ON_CPU, MOST_COLUMNS_ON_CUDA
 
 # Sequences, tokens, H, V.
 CPU_SHAPES = ((4, 128, 768, 50257),)
@@ -53,7 +73,7 @@ def bare_products(batch: Batch) -> dict[str, Callable[[], object]]:
     hidden = hidden.to(dtype)
     weight = batch.policy_weight.detach().to(dtype)
     like = {"device": hidden.device, "dtype": torch.float32}
-    columns = MOST_COLUMNS_ON_CPU if not hidden.is_cuda else 8192
+    columns = MOST_COLUMNS_ON_CUDA if hidden.is_cuda else MOST_COLUMNS_ON_CPU
     tile = torch.zeros(hidden.shape[0], columns, **like)
     half = tile.to(dtype)
     of_hidden = torch.zeros(hidden.shape, **like)
@@ -140,6 +160,73 @@ def measure_memory(
     return peaks
 
 
+@contextlib.contextmanager
+def columns_and_rows(columns: int | None, rows: int | None) -> Iterator[None]:
+    """Other columns of a tile, and rows of a group, than the library's own."""
+    with contextlib.ExitStack() as stack:
+        if columns is not None:
+            for name in ("MOST_COLUMNS_ON_CPU", "MOST_COLUMNS_ON_CUDA"):
+                stack.enter_context(mock.patch.object(fused_head, name, columns))
+        if rows is not None:
+            stack.enter_context(mock.patch.object(tiles, "GROUP_ROWS", (rows,)))
+        yield
+
+
+def measure_choices(options: argparse.Namespace) -> list[dict[str, object]]:
+    """Milliseconds and extra bytes of each way. Columns matter to forward and recompute, rows to
+    whole pairs and a frozen head."""
+    clock = Clock(options.device)
+    batch = make_batch(*options.shape, torch.bfloat16, options.device)
+    products = bare_products(batch)
+    unit = {name: _median(clock, run, options.rounds) for name, run in products.items()}
+
+    def forward(batch: Batch, chunk_bytes: int | None = None) -> Tensor:
+        with torch.no_grad():
+            return ours(batch, chunk_bytes)
+
+    by_columns = {"forward": (forward, 2, 0, 0), "recomputed": (ours_recomputed, 3.5, 1, 1)}
+    by_rows = {"whole pairs": (ours, 2, 1, 1), "frozen head": (ours_frozen_head, 2, 1, 0)}
+    runs = [(*x, c, None) for x in by_columns.items() for c in options.tile_columns]
+    runs += [(*x, None, r) for x in by_rows.items() for r in options.group_rows]
+    found: list[dict[str, object]] = []
+    for (name, (provider, *units), columns, rows), mebibytes in itertools.product(
+        runs, options.chunk_mebibytes
+    ):
+        given = {"chunk_bytes": mebibytes * 2**20}
+
+        def run(provider: Callable[..., Tensor] = provider, given: dict = given) -> None:
+            if provider is forward:
+                provider(batch, **given)
+            else:
+                step(provider, batch, **given)
+
+        with columns_and_rows(columns, rows):
+            taken = _median(clock, run, options.rounds)
+            extra = clock.extra_bytes(run) if clock.on_card else None
+        bare = sum(n * unit[x] for n, x in zip(units, ("logits", "dh", "dW"), strict=True))
+        found.append(
+            {
+                "way": name,
+                "tile_columns": columns,
+                "group_rows": rows,
+                "chunk_mebibytes": mebibytes,
+                "milliseconds": taken,
+                "of_bare_products": taken / bare,
+                "extra_bytes": extra,
+            }
+        )
+        of = f"{columns} columns" if columns else f"{rows} rows"
+        print(
+            f"{name:12} {of:14} {mebibytes:5} MiB {taken:8.1f} ms {taken / bare:6.2f}", flush=True
+        )
+    return found
+
+
+def _median(clock: Clock, run: Callable[[], object], rounds: int) -> float:
+    run()
+    return statistics.median(clock.milliseconds(run) for _ in range(rounds))
+
+
 def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     clock, rows = Clock(options.device), []
     for shape in CUDA_SHAPES if clock.on_card else CPU_SHAPES:
@@ -181,6 +268,11 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--choices", action="store_true", help="chunk_bytes, columns and rows")
+    parser.add_argument("--shape", type=int, nargs=4)
+    parser.add_argument("--chunk-mebibytes", type=int, nargs="+", default=[256, 1024, 2048, 4096])
+    parser.add_argument("--tile-columns", type=int, nargs="+", default=[4096, 8192, 16384])
+    parser.add_argument("--group-rows", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--peak-of", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak_of:
@@ -194,12 +286,19 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "backend": tdpo_ext.backends()[options.device],
         "rounds": options.rounds,
-        "ways": WAYS,
-        "measurements": measure(options),
-        "memory_by_vocabulary": memory_by_vocabulary(options),
     }
+    if options.choices:
+        options.shape = options.shape or (CUDA_SHAPES if on_card else CPU_SHAPES)[0]
+        report |= {"shape": options.shape, "choices": measure_choices(options)}
+    else:
+        report |= {
+            "ways": WAYS,
+            "measurements": measure(options),
+            "memory_by_vocabulary": memory_by_vocabulary(options),
+        }
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"fused-head-{options.device}.json"
+    kind = "-choices" if options.choices else ""
+    path = options.out / f"fused-head{kind}-{options.device}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {path}")
 

@@ -55,14 +55,16 @@ def make_batch(
     )
 
 
-def ours(batch: Batch) -> Tensor:
-    return tdpo_ext.linear_tdpo_loss(*batch[:4], shift_labels=batch.labels).loss
+def ours(batch: Batch, chunk_bytes: int | None = None) -> Tensor:
+    return tdpo_ext.linear_tdpo_loss(
+        *batch[:4], shift_labels=batch.labels, chunk_bytes=chunk_bytes
+    ).loss
 
 
-def ours_recomputed(batch: Batch) -> Tensor:
+def ours_recomputed(batch: Batch, chunk_bytes: int | None = None) -> Tensor:
     """As where the pairs do not fit: any upstream gradients need it too."""
     return tdpo_ext.linear_tdpo_loss(
-        *batch[:4], shift_labels=batch.labels, reduction="none"
+        *batch[:4], shift_labels=batch.labels, reduction="none", chunk_bytes=chunk_bytes
     ).loss.mean()
 
 
@@ -72,9 +74,9 @@ def ours_tdpo1_recomputed(batch: Batch) -> Tensor:
     ).loss.mean()
 
 
-def ours_frozen_head(batch: Batch) -> Tensor:
+def ours_frozen_head(batch: Batch, chunk_bytes: int | None = None) -> Tensor:
     frozen = batch._replace(policy_weight=batch.policy_weight.detach())
-    return ours(frozen)
+    return ours(frozen, chunk_bytes)
 
 
 def loss_of(logps: Tensor, reference_logps: Tensor, kl: Tensor) -> Tensor:
@@ -152,9 +154,9 @@ if importlib.util.find_spec("liger_kernel"):
     PROVIDERS["Liger DPO (no KL)"] = liger_dpo
 
 
-def step(provider: Provider, batch: Batch) -> Tensor:
+def step(provider: Callable[..., Tensor], batch: Batch, **options: int | None) -> Tensor:
     """Forward and backward; the gradients are dropped."""
-    loss = provider(batch)
+    loss = provider(batch, **options)
     frozen = provider is ours_frozen_head
     leaves = [batch.policy_hidden] if frozen else [batch.policy_hidden, batch.policy_weight]
     torch.autograd.grad(loss, leaves)

@@ -119,7 +119,7 @@ void token_stats_backward(const std::string& instruction_set, int threads, int d
                           uintptr_t reference, const Sizes& reference_sizes,
                           const Sizes& reference_strides, uintptr_t labels, uintptr_t normalizers,
                           uintptr_t grad_policy_logps, uintptr_t grad_forward_kl,
-                          uintptr_t gradient, const Sizes& gradient_sizes,
+                          int gradient_dtype, uintptr_t gradient, const Sizes& gradient_sizes,
                           const Sizes& gradient_strides) {
   const tdpo::TokenStatsBackward work = {
       problem(dtype, rows, vocabulary, ignore_index, policy, policy_sizes, policy_strides,
@@ -127,6 +127,7 @@ void token_stats_backward(const std::string& instruction_set, int threads, int d
       pointer(normalizers),
       pointer(grad_policy_logps),
       pointer(grad_forward_kl),
+      dtype_of(gradient_dtype),
       pointer(gradient),
       row_layout(gradient_sizes, gradient_strides)};
   const tdpo::cpu::RowKernels& kernels = tdpo::cpu::kernels_of(instruction_set);
@@ -190,7 +191,7 @@ void cuda_token_stats_backward(int device, uintptr_t stream, int dtype, int64_t 
                                uintptr_t reference, const Sizes& reference_sizes,
                                const Sizes& reference_strides, uintptr_t labels,
                                uintptr_t normalizers, uintptr_t grad_policy_logps,
-                               uintptr_t grad_forward_kl, uintptr_t gradient,
+                               uintptr_t grad_forward_kl, int gradient_dtype, uintptr_t gradient,
                                const Sizes& gradient_sizes, const Sizes& gradient_strides) {
   const tdpo::TokenStatsBackward work = {
       problem(dtype, rows, vocabulary, ignore_index, policy, policy_sizes, policy_strides,
@@ -198,6 +199,7 @@ void cuda_token_stats_backward(int device, uintptr_t stream, int dtype, int64_t 
       pointer(normalizers),
       pointer(grad_policy_logps),
       pointer(grad_forward_kl),
+      dtype_of(gradient_dtype),
       pointer(gradient),
       row_layout(gradient_sizes, gradient_strides)};
   const py::gil_scoped_release unlocked;

@@ -82,13 +82,16 @@ struct TokenStatsFinish {
 };
 
 // dz = grad_policy_logps (onehot(label) - p) + grad_forward_kl (p - q), of whole rows or of a tile
-// (labels and vocabulary are its own then). The gradient may be stored over the policy's logits.
+// (labels and vocabulary are its own then). The gradient has the logits' dtype, and may be stored
+// over the policy's logits then; or logits are float32, and it is rounded once to a half-width
+// type.
 struct TokenStatsBackward {
   TokenStatsProblem problem;
   const void* normalizers;        // [rows] of Normalizers
   const void* grad_policy_logps;  // [rows]
   const void* grad_forward_kl;    // [rows]
-  void* gradient;                 // dtype of the logits
+  DType gradient_dtype;
+  void* gradient;
   RowLayout gradient_rows;
 };
 

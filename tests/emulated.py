@@ -153,6 +153,7 @@ class Backward(Structure):
         ("normalizers", c_void_p),
         ("grad_policy_logps", c_void_p),
         ("grad_forward_kl", c_void_p),
+        ("gradient_dtype", c_int),
         ("gradient", c_void_p),
         ("gradient_rows", RowLayout),
     )

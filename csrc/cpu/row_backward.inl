@@ -77,8 +77,8 @@ struct Mixed {
   }
 };
 
-template <class T, class Kind, class Real = typename Storage<T>::Accumulator>
-TDPO_INLINE void write_gradient(T* gradient, const T* policy, const T* reference, int64_t count,
+template <class T, class G, class Kind, class Real = typename Storage<T>::Accumulator>
+TDPO_INLINE void write_gradient(G* gradient, const T* policy, const T* reference, int64_t count,
                                 const Kind& kind) {
   const auto gradient_of = [&](const Two<Real>& z, const Two<Real>& r) -> Two<Real> {
     return {kind.gradient(z.first, r.first), kind.gradient(z.second, r.second)};
@@ -90,12 +90,12 @@ TDPO_INLINE void write_gradient(T* gradient, const T* policy, const T* reference
     if (Kind::kReadsReference) prefetch_ahead(reference + at);
     if (Kind::kReadsPolicy) z = Storage<T>::load_two(policy + at);
     if (Kind::kReadsReference) r = Storage<T>::load_two(reference + at);
-    Storage<T>::store_two(gradient + at, gradient_of(z, r));
+    store_two_of<T>(gradient + at, gradient_of(z, r));
   }
   if (const int64_t left = count - at; left > 0) {
     if (Kind::kReadsPolicy) z = load_some(policy + at, left);
     if (Kind::kReadsReference) r = load_some(reference + at, left);
-    store_some(gradient + at, gradient_of(z, r), left);
+    store_some_of<T>(gradient + at, gradient_of(z, r), left);
   }
 }
 
@@ -111,8 +111,8 @@ TDPO_INLINE bool all_close(const T* policy, const T* reference, Real log_sum_gap
 }
 
 // Where p and q are close, group by group.
-template <class T, class CloseKind, class Real = typename Storage<T>::Accumulator>
-void write_divergence_gradient(T* gradient, const T* policy, const T* reference, int64_t count,
+template <class T, class G, class CloseKind, class Real = typename Storage<T>::Accumulator>
+void write_divergence_gradient(G* gradient, const T* policy, const T* reference, int64_t count,
                                const CloseKind& close, const Mixed<Real>& mixed) {
   int64_t at = 0;
   for (; at + kGroup <= count; at += kGroup) {
@@ -137,7 +137,8 @@ Real with_plain_nan(Real x) {
   return x == x ? x : Real(NAN);
 }
 
-template <class T>
+// T: of the logits; G: of the gradient.
+template <class T, class G>
 void backward(const RowBackward& row) {
   using Real = typename Storage<T>::Accumulator;
   const Normalizers<Real>& of = *static_cast<const Normalizers<Real>*>(row.normalizers);
@@ -145,12 +146,12 @@ void backward(const RowBackward& row) {
   const Real g_k = with_plain_nan(*static_cast<const Real*>(row.grad_forward_kl));
   const T* policy = static_cast<const T*>(row.policy);
   const T* reference = static_cast<const T*>(row.reference);
-  T* gradient = static_cast<T*>(row.gradient);
+  G* gradient = static_cast<G*>(row.gradient);
   // log p - log q has its digits only where the logits are not shifted far against each other.
   const bool gap_has_digits = std::fabs(of.log_sum_gap) < Real(2);
   Real label_gradient = g_k * of.label_gap + g_m * of.policy_rest;
   if (g_m == Real(0) && g_k == Real(0)) {
-    std::memset(row.gradient, 0, static_cast<size_t>(row.vocabulary) * sizeof(T));
+    std::memset(row.gradient, 0, static_cast<size_t>(row.vocabulary) * sizeof(G));
     return;
   }
   const auto write = [&](const auto& kind) {
@@ -181,7 +182,7 @@ void backward(const RowBackward& row) {
   }
   if (row.label >= 0 && row.label < row.vocabulary) {
     const Vector<Real> own = broadcast<Real>(label_gradient);
-    store_some<T>(gradient + row.label, {own, own}, 1);
+    store_some_of<T>(gradient + row.label, Two<Real>{own, own}, 1);
   }
 }
 

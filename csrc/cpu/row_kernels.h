@@ -33,7 +33,8 @@ constexpr int kDTypes = 4;
 struct RowKernels {
   const char* instruction_set;
   void (*forward[kDTypes])(const RowForward&);  // indexed by DType
-  void (*backward[kDTypes])(const RowBackward&);
+  // Indexed by the DType of the logits, then by that of the gradient; null: there is none.
+  void (*backward[kDTypes][kDTypes])(const RowBackward&);
 };
 
 // Those this processor can run, the best last.

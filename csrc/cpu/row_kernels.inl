@@ -8,7 +8,10 @@ namespace {
 constexpr RowKernels row_kernels(const char* instruction_set) {
   return {instruction_set,
           {forward<float>, forward<BFloat16>, forward<Float16>, forward<double>},
-          {backward<float>, backward<BFloat16>, backward<Float16>, backward<double>}};
+          {{backward<float, float>, backward<float, BFloat16>, backward<float, Float16>, nullptr},
+           {nullptr, backward<BFloat16, BFloat16>, nullptr, nullptr},
+           {nullptr, nullptr, backward<Float16, Float16>, nullptr},
+           {nullptr, nullptr, nullptr, backward<double, double>}}};
 }
 
 }  // namespace

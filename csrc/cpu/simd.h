@@ -147,6 +147,11 @@ struct Storage<BFloat16> {
     const Bits<float> both = (rounded(values.first) >> 16) | (rounded(values.second) & kUpper);
     std::memcpy(to, &both, sizeof(both));
   }
+  // Of vectors that another storage has loaded: entries in their order.
+  static TDPO_INLINE void store_in_order(BFloat16* to, const Two<float>& values) {
+    store_half_bits(to, rounded(values.first) >> 16);
+    store_half_bits(to + Lanes<float>::kCount, rounded(values.second) >> 16);
+  }
 
  private:
   // Its upper half is the nearest bfloat16, ties to even. NaN stays NaN unless only the lower half
@@ -167,6 +172,9 @@ struct Storage<Float16> {
   static TDPO_INLINE void store_two(Float16* to, const Two<float>& values) {
     store(to, values.first);
     store(to + Lanes<float>::kCount, values.second);
+  }
+  static TDPO_INLINE void store_in_order(Float16* to, const Two<float>& values) {
+    store_two(to, values);
   }
 
  private:
@@ -223,11 +231,21 @@ TDPO_INLINE Two<Real> load_some(const T* from, int64_t count) {
   return Storage<T>::load_two(padded);
 }
 
-template <class T, class Real = typename Storage<T>::Accumulator>
-TDPO_INLINE void store_some(T* to, const Two<Real>& values, int64_t count) {
-  T padded[kTwo<Real>];
-  Storage<T>::store_two(padded, values);
-  std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(T));
+// Stores what Storage<T> has loaded, computed on.
+template <class T, class To, class Real>
+TDPO_INLINE void store_two_of(To* to, const Two<Real>& values) {
+  if constexpr (std::is_same_v<T, To>) {
+    Storage<To>::store_two(to, values);
+  } else {
+    Storage<To>::store_in_order(to, values);
+  }
+}
+
+template <class T, class To, class Real>
+TDPO_INLINE void store_some_of(To* to, const Two<Real>& values, int64_t count) {
+  To padded[kTwo<Real>];
+  store_two_of<T>(padded, values);
+  std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(To));
 }
 
 // Entries that are close together or not: seldom spoilt by one of them, and worth the question.

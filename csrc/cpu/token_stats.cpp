@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
@@ -193,14 +194,16 @@ void token_stats_finish(const TokenStatsFinish& work, int threads) {
 
 void token_stats_backward(const TokenStatsBackward& work, const RowKernels& kernels, int threads) {
   const TokenStatsProblem& problem = work.problem;
-  const size_t logit = logit_size(problem.dtype), real = accumulator_size(problem.dtype);
-  const auto kernel = kernels.backward[static_cast<int>(problem.dtype)];
+  const size_t entry = logit_size(work.gradient_dtype), real = accumulator_size(problem.dtype);
+  const auto kernel =
+      kernels.backward[static_cast<int>(problem.dtype)][static_cast<int>(work.gradient_dtype)];
+  if (!kernel) throw std::invalid_argument("no kernel of this gradient's dtype");
   const Split split = split_of(problem);
   const RowLayout& rows = work.gradient_rows;
   if (work.gradient != problem.policy.data && rows.dims == 1 &&
       rows.strides[0] == problem.vocabulary) {
     wish_for_huge_pages(work.gradient,
-                        static_cast<size_t>(problem.rows * problem.vocabulary) * logit);
+                        static_cast<size_t>(problem.rows * problem.vocabulary) * entry);
   }
   for_each_row(problem.rows * split.pieces, split.width, threads, [&](int64_t index) {
     const Piece piece = piece_of(problem, split, index);
@@ -208,9 +211,9 @@ void token_stats_backward(const TokenStatsBackward& work, const RowKernels& kern
     RowBackward one;
     one.vocabulary = piece.width;
     one.label = piece.label;
-    one.gradient = advance(work.gradient, row_offset(work.gradient_rows, row) + piece.start, logit);
+    one.gradient = advance(work.gradient, row_offset(work.gradient_rows, row) + piece.start, entry);
     if (problem.labels[row] == problem.ignore_index) {
-      std::memset(one.gradient, 0, static_cast<size_t>(piece.width) * logit);
+      std::memset(one.gradient, 0, static_cast<size_t>(piece.width) * entry);
       return;
     }
     one.policy = logits_of(problem.policy, piece, problem.dtype);

@@ -92,17 +92,26 @@ int parts_of_row(const TokenStatsProblem& problem) {
   return static_cast<int>(std::max<int64_t>(1, std::min(wanted, vectors / kVectorsOfAPart)));
 }
 
-// Whether each row of one tensor lies as far from an aligned address as that of the other.
-inline bool same_alignment(const Logits& one, const Logits& other, int64_t entry_bytes) {
-  const auto whole_vectors = [&](int64_t entries) { return entries * entry_bytes % 16 == 0; };
-  const auto address = [](const Logits& logits) {
-    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(logits.data) % 16);
+// Rows of entries of so many bytes.
+struct Rows {
+  const void* data;
+  RowLayout layout;
+  int64_t entry_bytes;
+};
+
+// Whether each row of one tensor begins as many entries after a whole vector as that of the other.
+inline bool same_alignment(const Rows& one, const Rows& other, int64_t per_vector) {
+  const auto past_vector = [&](const Rows& rows) {
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.data)) / rows.entry_bytes %
+           per_vector;
   };
-  if (address(one) != address(other)) return false;
-  bool same = one.rows.dims == other.rows.dims, aligned = true;
+  if (past_vector(one) != past_vector(other)) return false;
+  const auto whole_vectors = [&](int64_t entries) { return entries % per_vector == 0; };
+  bool same = one.layout.dims == other.layout.dims, aligned = true;
   for (int dim = 0; dim < RowLayout::kMaxDims; ++dim) {
-    const int64_t of_one = one.rows.strides[dim], of_other = other.rows.strides[dim];
-    same = same && one.rows.sizes[dim] == other.rows.sizes[dim] && whole_vectors(of_one - of_other);
+    const int64_t of_one = one.layout.strides[dim], of_other = other.layout.strides[dim];
+    same = same && one.layout.sizes[dim] == other.layout.sizes[dim] &&
+           whole_vectors(of_one - of_other);
     aligned = aligned && whole_vectors(of_one) && whole_vectors(of_other);
   }
   return same || aligned;

@@ -135,8 +135,8 @@ struct RowVectors {
 
   // How many vectors after a multiple of 64 bytes this address is. Memory moves in sectors of 32
   // bytes: warps that begin at such a multiple share none.
-  static __device__ __forceinline__ int past_sectors(const void* address) {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(address) % 64 / 16);
+  static __device__ __forceinline__ int past_sectors(const void* address, int vector_bytes = 16) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(address) % 64) / vector_bytes;
   }
 
   // Where a part of the inner vectors begins, and the one before it ends.

@@ -19,7 +19,10 @@
 //
 // Decomposition: every entry by itself, since forward has saved all that a row needs. Vectors are
 // aligned where the gradient is written. The gradient may lie over the policy's logits: each thread
-// reads a vector before it writes it, and the two are aligned alike then.
+// reads a vector before it writes it, and the two are aligned alike then. A gradient in a narrower
+// type than the logits' takes as many entries a vector as they do, in fewer bytes.
+#include <type_traits>
+
 #include "choices.cuh"
 #include "launch.cuh"
 #include "row_vectors.cuh"
@@ -132,13 +135,14 @@ struct Both {
   }
 };
 
-// A row, or a part of it, and the team that writes its gradient. kShifted: some rows of the logits
-// are aligned otherwise than the gradient's.
-template <class T, int kWarps, bool kShifted>
+// A row, or a part of it, and the team that writes its gradient. T: the type of the logits; G: that
+// of the gradient. kShifted: some rows of the logits are aligned otherwise than the gradient's.
+template <class T, class G, int kWarps, bool kShifted>
 struct GradientRow {
   using Real = RealOf<T>;
   using Scope = Team<kWarps>;
   static constexpr int kPerVector = Storage<T>::kPerVector;
+  static constexpr int kStoredBytes = kPerVector * static_cast<int>(sizeof(G));
 
   const TokenStatsBackward& work;
   uint32_t row;
@@ -148,25 +152,24 @@ struct GradientRow {
   __device__ __forceinline__ void write(const Kind& kind) const {
     const TokenStatsProblem& problem = work.problem;
     const int vocabulary = static_cast<int>(problem.vocabulary);
-    T* gradient = static_cast<T*>(work.gradient) + row_offset(work.gradient_rows, row);
-    const int before = entries_before(gradient);
+    G* gradient = static_cast<G*>(work.gradient) + row_offset(work.gradient_rows, row);
+    const int before =
+        static_cast<int>(reinterpret_cast<uintptr_t>(gradient) % kStoredBytes / sizeof(G));
     const Side<T> z = side(problem.policy, before), r = side(problem.reference, before);
     const bool aligned = !(Kind::kReadsPolicy && z.shift) && !(Kind::kReadsReference && r.shift);
     const RowVectors<T> vectors(before, vocabulary, aligned);
     const int begin = vectors.part_begin(part, parts), end = vectors.part_begin(part + 1, parts);
 
     const auto write_vector = [&](int index, const Words& policy, const Words& reference) {
-      const Words words = gradient_of(kind, policy, reference);
-      const uint4 all = {words.word[0], words.word[1], words.word[2], words.word[3]};
-      __stcs(reinterpret_cast<uint4*>(gradient - before) + index, all);
+      store(gradient - before, index, gradient_of(kind, policy, reference));
     };
     constexpr int kSides = Kind::kReadsPolicy + Kind::kReadsReference;
     constexpr int kAtOnce = kSides == 0 || sizeof(T) == 8 ? 1 : TDPO_BACKWARD_VECTORS / kSides;
     const auto load_16 = [](const uint4* address) {
       return kSides == 1 ? TDPO_BACKWARD_LOAD_ONE(address) : TDPO_BACKWARD_LOAD_BOTH(address);
     };
-    const int first =
-        begin - vectors.past_sectors(reinterpret_cast<uint4*>(gradient - before) + begin);
+    const G* start_of_part = gradient - before + static_cast<int64_t>(begin) * kPerVector;
+    const int first = begin - vectors.past_sectors(start_of_part, kStoredBytes);
     const int size = Scope::size();
     int index = first + Scope::rank();
     // Rounds begin at whole sectors, so the first may begin before the row.
@@ -195,7 +198,7 @@ struct GradientRow {
       const Words words = gradient_of(kind, policy, reference);
       for (int i = 0; i < kPerVector; ++i) {
         const int entry = start + i;
-        if (entry >= 0 && entry < vocabulary) gradient[entry] = Storage<T>::get(words.word, i);
+        if (entry >= 0 && entry < vocabulary) gradient[entry] = Storage<G>::get(words.word, i);
       }
     }
     // Over what the loop has written there, so by the same thread.
@@ -204,10 +207,8 @@ struct GradientRow {
     const int vector = vectors.of_entry(static_cast<int>(label));
     const bool in_part = vector >= begin && vector < end;
     if (in_part ? (vector - first) % size != Scope::rank() : vector != outer) return;
-    Words words = {};
     const Real values[kPerVector] = {kind.label()};
-    Storage<T>::pack(values, words.word);
-    gradient[label] = Storage<T>::get(words.word, 0);
+    gradient[label] = Storage<G>::get(stored(values).word, 0);
   }
 
  private:
@@ -223,21 +224,39 @@ struct GradientRow {
     Storage<T>::unpack(policy.word, z);
     Storage<T>::unpack(reference.word, r);
     for (int i = 0; i < kPerVector; ++i) result[i] = kind.gradient(z[i], r[i]);
+    return stored(result);
+  }
+
+  // As they are stored: in the first kStoredBytes of the words.
+  static __device__ __forceinline__ Words stored(const Real (&values)[kPerVector]) {
+    Real padded[Storage<G>::kPerVector] = {};
+    for (int i = 0; i < kPerVector; ++i) padded[i] = values[i];
     Words words;
-    Storage<T>::pack(result, words.word);
+    Storage<G>::pack(padded, words.word);
     return words;
+  }
+
+  static __device__ __forceinline__ void store(G* aligned, int index, const Words& words) {
+    if constexpr (kStoredBytes == 16) {
+      const uint4 all = {words.word[0], words.word[1], words.word[2], words.word[3]};
+      __stcs(reinterpret_cast<uint4*>(aligned) + index, all);
+    } else {
+      static_assert(kStoredBytes == 8, "a vector is stored whole");
+      const uint2 all = {words.word[0], words.word[1]};
+      __stcs(reinterpret_cast<uint2*>(aligned) + index, all);
+    }
   }
 };
 
-template <class T, int kWarps, bool kShifted>
+template <class T, class G, int kWarps, bool kShifted>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     token_stats_backward_kernel(const TokenStatsBackward work) {
   using Real = RealOf<T>;
   using Scope = Team<kWarps>;
   const uint32_t row = blockIdx.x * Scope::kTeams + Scope::index();
   if (row >= work.problem.rows) return;
-  const GradientRow<T, kWarps, kShifted> gradient = {work, row, static_cast<int>(blockIdx.y),
-                                                     static_cast<int>(gridDim.y)};
+  const GradientRow<T, G, kWarps, kShifted> gradient = {work, row, static_cast<int>(blockIdx.y),
+                                                        static_cast<int>(gridDim.y)};
   const Real g_m = static_cast<const Real*>(work.grad_policy_logps)[row];
   const Real g_k = static_cast<const Real*>(work.grad_forward_kl)[row];
   // Where the label is outside the vocabulary these are NaN, and so is the gradient.
@@ -256,16 +275,28 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
   }
 }
 
-template <class T, int kWarps>
+template <class T, class G, int kWarps>
 void launch_backward(const TokenStatsBackward& work, int parts, const Launch& launch) {
-  constexpr int kTeams = Team<kWarps>::kTeams;
-  const Logits gradient = {work.gradient, work.gradient_rows};
-  const bool shifted = !same_alignment(gradient, work.problem.policy, sizeof(T)) ||
-                       !same_alignment(gradient, work.problem.reference, sizeof(T));
+  constexpr int kTeams = Team<kWarps>::kTeams, kPerVector = Storage<T>::kPerVector;
+  const Rows gradient = {work.gradient, work.gradient_rows, sizeof(G)};
+  const auto aligned_alike = [&](const Logits& logits) {
+    return same_alignment(gradient, {logits.data, logits.rows, sizeof(T)}, kPerVector);
+  };
+  const bool shifted =
+      !aligned_alike(work.problem.policy) || !aligned_alike(work.problem.reference);
   launch_kernel("token_stats_backward_kernel",
-                shifted ? token_stats_backward_kernel<T, kWarps, true>
-                        : token_stats_backward_kernel<T, kWarps, false>,
+                shifted ? token_stats_backward_kernel<T, G, kWarps, true>
+                        : token_stats_backward_kernel<T, G, kWarps, false>,
                 dim3(blocks_for(work.problem.rows, kTeams), parts), 0, launch, work);
+}
+
+template <class T, class G>
+void launch_backward(const TokenStatsBackward& work, const Launch& launch) {
+  if (one_warp_per_row<T>(work.problem)) {
+    launch_backward<T, G, 1>(work, 1, launch);
+  } else {
+    launch_backward<T, G, kBlockWarps>(work, parts_of_row<T>(work.problem), launch);
+  }
 }
 
 }  // namespace
@@ -276,11 +307,13 @@ void token_stats_backward(const TokenStatsBackward& work, const Launch& launch) 
   const OnDevice guard(launch.device);
   with_storage(work.problem.dtype, [&](auto storage) {
     using T = decltype(storage);
-    if (one_warp_per_row<T>(work.problem)) {
-      launch_backward<T, 1>(work, 1, launch);
-    } else {
-      launch_backward<T, kBlockWarps>(work, parts_of_row<T>(work.problem), launch);
+    if (work.gradient_dtype == work.problem.dtype) return launch_backward<T, T>(work, launch);
+    if constexpr (std::is_same_v<T, float>) {
+      if (work.gradient_dtype == DType::kBFloat16)
+        return launch_backward<T, BFloat16>(work, launch);
+      if (work.gradient_dtype == DType::kFloat16) return launch_backward<T, Float16>(work, launch);
     }
+    throw std::runtime_error("token_stats_backward: no kernel of this gradient's dtype");
   });
 }
 

@@ -255,7 +255,9 @@ template <class T, int kWarps>
 void launch_row_records(const TokenStatsProblem& problem, bool tile, int parts,
                         VocabStats<RealOf<T>>* records, const Launch& launch) {
   using Scope = Team<kWarps>;
-  const bool shifted = !same_alignment(problem.policy, problem.reference, sizeof(T));
+  const auto rows = [](const Logits& logits) { return Rows{logits.data, logits.rows, sizeof(T)}; };
+  const bool shifted =
+      !same_alignment(rows(problem.policy), rows(problem.reference), Storage<T>::kPerVector);
   launch_kernel(
       "row_records_kernel",
       shifted ? row_records_kernel<T, kWarps, true> : row_records_kernel<T, kWarps, false>,

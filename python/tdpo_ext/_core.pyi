@@ -92,10 +92,13 @@ def token_stats_backward(
     normalizers: int,
     grad_policy_logps: int,
     grad_forward_kl: int,
+    gradient_dtype: int,
     gradient: int,
     gradient_sizes: list[int],
     gradient_strides: list[int],
-) -> None: ...
+) -> None:
+    """The gradient has the logits' dtype; half-width ones there are of float32 logits too."""
+
 def instruction_sets() -> list[str]:
     """Those with kernels that this processor can run, the best last."""
 
@@ -175,6 +178,7 @@ def cuda_token_stats_backward(
     normalizers: int,
     grad_policy_logps: int,
     grad_forward_kl: int,
+    gradient_dtype: int,
     gradient: int,
     gradient_sizes: list[int],
     gradient_strides: list[int],

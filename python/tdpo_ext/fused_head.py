@@ -8,7 +8,11 @@ Three ways to them:
     recompute   tiles are made anew in backward, those that a row's upstream gradients need:
                 TDPO1 2 + 1 + 2 = 5 units, TDPO2 2 + 1.5 + 2 = 5.5, any gradients 2 + 2 + 2 = 6
     direction   frozen head: dh up to the pair's scalar, in forward, from whole rows: 2 + 1 = 3
-    whole pairs the logits of a pair exist at once, so its scalar is known: 2 + 2 = 4
+    whole pairs dz of all tokens of a pair exists at once, or what it is up to the pair's scalar,
+                and the scalar is known before the products: 2 + 2 = 4
+
+On CUDA half-width operands stay as they are. dz is rounded to their type as the kernel stores it,
+beside the float32 logits, which whole rows have only in groups.
 
 See docs/fused-head.md.
 """
@@ -26,10 +30,12 @@ from tdpo_ext.distributed import Shard, sum_gradient
 from tdpo_ext.head import Head, HeadGradients, Rows, Wanted
 from tdpo_ext.tiles import (
     MOST_COLUMNS_ON_CPU,
+    MOST_COLUMNS_ON_CUDA,
     Plan,
     Scratch,
     column_ranges,
     costs,
+    plan_groups,
     plan_tiles,
     plan_whole_rows,
     row_chunks,
@@ -38,6 +44,18 @@ from tdpo_ext.tiles import (
 )
 
 DEFAULT_CHUNK_BYTES = 256 * 2**20
+MOST_CHUNK_BYTES_ON_CUDA = 2 * 2**30
+"""With this the fewest units at (8 x 1024 tokens, H = 4096, V = 128256): docs/fused-head.md."""
+CHUNKS_OF_A_CARD = 32
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def default_chunk_bytes(device: torch.device) -> int:
+    """On CUDA up to 2 GiB, but no more than a part of the card's memory."""
+    if device.type != "cuda":
+        return DEFAULT_CHUNK_BYTES
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(DEFAULT_CHUNK_BYTES, min(MOST_CHUNK_BYTES_ON_CUDA, memory // CHUNKS_OF_A_CARD))
 
 
 def captured(tensor: Tensor) -> bool:
@@ -79,15 +97,24 @@ class Problem(NamedTuple):
             return slice(0, self.labels.numel())
         return rows_of_groups((~self.kept).long(), 1)[0]
 
-    def plan(self, rows: Rows, tiles: int, *, whole_rows: bool) -> Plan:
-        cost = costs(self.heads, tiles, gathers=not isinstance(rows, slice))
+    def plan(self, rows: Rows, tiles: int, *, whole_rows: bool, gradients: bool = False) -> Plan:
+        cost = costs(self.heads, tiles, not isinstance(rows, slice), gradients)
         count = row_count(rows)
         # In plain PyTorch each chunk of rows is gathered, so all processes must make the same.
         vocabulary = self.policy.vocabulary if self.shard is None else self.shard.widest
         if whole_rows:
             return plan_whole_rows(cost, count, vocabulary, self.chunk_bytes)
-        most = MOST_COLUMNS_ON_CPU if self.labels.device.type == "cpu" else vocabulary
+        on_cpu = self.labels.device.type == "cpu"
+        most = MOST_COLUMNS_ON_CPU if on_cpu else MOST_COLUMNS_ON_CUDA
         return plan_tiles(cost, count, vocabulary, self.chunk_bytes, most)
+
+    def plan_with_gradients(self, rows: Rows, *, all_at_once: bool) -> Plan:
+        """Of whole rows whose gradients are made in forward."""
+        if not self.policy.rounds_gradient:
+            return self.plan(rows, tiles=2, whole_rows=True, gradients=True)
+        cost = costs(self.heads, 2, gathers=not isinstance(rows, slice), gradients=True)
+        vocabulary = self.policy.vocabulary
+        return plan_groups(cost, row_count(rows), vocabulary, self.chunk_bytes, all_at_once)
 
 
 def empty_outputs(problem: Problem) -> kernels.Outputs:
@@ -182,25 +209,33 @@ class Upstream(NamedTuple):
     def of_rows(self, rows: Rows) -> Upstream:
         return Upstream(*(x[rows] for x in self))
 
+    def times(self, factor: float) -> Upstream:
+        if factor == 1:
+            return self
+        return Upstream(self.normalizers, self.grad_logps * factor, self.grad_kl * factor)
 
-def add_tile_gradient(
+
+def tile_gradient(
     problem: Problem,
     tiles: tuple[Tensor, Tensor],
-    columns: range,
     labels: Tensor,
     upstream: Upstream,
-    gradients: HeadGradients,
-    scratch: Scratch,
-) -> None:
-    """Of logits ``tiles``, which it overwrites; both are the same where rows need only one.
+    beside: Tensor | None,
+) -> Tensor:
+    """The gradient of h W^T + b, from logits ``tiles``; both are the same where one is enough.
 
-    A softcap's slope needs the policy's logits, so then the gradient lies over the reference's.
+    It goes to ``beside``, or over a tile. A softcap's slope needs the policy's logits, so then it
+    lies over the reference's first.
     """
     z, r = tiles
-    gradient = r if problem.policy.softcap else z
-    kernels.write_gradient(gradient, z, r, labels - columns.start, *upstream)
-    problem.policy.chain(gradient, z)
-    gradients.add(columns, gradient, scratch.cast)
+    policy = problem.policy
+    over = r if policy.softcap else z
+    gradient = over if beside is None or policy.softcap else beside
+    kernels.write_gradient(gradient, z, r, labels, *upstream.times(policy.scale))
+    if policy.softcap:
+        policy.chain_softcap(gradient, z)
+        gradient = gradient if beside is None else beside.copy_(gradient)
+    return gradient
 
 
 # --- backward by recomputing: 3 to 4 units --------------------------------------------------------
@@ -235,18 +270,24 @@ def backward(problem: Problem, upstream: Upstream, wanted: Wanted) -> tuple[Tens
         grads = (grad.masked_fill(ignored, 0) for grad in upstream[1:])
         upstream = Upstream(upstream.normalizers, *grads)
     gradients = HeadGradients(problem.policy, wanted)
-    whole_rows = not kernels.serves(problem.labels.device)
     for kind, rows in zip(KINDS, rows_of_kinds(problem, upstream), strict=True):
-        if not row_count(rows):
-            continue
-        tiles = 2 if problem.policy.softcap else kind.policy + kind.reference
-        plan = problem.plan(rows, tiles, whole_rows=whole_rows)
-        scratch = Scratch(plan, problem.heads, tiles)
-        for chunk in row_chunks(rows, plan.rows):
-            recompute(problem, kind, chunk, upstream.of_rows(chunk), gradients, scratch)
+        if row_count(rows):
+            backward_of_kind(problem, kind, rows, upstream, gradients)
     if problem.shard is not None and wanted.hidden:
         sum_gradient(gradients.hidden, problem.shard)
     return gradients.results()
+
+
+def backward_of_kind(
+    problem: Problem, kind: Kind, rows: Rows, upstream: Upstream, gradients: HeadGradients
+) -> None:
+    """With scratch memory of its own, which is free before the next kind takes some."""
+    whole_rows = not kernels.serves(problem.labels.device)
+    tiles = 2 if problem.policy.softcap else kind.policy + kind.reference
+    plan = problem.plan(rows, tiles, whole_rows=whole_rows, gradients=True)
+    scratch = Scratch(plan, problem.heads, tiles, gradients=True)
+    for chunk in row_chunks(rows, plan.rows):
+        recompute(problem, kind, chunk, upstream.of_rows(chunk), gradients, scratch)
 
 
 def recompute(
@@ -262,7 +303,7 @@ def recompute(
     states = policy.states_of(rows)
     reference_states = reference.states_of(rows) if kind.reference else states
     labels = problem.own_labels[rows]
-    gradients.begin_pass(states)
+    gradients.begin_pass(rows, states)
     for columns in column_ranges(policy.vocabulary, scratch.plan.columns):
         shape = labels.numel(), len(columns)
         z, r = scratch.tile(0, *shape), scratch.tile(-1, *shape)
@@ -270,8 +311,10 @@ def recompute(
             reference.write_logits(reference_states, columns, r, scratch.cast)
         if kind.policy or policy.softcap:  # last: what is cast for it serves dh as well
             policy.write_logits(states, columns, z, scratch.cast)
-        add_tile_gradient(problem, (z, r), columns, labels, upstream, gradients, scratch)
-    gradients.end_pass(rows)
+        own_labels = labels - columns.start
+        gradient = tile_gradient(problem, (z, r), own_labels, upstream, scratch.gradient(*shape))
+        gradients.add(columns, gradient, scratch.cast)
+    gradients.end_pass()
 
 
 # --- gradients in forward: 1 or 2 units -----------------------------------------------------------
@@ -281,21 +324,40 @@ def forward_and_gradient(
     problem: Problem,
     rows: Rows,
     upstream_of: Callable[[Rows], tuple[Tensor, Tensor]],
+    factor_of: Callable[[Rows], Tensor] | None,
     outputs: kernels.Outputs,
     gradients: HeadGradients,
     scratch: Scratch,
 ) -> None:
-    """Whole rows of logits: their statistics, then, with these known, their gradients."""
-    states = problem.policy.states_of(rows)
-    z, r = whole_logits(problem, states, problem.reference.states_of(rows), scratch)
-    labels = problem.labels[rows]
-    values = kernels.token_stats(z, r, labels, problem.ignore_index)
-    put(outputs, rows, values)
-    upstream = Upstream(values[3], *upstream_of(rows))
-    gradients.begin_pass(states)
-    columns = range(problem.policy.vocabulary)
-    add_tile_gradient(problem, (z, r), columns, labels, upstream, gradients, scratch)
-    gradients.end_pass(rows)
+    """Whole rows of logits: their statistics, then, with these known, their gradients.
+
+    ``factor_of``: what the gradients by ``upstream_of`` lack, row by row, known when the statistics
+    of all ``rows`` are. Where the gradient lies over the logits all rows are one group.
+    """
+    states, start = problem.policy.states_of(rows), 0
+    beside = scratch.gradient(row_count(rows), problem.policy.vocabulary)
+    gradient = beside
+    for group in row_chunks(rows, scratch.plan.rows):
+        at = slice(start, start + row_count(group))
+        tiles = whole_logits(problem, states[at], problem.reference.states_of(group), scratch)
+        labels = problem.labels[group]
+        values = kernels.token_stats(*tiles, labels, problem.ignore_index)
+        put(outputs, group, values)
+        upstream = Upstream(values[3], *upstream_of(group))
+        of_group = None if beside is None else beside[at]
+        made = tile_gradient(problem, tiles, labels, upstream, of_group)
+        gradient = made if beside is None else beside
+        start = at.stop
+    assert gradient is not None
+    gradients.begin_pass(rows, states, None if factor_of is None else factor_of(rows))
+    gradients.add(range(problem.policy.vocabulary), gradient, scratch.cast)
+    gradients.end_pass()
+
+
+def unit_upstream(problem: Problem, ratio: Tensor) -> Callable[[Rows], tuple[Tensor, Tensor]]:
+    """The gradients of log p(y) + ratio KL; none of ignored rows."""
+    unit = problem.kept.to(ratio.dtype)
+    return lambda rows: (unit[rows], ratio[rows] * unit[rows])
 
 
 def forward_with_direction(problem: Problem, ratio: Tensor) -> tuple[kernels.Outputs, Tensor]:
@@ -306,14 +368,11 @@ def forward_with_direction(problem: Problem, ratio: Tensor) -> tuple[kernels.Out
     """
     rows, outputs = problem.kept_rows(), empty_outputs(problem)
     gradients = HeadGradients(problem.policy, Wanted(hidden=True, weight=False, bias=False))
-    plan = problem.plan(rows, tiles=2, whole_rows=True)
-    scratch = Scratch(plan, problem.heads, tiles=2)
-    ratio = ratio.to(outputs[0].dtype)
-    unit = problem.kept.to(ratio.dtype)
-    for chunk in row_chunks(rows, plan.rows):
-        forward_and_gradient(
-            problem, chunk, lambda c: (unit[c], ratio[c] * unit[c]), outputs, gradients, scratch
-        )
+    plan = problem.plan_with_gradients(rows, all_at_once=False)
+    scratch = Scratch(plan, problem.heads, tiles=2, gradients=True)
+    upstream_of = unit_upstream(problem, ratio.to(outputs[0].dtype))
+    for chunk in row_chunks(rows, plan.gradient_rows):
+        forward_and_gradient(problem, chunk, upstream_of, None, outputs, gradients, scratch)
     return outputs, gradients.hidden
 
 
@@ -321,24 +380,34 @@ def forward_by_pairs(
     problem: Problem,
     chunk_of_token: Tensor,
     chunks: int,
-    upstream_of: Callable[[kernels.Outputs], tuple[Tensor, Tensor]],
+    ratio: Tensor,
+    slopes_of: Callable[[kernels.Outputs], Tensor],
     wanted: Wanted,
 ) -> tuple[kernels.Outputs, tuple[Tensor, ...]]:
     """Statistics and gradients, of as many pairs at a time as have a number in ``chunk_of_token``.
 
-    ``upstream_of``: the gradients of the loss by log p(y) and the KL of each token, ``[N]`` both,
-    from the outputs so far; they are asked for the tokens of pairs that are complete.
+    ``slopes_of``: the gradient of the loss by log p(y) of each token, ``[N]``, from the outputs so
+    far; it is asked for the tokens of pairs that are complete. That by the KL is ``ratio`` times
+    it. Where the gradient of the logits lies beside them it is made without the slopes, which scale
+    what is made of it.
     """
     outputs = empty_outputs(problem)
     gradients = HeadGradients(problem.policy, wanted)
     groups = rows_of_groups(chunk_of_token.masked_fill(~problem.kept, chunks), chunks)
-    plan = problem.plan(max(groups, key=row_count), tiles=2, whole_rows=True)
-    scratch = Scratch(plan, problem.heads, tiles=2)
+    plan = problem.plan_with_gradients(max(groups, key=row_count), all_at_once=True)
+    scratch = Scratch(plan, problem.heads, tiles=2, gradients=True)
+
+    def factor_of(rows: Rows) -> Tensor:
+        return slopes_of(outputs)[rows]
+
+    def upstream_of(rows: Rows) -> tuple[Tensor, Tensor]:
+        slopes = slopes_of(outputs)[rows]
+        return slopes, slopes * ratio[rows]
+
+    unit = unit_upstream(problem, ratio)
     for rows in filter(row_count, groups):
-
-        def upstream(rows: Rows) -> tuple[Tensor, Tensor]:
-            grad_logps, grad_kl = upstream_of(outputs)
-            return grad_logps[rows], grad_kl[rows]
-
-        forward_and_gradient(problem, rows, upstream, outputs, gradients, scratch)
+        if problem.policy.rounds_gradient:
+            forward_and_gradient(problem, rows, unit, factor_of, outputs, gradients, scratch)
+        else:
+            forward_and_gradient(problem, rows, upstream_of, None, outputs, gradients, scratch)
     return outputs, gradients.results()

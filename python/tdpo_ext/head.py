@@ -61,6 +61,16 @@ class Head(NamedTuple):
         """Whether hidden states and weights are cast before they are multiplied."""
         return gemm.operand_dtype(self.weight) != self.weight.dtype
 
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """The type in which a gradient of the logits enters its products."""
+        return gemm.operand_dtype(self.weight)
+
+    @property
+    def rounds_gradient(self) -> bool:
+        """Whether that is narrower than the logits'; the gradient lies beside them then."""
+        return self.gradient_dtype != self.accumulation_dtype
+
     def states_of(self, rows: Rows) -> Tensor:
         """Hidden states ``[n, H]``, ready for products."""
         states = self.hidden[rows]  # a view of a range, a copy of others
@@ -88,15 +98,11 @@ class Head(NamedTuple):
         if self.softcap:
             tile.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def chain(self, gradient: Tensor, logits: Tensor) -> None:
-        """From a gradient of the logits to one of h W^T + b, in place. Overwrites the logits if
-        there is a softcap; reads them only then."""
-        if self.softcap:
-            # d softcap tanh(x / softcap) / dx = 1 - tanh^2
-            slope = logits.div_(self.softcap).square_().neg_().add_(1)
-            gradient *= slope
-        if self.scale != 1:
-            gradient *= self.scale
+    def chain_softcap(self, gradient: Tensor, logits: Tensor) -> None:
+        """From a gradient of the logits to one of what the softcap takes. Overwrites both."""
+        # d softcap tanh(x / softcap) / dx = 1 - tanh^2
+        slope = logits.div_(self.softcap).square_().neg_().add_(1)
+        gradient *= slope
 
 
 class Wanted(NamedTuple):
@@ -110,7 +116,7 @@ class Wanted(NamedTuple):
 class HeadGradients:
     """Gradients of a head's tensors, added up in the accumulation type.
 
-    The rows come in passes; each goes over all columns, tile by tile.
+    The rows come in passes, each row in one; a pass goes over all columns, tile by tile.
     """
 
     def __init__(self, head: Head, wanted: Wanted) -> None:
@@ -126,17 +132,22 @@ class HeadGradients:
             self.bias = torch.zeros_like(head.bias, dtype=dtype)
         self.of_states = nothing
 
-    def begin_pass(self, states: Tensor) -> None:
-        self.states = states
+    def begin_pass(self, rows: Rows, states: Tensor, factor: Tensor | None = None) -> None:
+        """``factor``: ``[n]``, which the gradients of the logits still lack, row by row."""
+        self.rows, self.factor, self.states = rows, factor, states
+        if factor is not None and self.wanted.weight:
+            # The states are few numbers beside dz. They are rounded once more by it.
+            self.states = torch.mul(states, factor.unsqueeze(1), out=torch.empty_like(states))
         if self.wanted.hidden:
-            self.of_states = torch.zeros_like(states, dtype=self.head.accumulation_dtype)
+            # Of a range of rows the gradient is added up in its place.
+            of_range = isinstance(rows, slice)
+            self.of_states = self.hidden[rows] if of_range else self.hidden.new_zeros(states.shape)
 
     def add(self, columns: range, gradient: Tensor, cast: Cast) -> None:
         """A tile's gradient of h W^T + b."""
         at = slice(columns.start, columns.stop)
         if self.bias.numel():
-            self.bias[at] += gradient.sum(0)
-        gradient = gradient.to(self.states.dtype)
+            self.add_to_bias(self.bias[at], gradient)
         if self.wanted.hidden:
             for block, weight in self.head.weight_blocks(columns, cast):
                 of_block = slice(block.start - columns.start, block.stop - columns.start)
@@ -145,10 +156,24 @@ class HeadGradients:
             product = gemm.multiply if self.no_pass_yet else gemm.multiply_add
             product(gradient.T, self.states, out=self.weight[at])
 
-    def end_pass(self, rows: Rows) -> None:
+    def add_to_bias(self, bias: Tensor, gradient: Tensor) -> None:
+        if self.factor is None:
+            bias += gradient.sum(0, dtype=bias.dtype)
+        else:
+            # In two parts, so that its rounding, which all entries of a row share, does not show.
+            first = self.factor.to(gradient.dtype)
+            second = (self.factor - first).to(gradient.dtype)
+            sums = bias.new_empty(bias.numel(), 2)
+            gemm.multiply(gradient.T, torch.stack((first, second), 1), out=sums)
+            bias += sums.sum(1)
+
+    def end_pass(self) -> None:
         self.no_pass_yet = False
         if self.wanted.hidden:
-            self.hidden[rows] = self.of_states
+            if self.factor is not None:
+                self.of_states *= self.factor.unsqueeze(1)
+            if not isinstance(self.rows, slice):
+                self.hidden[self.rows] = self.of_states
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of hidden states, weight and bias; empty where not wanted."""

@@ -240,6 +240,7 @@ def write_gradient(
     """dz = g_m (onehot(y) - p) + g_k (p - q) of whole rows, or of tiles (labels count from them).
 
     ``gradient`` may be the policy's logits. It may be the reference's where g_m = g_k in all rows.
+    Of float32 logits it may be bfloat16 or float16, in memory of its own: rounded once, to nearest.
     """
     if not serves(gradient.device):
         arguments = (labels, normalizers, grad_logps, grad_kl, ignore_index)
@@ -254,6 +255,7 @@ def write_gradient(
         gradient.device,
         *_problem(policy_logits, reference_logits, labels, ignore_index),
         *_addresses(saved),
+        _DTYPE_CODES[gradient.dtype],
         gradient.data_ptr(),
         *_row_layout(gradient),
     )

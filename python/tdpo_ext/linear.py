@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdpo_ext import checks, linear_ops
 from tdpo_ext.distributed import local_labels
-from tdpo_ext.fused_head import DEFAULT_CHUNK_BYTES, captured
+from tdpo_ext.fused_head import captured, default_chunk_bytes
 from tdpo_ext.gemm import accumulation_dtype
 from tdpo_ext.linear_ops import Heads, Options
 from tdpo_ext.outputs import TDPOOutput, TokenStats
@@ -67,8 +67,9 @@ def linear_token_stats(
         reference_logit_scale, reference_logit_softcap: of the reference's; None: the policy's.
         ignore_index: tokens with this label are left out before the first product: they cost
             nothing, and their outputs and gradients are 0.
-        chunk_bytes: scratch memory, beyond inputs, outputs and gradients. None: 256 MiB. Results
-            do not depend on it beyond rounding.
+        chunk_bytes: scratch memory, beyond inputs, outputs and gradients. None: 256 MiB, and on
+            CUDA a 32nd of the card's memory, between 256 MiB and 2 GiB. Results do not depend on
+            it beyond rounding.
         process_group: of the processes that share the vocabulary (tensor parallel). Weights and
             biases are this process's rows, all parts equally wide and in the order of ranks; hidden
             states and labels (global ids) are the same everywhere, and so are the results and the
@@ -221,7 +222,7 @@ def _checked(
         _autocast(policy), _autocast(reference), chunk_bytes, process_group
     )
     checks.check_not_transformed(*policy, *reference)
-    bytes_at_once = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    bytes_at_once = default_chunk_bytes(policy[0].device) if chunk_bytes is None else chunk_bytes
     sharded = ("", 0, 0) if shard is None else shard
     options = Options(*checks.logit_options(*logits), ignore_index, bytes_at_once, *sharded)
     return (policy, reference), options
@@ -272,7 +273,7 @@ def _pairs_at_once(heads: Heads, options: Options, sequences: int, packed: bool)
         return 0
     problem = linear_ops.problem_of(heads, options)
     tokens = heads.labels.numel() if packed else 2 * heads.labels.numel() // sequences
-    cost = costs(problem.heads, tiles=2, gathers=True)
+    cost = costs(problem.heads, tiles=2, gathers=True, gradients=True)
     fitting = pairs_that_fit(cost, max(1, tokens), problem.policy.vocabulary, problem.chunk_bytes)
     pairs = sequences // 2
     return (pairs if fitting else 0) if packed else min(fitting, pairs)

@@ -7,6 +7,7 @@ options.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +51,7 @@ _library.define(
 _library.define(
     f"linear_tdpo_gradients({_HEADS}, Tensor? cu_seqlens, SymInt sequences, {_OPTIONS},"
     " float beta, float alpha, str variant, float label_smoothing, bool average_log_prob,"
-    f" float weight, SymInt pairs_at_once, bool[] wanted) -> ({_STATS}, {_GRADIENTS})"
+    f" float weight, SymInt pairs_at_once, bool[] wanted) -> ({_STATS}, {_GRADIENTS}, Tensor unit)"
 )
 
 
@@ -165,6 +166,12 @@ def _direction_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return *kernels.empty_outputs(heads.policy_hidden, heads.labels.shape)[:3], direction
 
 
+def gradient_unit(slope: float) -> float:
+    """The power of 2 next to a slope, of which gradients that are made in forward are multiples:
+    numbers near 1 do not leave float16's range, and the factor costs no rounding."""
+    return float(2.0 ** round(math.log2(slope)))
+
+
 def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
     (cu_seqlens, sequences), rest = arguments[7:9], arguments[9:]
     options, rest = Options(*rest[: len(Options._fields)]), rest[len(Options._fields) :]
@@ -173,35 +180,38 @@ def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
     sequence = sequence_of_tokens(problem.labels, cu_seqlens, sequences)
     pairs = sequences // 2
     dtype = accumulation_dtype(problem.policy.hidden.dtype)  # alpha may be no float32
-    ratio = torch.tensor(kl_ratios(alpha, variant), dtype=dtype, device=sequence.device)
+    rejected = sequence // pairs
+    ratio = torch.tensor(kl_ratios(alpha, variant), dtype=dtype, device=sequence.device)[rejected]
     sign = torch.tensor([1.0, -1.0], dtype=dtype, device=sequence.device)
+    unit = gradient_unit(beta * weight)
 
-    def upstream_of(outputs: kernels.Outputs) -> tuple[Tensor, Tensor]:
+    def slopes_of(outputs: kernels.Outputs) -> Tensor:
         """What autograd would give, written out: the loss is made of few terms."""
         shape = (-1,) if cu_seqlens is not None else (sequences, -1)
         stats = TokenStats(*(x.view(shape) for x in outputs[:3]))
         labels = problem.labels.view(shape)
         terms = sequence_terms(stats, labels, cu_seqlens, average, problem.ignore_index)
         difference = pair_difference(terms.margin, terms.kl, alpha, variant)
-        slopes = weight * pair_slopes(difference, beta, label_smoothing)
+        slopes = weight / unit * pair_slopes(difference, beta, label_smoothing)
         per_sequence = (sign[:, None] * slopes).flatten()
         if terms.kept is not None:
             per_sequence = per_sequence / terms.kept
-        grad_logps = per_sequence[sequence]
-        return grad_logps, grad_logps * ratio[sequence // pairs]
+        slopes_of_tokens: Tensor = per_sequence[sequence]
+        return slopes_of_tokens
 
     chunk = (sequence % pairs) // pairs_at_once
     chunks = -(-pairs // pairs_at_once)
     outputs, gradients = fused_head.forward_by_pairs(
-        problem, chunk, chunks, upstream_of, Wanted(*wanted)
+        problem, chunk, chunks, ratio, slopes_of, Wanted(*wanted)
     )
-    return *outputs[:3], *gradients
+    return *outputs[:3], *gradients, ratio.new_tensor(unit)
 
 
 def _gradients_fake(*arguments: Any) -> tuple[Tensor, ...]:
     heads = Heads(*arguments[:7])
     outputs = kernels.empty_outputs(heads.policy_hidden, heads.labels.shape)
-    return *outputs[:3], *_empty_gradients(heads, arguments[-1])
+    unit = outputs[0].new_empty(())
+    return *outputs[:3], *_empty_gradients(heads, arguments[-1]), unit
 
 
 for _name, _function, _fake in (
@@ -321,12 +331,12 @@ def with_direction(heads: Heads, options: Options, ratio: Tensor) -> TokenStats:
 
 
 class _WithGradients(torch.autograd.Function):
-    """Way (c): a loss whose gradients are there already."""
+    """Way (c): a loss whose gradients are there already, in a unit."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, wanted: Wanted, *tensors: Any) -> Tensor:
-        parameters, gradients = tensors[:3], tensors[3:]
-        ctx.save_for_backward(*gradients)
+        parameters, gradients_and_unit = tensors[:3], tensors[3:]
+        ctx.save_for_backward(*gradients_and_unit)
         ctx.wanted = wanted
         ctx.dtypes = [None if x is None else x.dtype for x in parameters]
         return loss.clone()
@@ -335,16 +345,20 @@ class _WithGradients(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_graph_of_gradients()
         scaled: list[Tensor | None] = []
-        for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True):
+        *gradients, unit = ctx.saved_tensors
+        factor = upstream[0] * unit
+        for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True):
             if not wanted:
                 scaled.append(None)
             elif dtype != gradient.dtype:
-                scaled.append((gradient * upstream[0]).to(dtype))
+                scaled.append(
+                    torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+                )
             else:
                 # In place: a second gradient of the head's size might not fit. A second backward
                 # raises, since the saved tensor has changed.
-                scaled.append(gradient.mul_(upstream[0]).detach())
-        return None, None, *scaled, None, None, None
+                scaled.append(gradient.mul_(factor).detach())
+        return None, None, *scaled, None, None, None, None
 
 
 def attach_gradients(

@@ -15,6 +15,13 @@ LEAST_COLUMNS = 256
 tiles are slow."""
 MOST_COLUMNS_ON_CPU = 2048
 """Measured: wider tiles leave the cache, and fresh memory costs a page fault every 4 KiB."""
+MOST_COLUMNS_ON_CUDA = 8192
+"""Measured on an H200: products of wider tiles are at most 2 % faster."""
+GROUP_ROWS = (512, 256, 128)
+"""Rows whose whole logits exist at a time, the first that fit, where gradients of more rows are
+kept. Each group reads the weights once: with fewer rows memory cannot keep up with the products."""
+PRODUCT_ROWS = (1024, 128)
+"""Products take rows 128 at a time, and eight times as many give each multiprocessor a part."""
 COLUMN_MULTIPLE = 64
 """Tiles, and the rows in them, start at multiples of this: products into rows 50257 numbers apart
 take longer than into rows 50304 apart (docs/fused-head.md)."""
@@ -30,22 +37,26 @@ class Plan(NamedTuple):
     columns: int
     cast_columns: int
     """Of so many columns' weights are cast at a time, where products need it."""
+    gradient_rows: int
+    """The gradient of so many rows exists at a time, where it lies beside the logits."""
 
 
 class Costs(NamedTuple):
     """Bytes of scratch memory."""
 
-    of_row: int  # hidden states that are gathered or cast
+    of_row: int  # hidden states that are gathered, cast or scaled, and their gradient
     of_column: int  # weights that are cast
     of_logit: int  # the tiles
+    of_gradient: int = 0  # the gradient of a logit, where it does not lie over it
 
     def row_with(self, columns: int) -> int:
         """Of a row, with its part of tiles so wide."""
-        return self.of_row + row_stride(columns) * self.of_logit
+        return self.of_row + row_stride(columns) * (self.of_logit + self.of_gradient)
 
 
-def costs(heads: tuple[Head, ...], tiles: int, gathers: bool) -> Costs:
-    """``tiles``: of logits' size at a time. ``gathers``: the rows are not a range."""
+def costs(heads: tuple[Head, ...], tiles: int, gathers: bool, gradients: bool) -> Costs:
+    """``tiles``: of logits' size at a time. ``gathers``: the rows are not a range. ``gradients``:
+    the policy's are made."""
     size = heads[0].accumulation_dtype.itemsize
     of_row = 0
     for head in heads:
@@ -55,7 +66,15 @@ def costs(heads: tuple[Head, ...], tiles: int, gathers: bool) -> Costs:
         elif gathers:
             of_row += width * head.hidden.element_size()
     of_column = max(head.weight.shape[1] * size if head.casts else 0 for head in heads)
-    return Costs(of_row, of_column, tiles * size)
+    if not gradients:
+        return Costs(of_row, of_column, tiles * size)
+    policy = heads[0]
+    width, stored = policy.hidden.shape[1], policy.gradient_dtype.itemsize
+    if gathers:
+        of_row += width * size
+    if not policy.rounds_gradient:
+        return Costs(of_row, of_column, tiles * size)
+    return Costs(of_row + width * stored, of_column, tiles * size, stored)
 
 
 def plan_tiles(
@@ -66,10 +85,10 @@ def plan_tiles(
     fitting = (chunk_bytes - columns * cost.of_column) // cost.row_with(columns)
     rows = max(1, min(rows, fitting))
     left = chunk_bytes - rows * cost.of_row
-    columns = left // (cost.of_column + rows * cost.of_logit)
+    columns = left // (cost.of_column + rows * (cost.of_logit + cost.of_gradient))
     columns = max(1, columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
     columns = min(columns, most_columns, vocabulary)
-    return Plan(rows, columns, columns)
+    return Plan(rows, columns, columns, rows)
 
 
 def plan_whole_rows(cost: Costs, rows: int, vocabulary: int, chunk_bytes: int) -> Plan:
@@ -80,31 +99,74 @@ def plan_whole_rows(cost: Costs, rows: int, vocabulary: int, chunk_bytes: int) -
         cast_columns = max(1, min(most, chunk_bytes // 8 // cost.of_column))
     left = chunk_bytes - cast_columns * cost.of_column
     fitting = left // cost.row_with(vocabulary)
-    return Plan(max(1, min(rows, fitting)), vocabulary, cast_columns)
+    fitting = max(1, min(rows, fitting))
+    return Plan(fitting, vocabulary, cast_columns, fitting)
+
+
+def rows_with_groups(cost: Costs, group: int, vocabulary: int, chunk_bytes: int) -> int:
+    """Of how many rows the gradient fits, while whole logits exist of a group of them."""
+    of_logits = row_stride(vocabulary) * cost.of_logit
+    of_row = cost.row_with(vocabulary) - of_logits
+    at_once = chunk_bytes // (of_row + of_logits)  # if all are one group
+    return at_once if at_once <= group else (chunk_bytes - group * of_logits) // of_row
+
+
+def plan_groups(
+    cost: Costs, rows: int, vocabulary: int, chunk_bytes: int, all_at_once: bool
+) -> Plan:
+    """Whole rows in groups, and gradients of several groups: of all rows, or of those that fit."""
+    group = kept = 0
+    for group in GROUP_ROWS:
+        kept = rows_with_groups(cost, group, vocabulary, chunk_bytes)
+        if kept >= (rows if all_at_once else min(rows, 2 * group)):
+            break
+    if all_at_once:
+        kept = rows
+    elif kept < rows:
+        multiple = next((x for x in PRODUCT_ROWS if x <= kept), 1)
+        kept = max(1, kept // multiple * multiple)
+    kept = min(kept, rows)
+    return Plan(max(1, min(group, kept)), vocabulary, vocabulary, kept)
 
 
 def pairs_that_fit(cost: Costs, tokens_of_pair: int, vocabulary: int, chunk_bytes: int) -> int:
-    """Of how many pairs the logits fit at a time; 0 if not even of one."""
+    """Of how many pairs the logits, or the gradients that are kept, fit at a time; 0: of none."""
+    if cost.of_gradient:
+        fitting = (rows_with_groups(cost, x, vocabulary, chunk_bytes) for x in GROUP_ROWS)
+        return next((rows // tokens_of_pair for rows in fitting if rows >= tokens_of_pair), 0)
     plan = plan_whole_rows(cost, 2**62, vocabulary, chunk_bytes)
     fits = plan.rows * cost.row_with(vocabulary) <= chunk_bytes
     return plan.rows // tokens_of_pair if fits else 0
 
 
 class Scratch:
-    """Memory for tiles, taken once."""
+    """Memory for tiles, taken once; with ``gradients`` also for those beside the logits."""
 
-    def __init__(self, plan: Plan, heads: tuple[Head, ...], tiles: int) -> None:
-        like = heads[0].hidden
-        dtype = heads[0].accumulation_dtype
+    def __init__(
+        self, plan: Plan, heads: tuple[Head, ...], tiles: int, gradients: bool = False
+    ) -> None:
+        policy = heads[0]
+        like, dtype = policy.hidden, policy.accumulation_dtype
         self.plan = plan
-        size = plan.rows * row_stride(plan.columns)
-        self.tiles = [like.new_empty(size, dtype=dtype) for _ in range(tiles)]
+        stride = row_stride(plan.columns)
+        self.tiles = [like.new_empty(plan.rows * stride, dtype=dtype) for _ in range(tiles)]
+        beside = gradients and policy.rounds_gradient
+        size = plan.gradient_rows * stride if beside else 0
+        self.gradients = like.new_empty(size, dtype=policy.gradient_dtype) if beside else None
         width = max(head.weight.shape[1] if head.casts else 0 for head in heads)
         self.cast = Cast(like.new_empty(plan.cast_columns * width, dtype=dtype))
 
     def tile(self, number: int, rows: int, columns: int) -> Tensor:
-        stride = row_stride(columns)
-        return self.tiles[number][: rows * stride].view(rows, stride)[:, :columns]
+        return _tile_of(self.tiles[number], rows, columns)
+
+    def gradient(self, rows: int, columns: int) -> Tensor | None:
+        """Memory for a gradient beside the logits; None: it lies over them."""
+        return None if self.gradients is None else _tile_of(self.gradients, rows, columns)
+
+
+def _tile_of(memory: Tensor, rows: int, columns: int) -> Tensor:
+    stride = row_stride(columns)
+    return memory[: rows * stride].view(rows, stride)[:, :columns]
 
 
 def column_ranges(vocabulary: int, step: int) -> Iterator[range]:

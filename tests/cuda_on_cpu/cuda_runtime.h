@@ -26,7 +26,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
 struct alignas(16) uint4 {

@@ -100,7 +100,7 @@ struct Tensors {
     const std::vector<Real> g_m = {Real(1), Real(1), Real(0.5)},
                             g_k = {Real(0.5), Real(1), Real(0)};
     tdpo::cpu::token_stats_backward({mine, normalizers.data() + 8 * first, g_m.data(), g_k.data(),
-                                     policy.data() + first * vocabulary, rows()},
+                                     dtype, policy.data() + first * vocabulary, rows()},
                                     kernels, 1);
   }
 };

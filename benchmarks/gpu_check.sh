@@ -124,6 +124,7 @@ for name, step in steps.items():
     if step["status"]:
         said = [x for x in lines if x.startswith(("E  ", "FAILED", "ERROR", "MISSED", "CUDA:"))]
         said += [x for x in lines if "error" in x.lower()] + lines[-3:]
+        said = list(dict.fromkeys(said))
         step["first_failure"] = said[:3]
         print(f"\n{name} failed (status {step['status']}; 124: out of time)", *said[:3], sep="\n  ")
 (out / "gpu-check.json").write_text(json.dumps(steps, indent=1) + "\n")

@@ -2,8 +2,8 @@
 
     python docs/fill.py
 
-The errors come from the tests: pytest tests/test_attach.py tests/test_trainers.py
-tests/test_distributed.py --record benchmarks/results/trainers.json
+The errors come from the tests: pytest tests/test_attach.py tests/test_architectures.py
+tests/test_trainers.py tests/test_distributed.py --record benchmarks/results/trainers.json
 """
 
 from __future__ import annotations

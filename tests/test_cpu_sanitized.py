@@ -34,7 +34,7 @@ PLANTED = {
     ),
     "a store past the end": (
         "cpu/simd.h",
-        "std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(T));",
+        "std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(To));",
         "std::memcpy(to, padded, sizeof(padded));",
     ),
 }

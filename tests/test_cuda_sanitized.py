@@ -12,7 +12,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 FILES = ["test_token_stats.py", "test_edges.py", "test_not_finite.py", "test_cuda_kernels.py"]
-FILES += ["test_linear.py"]
+FILES += ["test_linear.py", "test_gradient_dtypes.py"]
 # Long in this build, or of memory that the sanitizer will not reserve.
 NOT = [
     "fma",  # the other rounding: the same reads and writes

@@ -208,7 +208,9 @@ def test_an_encoder_decoder_is_cached_by_both_sides(tmp_path: Path) -> None:
             data_collator=of_transformers.PreferenceCollator(0, encoder_decoder=True),
         )
         losses.append(steps(made).losses)
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    # T5's attention takes another kernel with gradients than without: a rounding of 1e-6 at first,
+    # which steps of a learning rate of 0.5 make larger.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[1][0] == pytest.approx(math.log(2), abs=1e-6)
 
 

@@ -38,7 +38,7 @@ class Expected(NamedTuple):
     per_entry: float | None = None  # instructions in the hot loop, at most
 
 
-# Of backward's loops, by what they read: one side (policy or reference), both with one sign, both.
+# Loops of backward, by what they read: one side (policy or reference), both with one sign, both.
 # Instructions for each entry, at most; half-width and float32, aligned alike and shifted.
 BACKWARD = {
     ("half", "0"): (7, 7, 13, 30),

@@ -40,7 +40,7 @@ LAYOUTS = [
 
 
 def measured_row(shape: list[int]) -> render_gpu.Report:
-    """Of benchmarks/fused_head.py, all tokens kept."""
+    """A row of benchmarks/fused_head.py, all tokens kept."""
     rows = render_gpu.load(render_gpu.FUSED)["measurements"]
     [row] = [row for row in rows if row["shape"] == shape and row["ignored"] == 0]
     return row

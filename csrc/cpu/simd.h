@@ -147,7 +147,7 @@ struct Storage<BFloat16> {
     const Bits<float> both = (rounded(values.first) >> 16) | (rounded(values.second) & kUpper);
     std::memcpy(to, &both, sizeof(both));
   }
-  // Of vectors that another storage has loaded: entries in their order.
+  // Takes vectors that another storage has loaded: entries in their order.
   static TDPO_INLINE void store_in_order(BFloat16* to, const Two<float>& values) {
     store_half_bits(to, rounded(values.first) >> 16);
     store_half_bits(to + Lanes<float>::kCount, rounded(values.second) >> 16);

@@ -212,8 +212,8 @@ class WarpStats {
   Real k;  // e^(reference_max + centre - policy_max); 0 while one of them is not known
   const bool long_row;
   bool base_is_quick;
-  // Of the quick way: M and C, and what its sums are multiplied by. M and C are rounded; the scales
-  // put that back.
+  // For the quick path: M and C, and what its sums are multiplied by. M and C are rounded; the
+  // scales put that back.
   struct {
     float reference, centre;
   } shift;

@@ -20,7 +20,12 @@ from tdpo_ext.integrations.attach import (
     detach_tdpo,
 )
 from tdpo_ext.integrations.cached_reference import CachedReference, cache_reference_of_trainer
-from tdpo_ext.integrations.hidden import HeadInputs, decoder_inputs, language_model
+from tdpo_ext.integrations.hidden import (
+    HeadInputs,
+    decoder_inputs,
+    language_model,
+    router_coefficient,
+)
 from tdpo_ext.integrations.preferences import (
     PreferenceBatch,
     PreferenceCollator,
@@ -160,8 +165,7 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         output = model(**inputs, tdpo=TDPOTargets(reference, **targets))
         if output.aux_loss is None:
             return output.tdpo, None
-        coefficient = text_config(model).router_aux_loss_coef
-        return output.tdpo, RouterLoss(output.aux_loss, coefficient)
+        return output.tdpo, RouterLoss(output.aux_loss, router_coefficient(unwrapped(model)))
 
     def _reference_inputs(
         self, model: nn.Module, inputs: dict[str, Any], cached: Tensor | None

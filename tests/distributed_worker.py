@@ -85,7 +85,12 @@ def main() -> None:
             os._exit(1)
     if rank == 0:
         (Path(folder) / "results.json").write_text(json.dumps(results, indent=1))
+    dist.barrier()
     dist.destroy_process_group()
+    # Results are written. Ending the interpreter would destroy the threads that gloo and the data
+    # loaders may still have, and a destroyed thread that still runs aborts the process.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

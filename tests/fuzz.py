@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import tdpo_ext
-from tdpo_ext import kernels
+from tdpo_ext.token_statistics import kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EXPECTED = (TypeError, ValueError, IndexError)

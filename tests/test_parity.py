@@ -13,10 +13,11 @@ import torch
 from conftest import COMPILED, numpy64
 
 import tdpo_ext
-from tdpo_ext import kernels, parity
+from tdpo_ext import parity
 from tdpo_ext.outputs import TokenStats
 from tdpo_ext.parity import __main__ as command
 from tdpo_ext.parity import backends, cases, formulas, measure, table, truth, wanted
+from tdpo_ext.token_statistics import kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

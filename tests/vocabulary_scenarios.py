@@ -18,10 +18,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import tdpo_ext
-from tdpo_ext import distributed, kernels, reference
+from tdpo_ext import distributed, reference
 from tdpo_ext.distributed import shard_of
-from tdpo_ext.fused_head import Problem
-from tdpo_ext.head import Head
+from tdpo_ext.fused_head.head import Head
+from tdpo_ext.fused_head.passes import Problem
+from tdpo_ext.token_statistics import kernels
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 VOCABULARY, TOKENS, PAIRS, WIDTH = 240, 7, 2, 16

@@ -9,8 +9,8 @@ from tdpo_ext.functional import (
     token_stats,
 )
 from tdpo_ext.modules import LinearTDPOLoss, TDPOLoss
-from tdpo_ext.native import backends
 from tdpo_ext.outputs import TDPOOutput, TokenStats
+from tdpo_ext.token_statistics.native import backends
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import tdpo_ext
-from tdpo_ext import kernels, native
+from tdpo_ext.token_statistics import kernels, native
 
 NAME_WIDTH = 26
 ENVIRONMENT = (kernels.INSTRUCTION_SET_VARIABLE, "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")

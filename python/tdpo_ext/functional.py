@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tdpo_ext import checks, ops
+from tdpo_ext import checks
 from tdpo_ext.distributed import Shard, local_logits, shard_of
-from tdpo_ext.linear import linear_tdpo_loss, linear_token_stats
+from tdpo_ext.fused_head.functional import linear_tdpo_loss, linear_token_stats
 from tdpo_ext.outputs import TDPOOutput, TokenStats
 from tdpo_ext.reference import aligned_labels, check_token_stats, loss_from_stats, pair_loss
+from tdpo_ext.token_statistics import ops
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

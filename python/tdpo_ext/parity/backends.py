@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from tdpo_ext import kernels, native
+from tdpo_ext.token_statistics import kernels, native
 
 
 class Backend(NamedTuple):

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdpo_ext import checks, kernels
+from tdpo_ext import checks
 from tdpo_ext.distributed import IGNORED, Shard
 from tdpo_ext.outputs import TokenStats
+from tdpo_ext.token_statistics import kernels
 
 _library = torch.library.Library("tdpo_ext", "FRAGMENT")
 _library.define(

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tdpo_ext import checks, fused_head, kernels
+from tdpo_ext import checks
 from tdpo_ext.distributed import Shard
-from tdpo_ext.fused_head import Problem
-from tdpo_ext.gemm import accumulation_dtype
-from tdpo_ext.head import Head, Wanted
+from tdpo_ext.fused_head import passes
+from tdpo_ext.fused_head.head import Head, Wanted
+from tdpo_ext.fused_head.passes import Problem
+from tdpo_ext.fused_head.products import accumulation_dtype
 from tdpo_ext.outputs import TokenStats
 from tdpo_ext.reference import (
     kl_ratios,
@@ -26,6 +27,7 @@ from tdpo_ext.reference import (
     sequence_terms,
 )
 from tdpo_ext.sequences import sequence_of_tokens
+from tdpo_ext.token_statistics import kernels
 
 _library = torch.library.Library("tdpo_ext", "FRAGMENT")
 
@@ -135,7 +137,7 @@ def _empty_gradients(heads: Heads, wanted: list[bool]) -> list[Tensor]:
 
 
 def _forward(*arguments: Any) -> kernels.Outputs:
-    return fused_head.forward(_checked_problem(Heads(*arguments[:7]), Options(*arguments[7:])))
+    return passes.forward(_checked_problem(Heads(*arguments[:7]), Options(*arguments[7:])))
 
 
 def _forward_fake(*arguments: Any) -> kernels.Outputs:
@@ -144,10 +146,10 @@ def _forward_fake(*arguments: Any) -> kernels.Outputs:
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    heads, upstream = Heads(*arguments[:7]), fused_head.Upstream(*arguments[7:10])
+    heads, upstream = Heads(*arguments[:7]), passes.Upstream(*arguments[7:10])
     *options, wanted = arguments[10:]
     problem = problem_of(heads, Options(*options))
-    return fused_head.backward(problem, upstream, Wanted(*wanted))
+    return passes.backward(problem, upstream, Wanted(*wanted))
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -156,7 +158,7 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _direction(*arguments: Any) -> tuple[Tensor, ...]:
     problem = _checked_problem(Heads(*arguments[:7]), Options(*arguments[8:]))
-    outputs, direction = fused_head.forward_with_direction(problem, arguments[7])
+    outputs, direction = passes.forward_with_direction(problem, arguments[7])
     return *outputs[:3], direction
 
 
@@ -201,7 +203,7 @@ def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
 
     chunk = (sequence % pairs) // pairs_at_once
     chunks = -(-pairs // pairs_at_once)
-    outputs, gradients = fused_head.forward_by_pairs(
+    outputs, gradients = passes.forward_by_pairs(
         problem, chunk, chunks, ratio, slopes_of, Wanted(*wanted)
     )
     return *outputs[:3], *gradients, ratio.new_tensor(unit)

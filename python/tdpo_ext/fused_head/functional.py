@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tdpo_ext import checks, linear_ops
+from tdpo_ext import checks
 from tdpo_ext.distributed import local_labels
-from tdpo_ext.fused_head import captured, default_chunk_bytes
-from tdpo_ext.gemm import accumulation_dtype
-from tdpo_ext.linear_ops import Heads, Options
+from tdpo_ext.fused_head import ops
+from tdpo_ext.fused_head.ops import Heads, Options
+from tdpo_ext.fused_head.passes import captured, default_chunk_bytes
+from tdpo_ext.fused_head.products import accumulation_dtype
+from tdpo_ext.fused_head.tiles import costs, pairs_that_fit
 from tdpo_ext.outputs import TDPOOutput, TokenStats
 from tdpo_ext.reference import (
     Side,
@@ -21,7 +23,6 @@ from tdpo_ext.reference import (
     loss_from_stats,
 )
 from tdpo_ext.sequences import sequence_of_tokens
-from tdpo_ext.tiles import costs, pairs_that_fit
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -100,7 +101,7 @@ def linear_token_stats(
         process_group,
     )
     checks.check_labels("labels", labels, policy_hidden)
-    stats = linear_ops.recompute(flat(heads, labels), options)
+    stats = ops.recompute(flat(heads, labels), options)
     return TokenStats(*(values.view(labels.shape) for values in stats))
 
 
@@ -184,12 +185,12 @@ def linear_tdpo_loss(
         )
 
     if options.shard is not None:
-        return output_of(linear_ops.recompute(inputs, options))
+        return output_of(ops.recompute(inputs, options))
     wanted = inputs.wanted
     sequences = aligned.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if wanted.hidden and not wanted.weight and not wanted.bias:
         ratio = _kl_ratio_of_tokens(inputs, cu_seqlens, sequences, alpha, variant)
-        return output_of(linear_ops.with_direction(inputs, options, ratio))
+        return output_of(ops.with_direction(inputs, options, ratio))
     pairs_at_once = _pairs_at_once(inputs, options, sequences, cu_seqlens is not None)
     if any(wanted) and reduction != "none" and pairs_at_once:
         weight = 1 / (sequences // 2) if reduction == "mean" else 1.0
@@ -204,9 +205,9 @@ def linear_tdpo_loss(
             list(wanted),
         )
         output = output_of(TokenStats(*results[:3]))
-        loss = linear_ops.attach_gradients(output.loss, inputs, results[3:], wanted)
+        loss = ops.attach_gradients(output.loss, inputs, results[3:], wanted)
         return output._replace(loss=loss)
-    return output_of(linear_ops.recompute(inputs, options))
+    return output_of(ops.recompute(inputs, options))
 
 
 def _checked(
@@ -271,7 +272,7 @@ def _pairs_at_once(heads: Heads, options: Options, sequences: int, packed: bool)
     """
     if sequences == 0 or captured(heads.labels):
         return 0
-    problem = linear_ops.problem_of(heads, options)
+    problem = ops.problem_of(heads, options)
     tokens = heads.labels.numel() if packed else 2 * heads.labels.numel() // sequences
     cost = costs(problem.heads, tiles=2, gathers=True, gradients=True)
     fitting = pairs_that_fit(cost, max(1, tokens), problem.policy.vocabulary, problem.chunk_bytes)

@@ -74,7 +74,7 @@ def cuda_absent_because(device: torch.device) -> str:
 
 
 def _cpu_backend() -> dict[str, Any]:
-    from tdpo_ext.kernels import instruction_set
+    from tdpo_ext.token_statistics.kernels import instruction_set
 
     if core is None:
         return {"compiled": False, "reason": core_absent_because}

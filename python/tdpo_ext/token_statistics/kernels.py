@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdpo_ext import checks, fallback
+from tdpo_ext import checks
 from tdpo_ext.distributed import IGNORED, Shard, gather_logits, gather_records
-from tdpo_ext.native import core, core_absent_because, cuda_absent_because
+from tdpo_ext.token_statistics import fallback
+from tdpo_ext.token_statistics.native import core, core_absent_because, cuda_absent_because
 
 INSTRUCTION_SET_VARIABLE = "TDPO_EXT_INSTRUCTION_SET"
 RECORD = 9

@@ -177,7 +177,7 @@ def made_in_forward(given: dict[str, Any], labels: Tensor, chunk_bytes: int) -> 
     heads = [x.flatten(0, 1) if i in (0, 3) and x is not None else x for i, x in enumerate(heads)]
     options = (1.0, 0.0, 1.0, 0.0, -100, chunk_bytes, "", 0, 0)
     sequences = labels.shape[0]
-    loss_options = (0.1, 0.5, "tdpo2", 0.0, False, 2 / sequences, sequences // 2)
+    loss_options = (0.1, 0.5, "tdpo2", 0.0, False, "mean", sequences // 2)
     results = torch.ops.tdpo_ext.linear_tdpo_gradients(
         *heads, labels.flatten(), None, sequences, *options, *loss_options, [True, True, False]
     )

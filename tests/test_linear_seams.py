@@ -306,7 +306,7 @@ def test_opcheck(on_host, dtype):
         OPS.linear_token_stats_direction.default, (*heads, labels, torch.rand(5), *options)
     )
     bounds = torch.tensor([0, 2, 2, 3, 5])
-    loss_options = (0.1, 0.5, "tdpo2", 0.0, True, 0.5, 2, wanted)
+    loss_options = (0.1, 0.5, "tdpo2", 0.0, True, "mean", 2, wanted)
     torch.library.opcheck(
         OPS.linear_tdpo_gradients.default, (*heads, labels, bounds, 4, *options, *loss_options)
     )

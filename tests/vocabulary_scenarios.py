@@ -144,11 +144,6 @@ def logits_on_emulated_cuda() -> dict[str, float]:
 
 
 @scenario
-def logits_of_the_definition() -> dict[str, float]:
-    return sharded_stats(reference.token_stats)
-
-
-@scenario
 def logits_compiled() -> dict[str, float]:
     compiled = torch.compile(tdpo_ext.token_stats, fullgraph=True, backend="aot_eager")
     return sharded_stats(compiled)
@@ -290,11 +285,6 @@ def head_on_emulated_cuda() -> dict[str, float]:
 
 
 @scenario
-def head_of_the_definition() -> dict[str, float]:
-    return sharded_head(function=reference.linear_tdpo_loss)
-
-
-@scenario
 def head_compiled() -> dict[str, float]:
     compiled = torch.compile(tdpo_ext.linear_tdpo_loss, fullgraph=True, backend="aot_eager")
     return sharded_head(function=compiled)
@@ -316,11 +306,6 @@ def dtensor_head(function: Any) -> dict[str, float]:
 @scenario
 def head_as_dtensors_of_uneven_width() -> dict[str, float]:
     return dtensor_head(tdpo_ext.linear_tdpo_loss)
-
-
-@scenario
-def head_of_the_definition_as_dtensors() -> dict[str, float]:
-    return dtensor_head(reference.linear_tdpo_loss)
 
 
 @scenario

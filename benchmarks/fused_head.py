@@ -44,7 +44,7 @@ from gpu_against_copy import Clock
 from torch import Tensor
 
 import tdpo_ext
-from tdpo_ext.fused_head import passes, products, tiles
+from tdpo_ext.fused_head import problem, products, tiles
 from tdpo_ext.fused_head.tiles import MOST_COLUMNS_ON_CPU, MOST_COLUMNS_ON_CUDA
 
 # Sequences, tokens, H, V.
@@ -166,7 +166,7 @@ def columns_and_rows(columns: int | None, rows: int | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if columns is not None:
             for name in ("MOST_COLUMNS_ON_CPU", "MOST_COLUMNS_ON_CUDA"):
-                stack.enter_context(mock.patch.object(passes, name, columns))
+                stack.enter_context(mock.patch.object(problem, name, columns))
         if rows is not None:
             stack.enter_context(mock.patch.object(tiles, "GROUP_ROWS", (rows,)))
         yield

@@ -9,7 +9,7 @@ import torch
 
 from tdpo_ext.fused_head import products
 from tdpo_ext.fused_head.head import Head
-from tdpo_ext.fused_head.passes import Problem
+from tdpo_ext.fused_head.problem import Problem
 from tdpo_ext.fused_head.tiles import (
     COLUMN_MULTIPLE,
     GROUP_ROWS,

@@ -121,11 +121,6 @@ def check_ignore_index(ignore_index: int) -> None:
         raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
 
 
-def is_dtensor(value: object) -> bool:
-    """Whether a value is a DTensor, found without importing DTensor, which takes long."""
-    return isinstance(value, Tensor) and hasattr(value, "device_mesh")
-
-
 def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
     """Raise IndexError for the first label outside [0, V) that is not ``ignore_index``.
 

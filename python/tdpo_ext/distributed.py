@@ -18,8 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tdpo_ext.checks import is_dtensor
-
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -152,6 +150,11 @@ def sum_gradient(gradient: Tensor, shard: Shard) -> None:
 
 
 # --- DTensors -------------------------------------------------------------------------------------
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether a value is a DTensor, found without importing DTensor, which takes long."""
+    return isinstance(value, Tensor) and hasattr(value, "device_mesh")
 
 
 def local_logits(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tdpo_ext import checks
+from tdpo_ext.distributed import is_dtensor
 from tdpo_ext.loss import LossOptions, loss_from_stats, pair_loss
 from tdpo_ext.outputs import TDPOOutput, TokenStats
 from tdpo_ext.sequences import aligned_labels
@@ -267,7 +268,7 @@ def _check_plain(inplace_backward: bool, process_group: Any, *tensors: Any) -> N
             "inplace_backward=True is for tdpo_ext.token_stats: plain PyTorch keeps the logits for "
             "its backward; pass inplace_backward=False"
         )
-    if process_group is not None or any(map(checks.is_dtensor, tensors)):
+    if process_group is not None or any(map(is_dtensor, tensors)):
         given = "DTensors" if process_group is None else "a process_group"
         raise ValueError(
             f"tdpo_ext.reference takes the whole vocabulary on one process, got {given}; gather "

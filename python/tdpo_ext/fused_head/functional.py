@@ -13,7 +13,7 @@ from tdpo_ext.distributed import Shard, local_head, local_labels, shard_of
 from tdpo_ext.fused_head import ops
 from tdpo_ext.fused_head.ops import Heads, Options
 from tdpo_ext.fused_head.pairs import Batch, kl_ratio_of_tokens
-from tdpo_ext.fused_head.passes import captured, default_chunk_bytes
+from tdpo_ext.fused_head.problem import captured, default_chunk_bytes
 from tdpo_ext.fused_head.products import accumulation_dtype
 from tdpo_ext.fused_head.tiles import costs, pairs_that_fit
 from tdpo_ext.loss import LossOptions, loss_from_stats
@@ -172,7 +172,7 @@ def linear_tdpo_loss(
 def _loss(
     inputs: Heads, options: Options, aligned: Tensor, batch: Batch, loss: LossOptions
 ) -> TDPOOutput:
-    """The loss by the path that costs least (``passes.py``)."""
+    """The loss by the path that costs least (``tdpo_ext.fused_head``)."""
 
     def output_of(stats: TokenStats) -> TDPOOutput:
         shaped = TokenStats(*(values.view(aligned.shape) for values in stats))

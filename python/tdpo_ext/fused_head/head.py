@@ -14,25 +14,7 @@ import torch
 from torch import Tensor
 
 from tdpo_ext.fused_head import products
-
-Rows = slice | Tensor
-"""Tokens: a range of them, or their indices ``[n]``."""
-
-
-class Cast:
-    """Memory for weights that are cast, and what it holds: the next product may take the same."""
-
-    def __init__(self, memory: Tensor) -> None:
-        self.memory = memory
-        self.held: tuple[int, range] | None = None
-
-    def of(self, weight: Tensor, rows: range) -> Tensor:
-        width = weight.shape[1]
-        cast = self.memory[: len(rows) * width].view(len(rows), width)
-        if self.held != (id(weight), rows):
-            cast.copy_(weight[rows.start : rows.stop])
-            self.held = id(weight), rows
-        return cast
+from tdpo_ext.fused_head.tiles import Cast, Rows
 
 
 class Head(NamedTuple):

@@ -2,7 +2,7 @@
 
 An op hides the loop over tiles from torch.compile. All ops take two flat heads first (``Heads``)
 and options (``Options``). The paths are ``recompute``, ``with_direction`` and ``with_gradients``;
-``passes.py`` says what each costs.
+``tdpo_ext.fused_head`` says what each costs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from tdpo_ext.autograd import (
     saved,
 )
 from tdpo_ext.distributed import Shard
-from tdpo_ext.fused_head import passes
+from tdpo_ext.fused_head import backward, forward, forward_gradients
 from tdpo_ext.fused_head.head import Head, Wanted
 from tdpo_ext.fused_head.pairs import Batch, TokenSlopes, kl_ratio_of_tokens
-from tdpo_ext.fused_head.passes import Problem, Upstream
+from tdpo_ext.fused_head.problem import Problem, Upstream
 from tdpo_ext.fused_head.products import accumulation_dtype
 from tdpo_ext.loss import LossOptions
 from tdpo_ext.outputs import TokenStats
@@ -147,7 +147,7 @@ def _empty_gradients(heads: Heads, wanted: list[bool]) -> list[Tensor]:
 
 
 def _forward(heads: Heads, options: Options) -> kernels.Outputs:
-    return passes.forward(_checked_problem(heads, options))
+    return forward.forward(_checked_problem(heads, options))
 
 
 def _forward_fake(heads: Heads, options: Options) -> kernels.Outputs:
@@ -157,7 +157,7 @@ def _forward_fake(heads: Heads, options: Options) -> kernels.Outputs:
 def _backward(
     heads: Heads, upstream: Upstream, options: Options, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
-    return passes.backward(problem_of(heads, options), upstream, Wanted(*wanted))
+    return backward.backward(problem_of(heads, options), upstream, Wanted(*wanted))
 
 
 def _backward_fake(
@@ -167,7 +167,9 @@ def _backward_fake(
 
 
 def _direction(heads: Heads, ratio: Tensor, options: Options) -> tuple[Tensor, ...]:
-    outputs, direction = passes.forward_with_direction(_checked_problem(heads, options), ratio)
+    outputs, direction = forward_gradients.forward_with_direction(
+        _checked_problem(heads, options), ratio
+    )
     return *outputs[:3], direction
 
 
@@ -188,7 +190,7 @@ def _gradients(
     dtype = accumulation_dtype(heads.policy_hidden.dtype)  # which alpha is rounded to
     slopes = TokenSlopes(batch, loss, problem.labels, problem.ignore_index)
     ratio = kl_ratio_of_tokens(slopes.sequence, batch.pairs, loss.alpha, loss.variant, dtype)
-    outputs, gradients = passes.forward_by_pairs(
+    outputs, gradients = forward_gradients.forward_by_pairs(
         problem,
         chunk_of_token=(slopes.sequence % batch.pairs) // pairs_at_once,
         chunks=-(-batch.pairs // pairs_at_once),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tdpo_ext.fused_head.head import Cast, Head, Rows
+if TYPE_CHECKING:
+    from tdpo_ext.fused_head.head import Head
 
 LEAST_COLUMNS = 256
 """Rows are split only if all of them leave room for fewer columns than these: products of narrow
@@ -25,6 +26,9 @@ PRODUCT_ROWS = (1024, 128)
 COLUMN_MULTIPLE = 64
 """Tiles, and the rows in them, start at multiples of this: products into rows 50257 numbers apart
 take longer than into rows 50304 apart (docs/fused-head.md)."""
+
+Rows = slice | Tensor
+"""Tokens: a range of them, or their indices ``[n]``."""
 
 
 def row_stride(columns: int) -> int:
@@ -137,6 +141,22 @@ def pairs_that_fit(cost: Costs, tokens_of_pair: int, vocabulary: int, chunk_byte
     plan = plan_whole_rows(cost, 2**62, vocabulary, chunk_bytes)
     fits = plan.rows * cost.row_with(vocabulary) <= chunk_bytes
     return plan.rows // tokens_of_pair if fits else 0
+
+
+class Cast:
+    """Memory for weights that are cast, and what it holds: the next product may take the same."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.held: tuple[int, range] | None = None
+
+    def of(self, weight: Tensor, rows: range) -> Tensor:
+        width = weight.shape[1]
+        cast = self.memory[: len(rows) * width].view(len(rows), width)
+        if self.held != (id(weight), rows):
+            cast.copy_(weight[rows.start : rows.stop])
+            self.held = id(weight), rows
+        return cast
 
 
 class Scratch:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tdpo_ext import checks
+from tdpo_ext.checks import Reduction, Variant
 from tdpo_ext.distributed import Shard, local_logits, shard_of
 from tdpo_ext.loss import LossOptions, loss_from_stats
 from tdpo_ext.outputs import TDPOOutput, TokenStats
@@ -105,10 +106,10 @@ def tdpo_loss(
     cu_seqlens: Tensor | None = None,
     beta: float = 0.1,
     alpha: float = 0.5,
-    variant: str = "tdpo2",
+    variant: Variant = "tdpo2",
     label_smoothing: float = 0.0,
     average_log_prob: bool = False,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int = -100,
     inplace_backward: bool = False,
     process_group: ProcessGroup | None = None,

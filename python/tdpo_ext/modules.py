@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tdpo_ext import checks
+from tdpo_ext.checks import Reduction, Variant
 from tdpo_ext.functional import tdpo_loss
 from tdpo_ext.fused_head.functional import linear_tdpo_loss
 from tdpo_ext.loss import LossOptions
@@ -23,11 +24,11 @@ class _LossModule(nn.Module):
         self,
         beta: float,
         alpha: float,
-        variant: str,
+        variant: Variant,
         *,
         label_smoothing: float,
         average_log_prob: bool,
-        reduction: str,
+        reduction: Reduction,
         ignore_index: int,
         process_group: ProcessGroup | None,
     ) -> None:
@@ -77,11 +78,11 @@ class TDPOLoss(_LossModule):
         self,
         beta: float = 0.1,
         alpha: float = 0.5,
-        variant: str = "tdpo2",
+        variant: Variant = "tdpo2",
         *,
         label_smoothing: float = 0.0,
         average_log_prob: bool = False,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         ignore_index: int = -100,
         inplace_backward: bool = False,
         process_group: ProcessGroup | None = None,
@@ -137,11 +138,11 @@ class LinearTDPOLoss(_LossModule):
         self,
         beta: float = 0.1,
         alpha: float = 0.5,
-        variant: str = "tdpo2",
+        variant: Variant = "tdpo2",
         *,
         label_smoothing: float = 0.0,
         average_log_prob: bool = False,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         ignore_index: int = -100,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,

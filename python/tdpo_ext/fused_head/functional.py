@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tdpo_ext import checks
-from tdpo_ext.checks import Side
+from tdpo_ext.checks import Reduction, Side, Variant
 from tdpo_ext.distributed import Shard, local_head, local_labels, shard_of
 from tdpo_ext.fused_head import ops
 from tdpo_ext.fused_head.ops import Heads, Options
@@ -118,10 +118,10 @@ def linear_tdpo_loss(
     reference_logit_softcap: float | None = None,
     beta: float = 0.1,
     alpha: float = 0.5,
-    variant: str = "tdpo2",
+    variant: Variant = "tdpo2",
     label_smoothing: float = 0.0,
     average_log_prob: bool = False,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int = -100,
     chunk_bytes: int | None = None,
     process_group: ProcessGroup | None = None,

@@ -14,6 +14,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from tdpo_ext.checks import Variant
 from tdpo_ext.integrations.attach import HEAD_INPUTS, TDPOTargets, attach_tdpo
 from tdpo_ext.integrations.cached_reference import (
     CachedReference,
@@ -40,7 +41,7 @@ __all__ = ["TDPOConfig", "TDPOTrainer"]
 class TDPOConfig(trl.DPOConfig):
     """``DPOConfig`` and the options of TDPO; ``beta`` and ``label_smoothing`` are those of TDPO."""
 
-    tdpo_variant: str = field(default="tdpo2", metadata={"help": '"tdpo2" or "tdpo1"'})
+    tdpo_variant: Variant = field(default="tdpo2", metadata={"help": '"tdpo2" or "tdpo1"'})
     tdpo_alpha: float = field(
         default=0.5, metadata={"help": "Weight of the sequential KL in TDPO2; 0 is DPO."}
     )

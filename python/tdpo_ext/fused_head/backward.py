@@ -1,4 +1,7 @@
-"""Gradients for any upstream gradients, by making logits once more: 3 to 4 units."""
+"""The path "recompute": gradients for any upstream gradients, from logits that are made once more.
+
+With the products of dh and dW it takes 3 to 4 units.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from tdpo_ext.token_statistics import kernels
 
 
 class Kind(NamedTuple):
-    """Which logits the gradient of a row's logits needs (docs/algebra.md)."""
+    """Whose logits the gradient of a row needs (docs/algebra.md)."""
 
     policy: bool
     reference: bool
@@ -32,12 +35,12 @@ KINDS = (Kind(True, True), Kind(True, False), Kind(False, True))
 
 
 def rows_of_kinds(problem: Problem, upstream: Upstream) -> list[Rows]:
-    """The rows of each of ``KINDS``; those with gradient 0 are left out."""
+    """The rows of each of ``KINDS``; rows with gradient 0 are left out."""
     if problem.captured:
         return [slice(0, problem.labels.numel()), slice(0, 0), slice(0, 0)]
     _, grad_logps, grad_kl = upstream
     kind = torch.zeros_like(problem.labels)
-    if kernels.serves(kind.device):  # plain PyTorch needs both in any case
+    if kernels.serves(kind.device):  # plain PyTorch reads both in any case
         kind.masked_fill_(grad_kl == 0, 1).masked_fill_(grad_kl == grad_logps, 2)
     nothing = (grad_kl == 0) & (grad_logps == 0)
     return rows_of_groups(kind.masked_fill_(nothing | ~problem.kept, len(KINDS)), len(KINDS))
@@ -45,7 +48,7 @@ def rows_of_kinds(problem: Problem, upstream: Upstream) -> list[Rows]:
 
 def backward(problem: Problem, upstream: Upstream, wanted: Wanted) -> tuple[Tensor, ...]:
     """Gradients of the policy's hidden states, weight and bias for any upstream gradients."""
-    if problem.captured:  # no row is left out: those that are ignored have gradient 0
+    if problem.captured:  # no row is left out, so ignored ones get upstream gradients 0
         ignored = ~problem.kept
         grads = (grad.masked_fill(ignored, 0) for grad in upstream[1:])
         upstream = Upstream(upstream.normalizers, *grads)
@@ -61,7 +64,10 @@ def backward(problem: Problem, upstream: Upstream, wanted: Wanted) -> tuple[Tens
 def backward_of_kind(
     problem: Problem, kind: Kind, rows: Rows, upstream: Upstream, gradients: HeadGradients
 ) -> None:
-    """With scratch memory of its own, which is free before the next kind takes some."""
+    """Add the gradients of all rows of one kind.
+
+    Its scratch memory is freed on return, before the next kind allocates some.
+    """
     whole_rows = not kernels.serves(problem.labels.device)
     tiles = 2 if problem.policy.softcap else kind.policy + kind.reference
     plan = problem.plan(rows, tiles, whole_rows=whole_rows, gradients=True)
@@ -78,7 +84,7 @@ def recompute(
     gradients: HeadGradients,
     scratch: Scratch,
 ) -> None:
-    """The logits of rows of one kind, as far as it needs them, and their gradients."""
+    """Add the gradients of some rows of one kind, tile by tile."""
     policy, reference = problem.heads
     states = policy.states_of(rows)
     reference_states = reference.states_of(rows) if kind.reference else states
@@ -89,7 +95,7 @@ def recompute(
         z, r = scratch.tile(0, *shape), scratch.tile(-1, *shape)
         if kind.reference:
             reference.write_logits(reference_states, columns, r, scratch.cast)
-        if kind.policy or policy.softcap:  # last: what is cast for it serves dh as well
+        if kind.policy or policy.softcap:  # last, so that dh can use the cast weights again
             policy.write_logits(states, columns, z, scratch.cast)
         own_labels = labels - columns.start
         gradient = tile_gradient(problem, (z, r), own_labels, upstream, scratch.gradient(*shape))

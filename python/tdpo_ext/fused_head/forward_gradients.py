@@ -1,4 +1,8 @@
-"""Statistics and, with these known, gradients of the same logits in forward: 3 or 4 units."""
+"""The paths "direction" and "whole pairs": gradients made in forward, from the same logits.
+
+They take 3 and 4 units. A row's whole logits exist, so its statistics are known before its gradient
+is made.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +32,19 @@ def forward_and_gradient(
     gradients: HeadGradients,
     scratch: Scratch,
 ) -> None:
-    """Whole rows of logits: their statistics, then, with these known, their gradients.
+    """Write the statistics of some rows to ``outputs``, and add their gradients to ``gradients``.
 
-    ``factor_of``: what the gradients by ``upstream_of`` lack, row by row, known when the statistics
-    of all ``rows`` are. Where the gradient lies over the logits all rows are one group.
+    Args:
+        problem: The inputs.
+        rows: Whole rows; they are taken in groups, or as one group where the gradient of the logits
+            overwrites them.
+        upstream_of: The upstream gradients of log p(y) and of the KL, for the rows of one group,
+            whose statistics are known.
+        factor_of: A factor for each row's gradient, asked for when the statistics of all ``rows``
+            are known; None: 1.
+        outputs: The statistics of all rows of the problem.
+        gradients: The gradients of the policy's head.
+        scratch: Memory for the logits.
     """
     states, start = problem.policy.states_of(rows), 0
     beside = scratch.gradient(row_count(rows), problem.policy.vocabulary)
@@ -43,8 +56,8 @@ def forward_and_gradient(
         values = kernels.token_stats(*tiles, labels, problem.ignore_index)
         put(outputs, group, values)
         upstream = Upstream(values[3], *upstream_of(group))
-        of_group = None if beside is None else beside[at]
-        made = tile_gradient(problem, tiles, labels, upstream, of_group)
+        group_gradient = None if beside is None else beside[at]
+        made = tile_gradient(problem, tiles, labels, upstream, group_gradient)
         gradient = made if beside is None else beside
         start = at.stop
     assert gradient is not None
@@ -54,16 +67,16 @@ def forward_and_gradient(
 
 
 def unit_upstream(problem: Problem, ratio: Tensor) -> Callable[[Rows], tuple[Tensor, Tensor]]:
-    """The gradients of log p(y) + ratio KL; none of ignored rows."""
+    """The upstream gradients of log p(y) and KL in log p(y) + ratio KL; 0 for ignored rows."""
     unit = problem.kept.to(ratio.dtype)
     return lambda rows: (unit[rows], ratio[rows] * unit[rows])
 
 
 def forward_with_direction(problem: Problem, ratio: Tensor) -> tuple[kernels.Outputs, Tensor]:
-    """Statistics, and the gradient ``[N, H]`` of log p(y) + ratio KL by the hidden states.
+    """The statistics, and the gradient of log p(y) + ratio KL for the hidden states, ``[N, H]``.
 
-    Where the gradient of the KL is known to be ``ratio`` ``[N]`` times that of log p(y), this is
-    all of the gradient but one factor per token.
+    If the upstream gradient of each token's KL is ``ratio``, ``[N]``, times that of its log p(y),
+    then backward only multiplies this by the upstream gradient of log p(y).
     """
     rows, outputs = problem.kept_rows(), empty_outputs(problem)
     gradients = HeadGradients(problem.policy, Wanted(hidden=True, weight=False, bias=False))
@@ -83,12 +96,22 @@ def forward_by_pairs(
     slopes_of: Callable[[kernels.Outputs], Tensor],
     wanted: Wanted,
 ) -> tuple[kernels.Outputs, tuple[Tensor, ...]]:
-    """Statistics and gradients, of as many pairs at a time as have a number in ``chunk_of_token``.
+    """The statistics, and the gradients of the loss for the policy's head, some pairs at a time.
 
-    ``slopes_of``: the gradient of the loss by log p(y) of each token, ``[N]``, from the outputs so
-    far; it is asked for the tokens of pairs that are complete. That by the KL is ``ratio`` times
-    it. Where the gradient of the logits lies beside them it is made without the slopes, which scale
-    what is made of it.
+    If the gradient of the logits lies beside them, it is made without the slopes, which then scale
+    the gradients that its products give: the slopes need the statistics of all tokens of a pair.
+
+    Args:
+        problem: The inputs.
+        chunk_of_token: The number of each token's chunk, ``[N]``. A chunk holds whole pairs.
+        chunks: The number of chunks.
+        ratio: The upstream gradient of each token's KL over that of its log p(y), ``[N]``.
+        slopes_of: The derivative of the loss with respect to each token's log p(y), ``[N]``, from
+            the outputs so far. It is read for tokens of pairs whose statistics are complete.
+        wanted: The tensors that get a gradient.
+
+    Returns:
+        The outputs, and the gradients of hidden states, weight and bias.
     """
     outputs = empty_outputs(problem)
     gradients = HeadGradients(problem.policy, wanted)

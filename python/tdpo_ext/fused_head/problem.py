@@ -1,4 +1,4 @@
-"""What all passes of the fused head share: the problem, its plans, and the gradient of a tile."""
+"""The inputs of the fused head, plans for their tiles, and the gradient of a tile."""
 
 from __future__ import annotations
 
@@ -26,38 +26,39 @@ from tdpo_ext.token_statistics import kernels
 
 DEFAULT_CHUNK_BYTES = 256 * 2**20
 MOST_CHUNK_BYTES_ON_CUDA = 2 * 2**30
-"""With this the fewest units at (8 x 1024 tokens, H = 4096, V = 128256): docs/fused-head.md."""
+"""Enough for whole pairs (4 units) at 8 x 1024 tokens, H = 4096, V = 128256: docs/fused-head.md."""
 CHUNKS_OF_A_CARD = 32
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def default_chunk_bytes(device: torch.device) -> int:
-    """On CUDA up to 2 GiB, but no more than a part of the card's memory."""
+    """256 MiB; on CUDA a 32nd of the card's memory, between 256 MiB and 2 GiB."""
     if device.type != "cuda":
         return DEFAULT_CHUNK_BYTES
     memory = torch.cuda.get_device_properties(device).total_memory
     return max(DEFAULT_CHUNK_BYTES, min(MOST_CHUNK_BYTES_ON_CUDA, memory // CHUNKS_OF_A_CARD))
 
 
-def captured(tensor: Tensor) -> bool:
+def is_captured(tensor: Tensor) -> bool:
+    """Whether work on a tensor is being captured in a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class Problem(NamedTuple):
-    """Of checked arguments."""
+    """The inputs of the fused head, which have been checked."""
 
     policy: Head
     reference: Head
     labels: Tensor
-    """[N] int64"""
+    """``[N]`` int64, global ids."""
     ignore_index: int
     chunk_bytes: int
     shard: Shard | None = None
-    """If the heads are those of a part of the vocabulary; the labels are global ids."""
+    """The part of the vocabulary that the heads cover; None: all of it."""
 
     @property
     def own_labels(self) -> Tensor:
-        """Counted from the heads' first entry."""
+        """Labels counted from the first vocabulary entry of the heads."""
         return self.labels if self.shard is None else self.labels - self.shard.start
 
     @property
@@ -66,22 +67,26 @@ class Problem(NamedTuple):
 
     @property
     def kept(self) -> Tensor:
+        """Which tokens are not ignored, ``[N]`` bool."""
         return self.labels != self.ignore_index
 
     @property
     def captured(self) -> bool:
-        """In a CUDA graph the host cannot learn which rows are kept: all are then."""
-        return captured(self.labels)
+        """Whether a CUDA graph is being captured, so that the host cannot read labels."""
+        return is_captured(self.labels)
 
     def kept_rows(self) -> Rows:
+        """The rows that are not ignored; in a CUDA graph all, as the host cannot tell."""
         if self.captured:
             return slice(0, self.labels.numel())
         return rows_of_groups((~self.kept).long(), 1)[0]
 
     def plan(self, rows: Rows, tiles: int, *, whole_rows: bool, gradients: bool = False) -> Plan:
+        """A plan for so many ``tiles`` at a time, of whole rows or of parts of them."""
         cost = costs(self.heads, tiles, not isinstance(rows, slice), gradients)
         count = row_count(rows)
-        # In plain PyTorch each chunk of rows is gathered, so all processes must make the same.
+        # Plain PyTorch gathers the logits of each chunk of rows from all processes, so all must
+        # make the same chunks: those of the widest part.
         vocabulary = self.policy.vocabulary if self.shard is None else self.shard.widest
         if whole_rows:
             return plan_whole_rows(cost, count, vocabulary, self.chunk_bytes)
@@ -90,7 +95,10 @@ class Problem(NamedTuple):
         return plan_tiles(cost, count, vocabulary, self.chunk_bytes, most)
 
     def plan_with_gradients(self, rows: Rows, *, all_at_once: bool) -> Plan:
-        """Of whole rows whose gradients are made in forward."""
+        """A plan for whole rows whose gradients are made in forward.
+
+        ``all_at_once``: the gradients of all rows must exist at a time.
+        """
         if not self.policy.rounds_gradient:
             return self.plan(rows, tiles=2, whole_rows=True, gradients=True)
         cost = costs(self.heads, 2, gathers=not isinstance(rows, slice), gradients=True)
@@ -99,7 +107,7 @@ class Problem(NamedTuple):
 
 
 def empty_outputs(problem: Problem) -> kernels.Outputs:
-    """Zeros: what rows that are left out have."""
+    """Outputs of zeros, the results of ignored rows."""
     like = problem.policy.hidden
     outputs = kernels.empty_outputs(like, problem.labels.shape)
     for output in outputs:
@@ -108,6 +116,7 @@ def empty_outputs(problem: Problem) -> kernels.Outputs:
 
 
 def put(outputs: kernels.Outputs, rows: Rows, values: kernels.Outputs) -> None:
+    """Write the values of some rows to ``outputs``."""
     for output, value in zip(outputs, values, strict=True):
         output[rows] = value
 
@@ -115,6 +124,7 @@ def put(outputs: kernels.Outputs, rows: Rows, values: kernels.Outputs) -> None:
 def whole_logits(
     problem: Problem, states: Tensor, reference_states: Tensor, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
+    """Policy and reference logits of whole rows, from their hidden states."""
     columns = range(problem.policy.vocabulary)
     z, r = (scratch.tile(number, states.shape[0], len(columns)) for number in (0, 1))
     problem.policy.write_logits(states, columns, z, scratch.cast)
@@ -123,16 +133,20 @@ def whole_logits(
 
 
 class Upstream(NamedTuple):
-    """Per token, ``[N]``, and what forward has saved, ``[N, 8]``."""
+    """The upstream gradients of each token, with what forward has saved for it."""
 
     normalizers: Tensor
+    """``[N, 8]``, saved by forward."""
     grad_logps: Tensor
+    """``[N]``, the upstream gradient of log p(y)."""
     grad_kl: Tensor
+    """``[N]``, the upstream gradient of the KL."""
 
     def of_rows(self, rows: Rows) -> Upstream:
         return Upstream(*(x[rows] for x in self))
 
     def times(self, factor: float) -> Upstream:
+        """Both upstream gradients multiplied by a factor."""
         if factor == 1:
             return self
         return Upstream(self.normalizers, self.grad_logps * factor, self.grad_kl * factor)
@@ -145,10 +159,12 @@ def tile_gradient(
     upstream: Upstream,
     beside: Tensor | None,
 ) -> Tensor:
-    """The gradient of h W^T + b, from logits ``tiles``; both are the same where one is enough.
+    """The gradient of the policy's h W^T + b, from tiles of policy and reference logits.
 
-    It goes to ``beside``, or over a tile. A softcap's slope needs the policy's logits, so then it
-    lies over the reference's first.
+    Where the gradient needs only one of them, ``tiles`` is that tile twice. The result is written
+    to ``beside`` or, if that is None, over the policy's tile. With a softcap it is made in the
+    reference's tile in any case, since the softcap's derivative needs the policy's logits
+    afterwards.
     """
     z, r = tiles
     policy = problem.policy

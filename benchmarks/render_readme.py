@@ -58,11 +58,11 @@ def of_fused_head(report: Report) -> Iterator[Row]:
         "tdpo_ext": f"from hidden states, {shape}",
         "tdpo_ext, frozen head": "the same with a frozen head",
     }
-    for way, name in names.items():
-        ours, eager = times[way], times["eager"] if way == "tdpo_ext" else None
+    for path, name in names.items():
+        ours, eager = times[path], times["eager"] if path == "tdpo_ext" else None
         assert ours is not None
-        memory = f"{extra[way] / 2**30:.1f} GiB"
-        units = report["ways"][way]
+        memory = f"{extra[path] / 2**30:.1f} GiB"
+        units = report["ways"][path]
         yield row(
             name,
             f"{ours:.0f} ms",
@@ -142,7 +142,7 @@ def tables() -> dict[str, list[Row]]:
 
 
 def share(value: float) -> str:
-    """In words, as rough as it is meant."""
+    """A rounded fraction in words."""
     names = {2: "half", 3: "a third", 4: "a fourth", 5: "a fifth", 6: "a sixth", 7: "a seventh"}
     return names.get(round(1 / value), f"{value:.0%}")
 
@@ -151,7 +151,7 @@ def memory_of_the_head() -> str:
     rows = load("fused-head-cpu.json")["memory_by_vocabulary"]
     [extra] = [r["extra_bytes"] for r in rows if r["vocabulary"] == ROW_OF_LOGITS]
     full, frozen = (
-        share(extra[way] / extra["eager"]) for way in ("tdpo_ext", "tdpo_ext, frozen head")
+        share(extra[path] / extra["eager"]) for path in ("tdpo_ext", "tdpo_ext, frozen head")
     )
     return (
         f"At a vocabulary of {ROW_OF_LOGITS:,} and 512 tokens, on the CPU in float32, that takes "

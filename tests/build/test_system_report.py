@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from conftest import INSTRUCTION_SETS
+from backends import INSTRUCTION_SETS
 
 import tdpo_ext
 from tdpo_ext import __main__ as command

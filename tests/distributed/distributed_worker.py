@@ -70,8 +70,7 @@ def main() -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size)
     # Run as a script this file is __main__; the scenarios import it by its name.
     worker = importlib.import_module("distributed_worker")
-    tests = Path(__file__).parents[1]
-    sys.path[:0] = [str(tests / "support"), str(tests / "trainers")]
+    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
     for module in modules:
         importlib.import_module(module)
     results = {}

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from attached_models import lora
 from distributed_worker import scenario, unwrapped_name, whole
 from model_scenarios import LEARNING_RATE, Engine, named, steps_of
-from test_attach import lora
 from tiny_models import tiny_model
 from torch import Tensor
 from trainer_checks import (

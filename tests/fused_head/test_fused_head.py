@@ -3,86 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import DTYPES, labels_for, numpy64, relative_error
+from head_checks import (
+    METHODS,
+    OPTIONS,
+    arguments_of,
+    bound_of,
+    loss_and_gradients,
+    oracle_heads,
+    requiring_grad,
+)
+from inputs import DTYPES, labels_for, numpy64, relative_error
 from torch import Tensor
 
 import tdpo_ext
 from tdpo_ext.fused_head import products
 
 CHUNKS = [1, 20_000, 150_000, 10**9]  # a token and 64 words at a time, some, more, everything
-METHODS = [("tdpo1", 0.5), ("tdpo2", 0.5), ("tdpo2", 0.0)]
-OPTIONS = {
-    "plain": {},
-    "bias": {"policy_bias": True},
-    "biases, scale": {"policy_bias": True, "reference_bias": True, "logit_scale": 0.7},
-    "softcap": {"logit_softcap": 2.0},
-    "all, each its own": {
-        "policy_bias": True,
-        "reference_bias": True,
-        "logit_scale": 0.6,
-        "logit_softcap": 3.0,
-        "reference_logit_scale": 1.3,
-        "reference_logit_softcap": 5.0,
-    },
-}
-NAMES = ("policy_hidden", "policy_weight", "policy_bias")
-
-
-def arguments_of(
-    *leading: int,
-    vocabulary: int = 131,
-    width: int = 19,
-    reference_width: int = 13,
-    dtype: torch.dtype = torch.float32,
-    **options: Any,
-) -> dict[str, Any]:
-    """Two heads that have nothing to do with each other, and what `options` asks for."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-    return {
-        "policy_hidden": normal(*leading, width),
-        "policy_weight": normal(vocabulary, width) / width**0.5,
-        "reference_hidden": normal(*leading, reference_width),
-        "reference_weight": normal(vocabulary, reference_width) / reference_width**0.5,
-        **options,
-        **{name: normal(vocabulary) for name in options if name.endswith("bias")},
-    }
-
-
-def oracle_heads(given: dict[str, Any]) -> tuple[oracle.Head, oracle.Head]:
-    zero = torch.zeros(given["policy_weight"].shape[0])
-    heads = []
-    for which, prefix in (("policy", ""), ("reference", "reference_")):
-        scale = given.get(f"{prefix}logit_scale", given.get("logit_scale", 1.0))
-        softcap = given.get(f"{prefix}logit_softcap", given.get("logit_softcap", 0.0))
-        hidden = numpy64(given[f"{which}_hidden"])
-        bias = numpy64(given.get(f"{which}_bias", zero))
-        weight = numpy64(given[f"{which}_weight"])
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        heads.append(oracle.Head(flat, weight, bias, scale, softcap))
-    return heads[0], heads[1]
-
-
-def requiring_grad(
-    given: dict[str, Any], frozen: bool = False
-) -> tuple[dict[str, Any], list[Tensor]]:
-    names = [name for name in NAMES if name in given and (name == "policy_hidden" or not frozen)]
-    given = {**given, **{name: given[name].detach().requires_grad_() for name in names}}
-    return given, [given[name] for name in names]
-
-
-def bound_of(dtype: torch.dtype) -> float:
-    """Of gradients: half-width ones are rounded when they are stored, others not."""
-    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float64: 1e-12}
-    return rounding.get(dtype, 2e-6)
 
 
 def check_stats(given, labels, upstream, ignored=-100):
@@ -132,12 +73,6 @@ def test_vocabularies_and_ignored_tokens(backend, vocabulary, ignored):
         stats, gradients = check_stats(given, labels, torch.randn(2, 3, 4))
         assert not any(values[labels == -100].any() for values in stats)
         assert not gradients[0][labels == -100].any()
-
-
-def loss_and_gradients(given, leaves, weights=None, loss=tdpo_ext.linear_tdpo_loss, **options):
-    output = loss(**given, **options)
-    scalar = output.loss if weights is None else (output.loss * weights).sum()
-    return output, torch.autograd.grad(scalar, leaves)
 
 
 WAYS = {

@@ -8,44 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import labels_for
-from test_fused_head import METHODS, NAMES, arguments_of, loss_and_gradients, requiring_grad
-from test_memory_and_threads import measure, needs_core, needs_linux
+from head_checks import (
+    METHODS,
+    NAMES,
+    CountedProducts,
+    arguments_of,
+    loss_and_gradients,
+    requiring_grad,
+)
+from inputs import labels_for
+from processes import measure, needs_core, needs_linux
 from torch.autograd import gradcheck, gradgradcheck
 
 import tdpo_ext
-from tdpo_ext.fused_head import passes, products
+from tdpo_ext.fused_head import passes
 
 OPS = torch.ops.tdpo_ext
 
 TOKENS, WIDTH, VOCABULARY = 12, 16, 640
-
-
-class CountedProducts:
-    """How many GEMM units were spent: one is 2 N V H operations for N kept tokens."""
-
-    def __init__(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        kept: int,
-        vocabulary: int = VOCABULARY,
-        width: int = WIDTH,
-    ):
-        self.operations = 0
-        self.unit = 2 * kept * vocabulary * width
-        for name in ("multiply", "multiply_add"):
-            monkeypatch.setattr(products, name, self.counting(getattr(products, name)))
-
-    def counting(self, product: Any) -> Any:
-        def counted(a, b, out):
-            self.operations += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-            product(a, b, out=out)
-
-        return counted
-
-    def units(self) -> float:
-        taken, self.operations = self.operations / self.unit, 0
-        return taken
 
 
 @pytest.fixture(params=[0.0, 0.5], ids=["all kept", "half ignored"])
@@ -77,7 +57,7 @@ def test_units_of_the_loss(on_host, monkeypatch, batch, way, method):
     given, labels, kept = batch
     variant, alpha = ("tdpo2", 0.0) if method == "dpo" else (method, 0.5)
     given, leaves = requiring_grad(given, frozen=way == "direction")
-    counted = CountedProducts(monkeypatch, kept)
+    counted = CountedProducts(monkeypatch, kept, VOCABULARY, WIDTH)
     chunk_bytes = None if way == "whole pairs" else 20_000
     options = {"shift_labels": labels, "variant": variant, "alpha": alpha}
     loss = tdpo_ext.linear_tdpo_loss(**given, **options, chunk_bytes=chunk_bytes).loss
@@ -105,7 +85,7 @@ def test_whole_pairs_are_taken_where_they_fit(on_host, monkeypatch, packed, chun
     shape = (TOKENS,) if packed else (4, TOKENS // 4)
     given, _ = requiring_grad(arguments_of(*shape, vocabulary=VOCABULARY, width=WIDTH))
     given["cu_seqlens"] = torch.tensor([0, 3, 6, 9, 12]) if packed else None
-    counted = CountedProducts(monkeypatch, TOKENS)
+    counted = CountedProducts(monkeypatch, TOKENS, VOCABULARY, WIDTH)
     labels = torch.zeros(shape, dtype=torch.int64)
     tdpo_ext.linear_tdpo_loss(**given, shift_labels=labels, chunk_bytes=chunk_bytes)
     assert counted.units() == 1 + 13 / WIDTH + (2 if whole else 0)
@@ -126,7 +106,7 @@ def test_without_chunk_bytes_there_are_256_mebibytes(on_host, monkeypatch):
     assert passes.DEFAULT_CHUNK_BYTES == 256 * 2**20
     monkeypatch.setattr("tdpo_ext.fused_head.passes.DEFAULT_CHUNK_BYTES", 20_000)
     given, _ = requiring_grad(arguments_of(4, TOKENS // 4, vocabulary=VOCABULARY, width=WIDTH))
-    counted = CountedProducts(monkeypatch, TOKENS)
+    counted = CountedProducts(monkeypatch, TOKENS, VOCABULARY, WIDTH)
     labels = torch.zeros(4, TOKENS // 4, dtype=torch.int64)
     tdpo_ext.linear_tdpo_loss(**given, shift_labels=labels)
     assert counted.units() == 1 + 13 / WIDTH  # no gradient is made in forward
@@ -138,7 +118,7 @@ def test_units_of_any_upstream_gradients(on_host, monkeypatch, batch, asked, uni
     given, labels, kept = batch
     for index in asked:
         given[NAMES[index]].requires_grad_()
-    counted = CountedProducts(monkeypatch, kept)
+    counted = CountedProducts(monkeypatch, kept, VOCABULARY, WIDTH)
     stats = tdpo_ext.linear_token_stats(**given, labels=labels)
     assert counted.units() == 2
     total = stats.policy_logps.sum() + 0.3 * stats.forward_kl.sum()
@@ -154,7 +134,7 @@ def test_no_gradient_is_promised_of_the_reference(on_host):
 
 def test_tokens_that_no_gradient_reaches_cost_nothing(on_host, monkeypatch):
     given, leaves = requiring_grad(arguments_of(TOKENS, vocabulary=VOCABULARY, width=WIDTH))
-    counted = CountedProducts(monkeypatch, TOKENS)
+    counted = CountedProducts(monkeypatch, TOKENS, VOCABULARY, WIDTH)
     labels = torch.randint(0, VOCABULARY, (TOKENS,))
     stats = tdpo_ext.linear_token_stats(**given, labels=labels)
     counted.units()

@@ -17,16 +17,17 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import COMPILED, labels_for, numpy64, parameters, relative_error, use_backend
+from backends import COMPILED, parameters, use_backend
 from half_width import take_half_width
-from test_fused_head import (
+from head_checks import (
     OPTIONS,
+    CountedProducts,
     arguments_of,
     loss_and_gradients,
     oracle_heads,
     requiring_grad,
 )
-from test_fused_head_costs_and_refusals import CountedProducts
+from inputs import labels_for, numpy64, relative_error
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

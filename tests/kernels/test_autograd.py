@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DTYPES, labels_for, pair_of_logits
+from inputs import DTYPES, labels_for, pair_of_logits
 from torch.autograd import gradcheck, gradgradcheck
 
 import tdpo_ext

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import pair_of_logits
+from inputs import pair_of_logits
 
 import tdpo_ext
 from tdpo_ext.token_statistics import fallback, native

@@ -10,7 +10,7 @@ from pathlib import Path
 import emulated
 import pytest
 import sanitized_core
-from test_cuda_sanitized import needs_sanitizer, run_sanitized, runtime
+from sanitizers import needs_sanitizer, run_sanitized, runtime
 
 FILES = ["kernels/test_properties.py", "loss/test_fuzz.py"]  # whose inputs go everywhere
 NOT = ["fallback", "noticed"]

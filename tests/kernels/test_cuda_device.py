@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DTYPES, labels_for, numpy64, pair_of_logits, relative_error
-from test_token_stats import stats_and_gradient
+from inputs import DTYPES, labels_for, numpy64, pair_of_logits, relative_error
+from logit_checks import stats_and_gradient
 from torch import Tensor
 
 import tdpo_ext

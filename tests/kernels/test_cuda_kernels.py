@@ -8,8 +8,9 @@ import emulated
 import oracle
 import pytest
 import torch
-from conftest import DTYPES, EMULATED, labels_for, numpy64, pair_of_logits, relative_error
-from test_token_stats import check_against_oracle, stats_and_gradient
+from backends import EMULATED
+from inputs import DTYPES, labels_for, numpy64, pair_of_logits, relative_error
+from logit_checks import check_against_oracle, stats_and_gradient
 
 import tdpo_ext
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import emulated
 import pytest
-from test_cuda_sanitized import needs_sanitizer, run_sanitized
+from sanitizers import needs_sanitizer, run_sanitized
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler on the path")

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import labels_for, pair_of_logits
+from inputs import labels_for, pair_of_logits
 from torch import Tensor
 
 from tdpo_ext.token_statistics import kernels

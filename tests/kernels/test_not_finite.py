@@ -7,7 +7,7 @@ import math
 import oracle
 import pytest
 import torch
-from conftest import DTYPES, labels_for, numpy64, pair_of_logits
+from inputs import DTYPES, labels_for, numpy64, pair_of_logits
 
 import tdpo_ext
 from tdpo_ext.token_statistics import fallback

@@ -6,8 +6,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import labels_for, numpy64, pair_of_logits, relative_error
-from test_token_stats import ROUNDING, SUBNORMAL_STEP, stats_and_gradient
+from inputs import labels_for, numpy64, pair_of_logits, relative_error
+from logit_checks import ROUNDING, SUBNORMAL_STEP, stats_and_gradient
 from torch import Tensor
 
 import tdpo_ext

@@ -11,9 +11,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import COMPILED, numpy64, use_backend
+from backends import COMPILED, use_backend
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from inputs import numpy64
 from strategies import SEEDS, WIDE_DTYPES, Rows, laid_out, layouts, rows
 from torch import Tensor
 

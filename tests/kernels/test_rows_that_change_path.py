@@ -10,8 +10,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import labels_for, numpy64, pair_of_logits, relative_error
-from test_token_stats import check_against_oracle, stats_and_gradient
+from inputs import labels_for, numpy64, pair_of_logits, relative_error
+from logit_checks import check_against_oracle, stats_and_gradient
 
 import tdpo_ext
 

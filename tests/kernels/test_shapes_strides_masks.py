@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import DTYPES, EMULATED, labels_for, pair_of_logits
+from backends import EMULATED
+from inputs import DTYPES, labels_for, pair_of_logits
 
 import tdpo_ext
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import labels_for, pair_of_logits
+from inputs import labels_for, pair_of_logits
 from torch import Tensor
 
 import tdpo_ext

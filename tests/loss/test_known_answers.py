@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, labels_for, pair_of_logits
-from test_tdpo_loss import loss_and_gradient
+from inputs import DTYPES, labels_for, pair_of_logits
+from logit_checks import loss_and_gradient
 
 import tdpo_ext
 

@@ -10,7 +10,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import COMPILED, numpy64
+from backends import COMPILED
+from inputs import numpy64
 
 import tdpo_ext
 from tdpo_ext import parity

@@ -8,8 +8,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import labels_for, numpy64, pair_of_logits, relative_error
-from test_tdpo_loss import METHODS, loss_and_gradient
+from inputs import labels_for, numpy64, pair_of_logits, relative_error
+from logit_checks import METHODS, loss_and_gradient
 
 from tdpo_ext import reference as plain
 

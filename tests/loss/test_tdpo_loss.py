@@ -6,19 +6,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import DTYPES, labels_for, numpy64, pair_of_logits, relative_error
+from inputs import DTYPES, labels_for, numpy64, pair_of_logits, relative_error
+from logit_checks import METHODS, loss_and_gradient
 
 import tdpo_ext
-
-METHODS = [("tdpo1", 0.5), ("tdpo2", 0.5), ("tdpo2", 0.0)]
-
-
-def loss_and_gradient(policy, reference, *labels, loss=tdpo_ext.tdpo_loss, weights=None, **options):
-    policy = policy.detach().requires_grad_()
-    output = loss(policy, reference, *labels, **options)
-    scalar = output.loss if weights is None else (output.loss * weights).sum()
-    (gradient,) = torch.autograd.grad(scalar, policy)
-    return output, gradient
 
 
 @pytest.mark.parametrize("average", [False, True], ids=["sum", "average"])

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import labels_for, pair_of_logits
+from inputs import labels_for, pair_of_logits
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad

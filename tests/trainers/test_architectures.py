@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from attached_models import gradients, targets, truth
 from recording import record
-from test_attach import gradients, targets, truth
 from tiny_architectures import language_models, tiny_architecture
 from tiny_models import tiny_batch
 

@@ -7,10 +7,10 @@ import warnings
 from typing import Any
 
 import accelerate
-import peft
 import pytest
 import torch
 import transformers
+from attached_models import assert_equal_gradients, gradients, lora, targets, truth
 from recording import record
 from tiny_models import CONFIGS, tiny_batch, tiny_model
 from torch.distributed.utils import _apply_to_tensors
@@ -24,47 +24,6 @@ from tdpo_ext.integrations.hidden import (
     weight_and_bias,
 )
 from tdpo_ext.integrations.probe import logit_options_of
-
-
-def targets(model: Any, reference_model: Any, batch: dict[str, Any]) -> TDPOTargets:
-    with torch.no_grad():
-        of_reference = reference_model(**batch["inputs"], tdpo=HEAD_INPUTS)
-    if model.config.is_encoder_decoder:
-        return TDPOTargets(of_reference, shift_labels=batch["labels"])
-    return TDPOTargets(of_reference, batch["labels"])
-
-
-def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def truth(
-    model: Any, reference_model: Any, batch: dict[str, Any], **options: Any
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients from the models' own logits."""
-    with torch.no_grad():
-        reference_logits = reference_model(**batch["inputs"]).logits
-    kind = "shift_labels" if model.config.is_encoder_decoder else "labels"
-    output = reference.tdpo_loss(
-        model(**batch["inputs"]).logits.double(),
-        reference_logits.double(),
-        **{kind: batch["labels"]},
-        **options,
-    )
-    return output.loss.detach(), gradients(model, output.loss)
-
-
-def assert_equal_gradients(got: dict[str, Any], expected: dict[str, Any], bound: float) -> float:
-    """Returns the largest difference, relative to each parameter's largest gradient."""
-    assert got.keys() == expected.keys()
-    largest = 0.0
-    for name, value in expected.items():
-        error = ((got[name] - value).abs().max() / value.abs().max().clamp(min=1e-6)).item()
-        assert error <= bound, name
-        largest = max(largest, error)
-    return largest
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -360,16 +319,6 @@ def test_wrong_requests_say_what_is_wrong() -> None:
 
 
 # --- PEFT -----------------------------------------------------------------------------------------
-
-
-def lora(model: Any, **options: Any) -> Any:
-    torch.manual_seed(2)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=4, **options))
-    with torch.no_grad():  # B starts at 0, where the adapter does nothing
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2)
-    return wrapped.eval()
 
 
 @pytest.mark.parametrize(

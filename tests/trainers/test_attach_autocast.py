@@ -10,7 +10,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from test_attach import targets
+from attached_models import targets
 from tiny_models import CONFIGS, tiny_batch, tiny_model
 
 from tdpo_ext import reference

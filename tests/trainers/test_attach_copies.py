@@ -15,7 +15,7 @@ import accelerate
 import peft
 import pytest
 import torch
-from test_attach import gradients, targets, truth
+from attached_models import gradients, targets, truth
 from tiny_models import tiny_batch, tiny_model
 
 from tdpo_ext import LinearTDPOLoss

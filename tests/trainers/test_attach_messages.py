@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_attach import lora, targets
+from attached_models import lora, targets
 from tiny_models import tiny_batch, tiny_model
 from torch.nn.functional import pad
 

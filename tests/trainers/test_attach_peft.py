@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from test_attach import assert_equal_gradients, gradients, targets
+from attached_models import assert_equal_gradients, gradients, targets
 from tiny_models import tiny_batch, tiny_model
 
 from tdpo_ext import reference

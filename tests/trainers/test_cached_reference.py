@@ -15,8 +15,8 @@ import datasets
 import pytest
 import torch
 import transformers
+from attached_models import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
-from test_attach import lora
 from tiny_models import tiny_model
 from trainer_checks import (
     ARGUMENTS,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_attach import lora
+from attached_models import lora
 from tiny_models import tiny_model
 from trainer_checks import Recorder, Stream, as_text, examples, transformers_trainer, trl_trainer
 

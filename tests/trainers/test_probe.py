@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_attach import lora
+from attached_models import lora
 from tiny_models import CONFIGS, tiny_batch, tiny_model
 
 from tdpo_ext.integrations.attach import HEAD_INPUTS, attach_tdpo

@@ -14,34 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import labels_for
-from test_fused_head import arguments_of
+from head_checks import arguments_of
+from inputs import labels_for
 from torch import Tensor
+from written_cache import FINGERPRINT, IDS, states, write
 
 import tdpo_ext
 from tdpo_ext.integrations import reference_cache
 from tdpo_ext.integrations.reference_cache import ReferenceCache, ReferenceCacheWriter, sequence_key
 
-FINGERPRINT = {"model": "m@1", "tokenizer": "t", "autocast": "bfloat16"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-IDS = [[1, 2, 3], [4], [1, 2], [5, 6, 7, 8, 9], [3, 2, 1]]
-
-
-def states(ids: list[int], width: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same for the same tokens, as a model's are."""
-    generator = torch.Generator().manual_seed(hash(tuple(ids)) % 2**31)
-    return torch.randn(len(ids), width, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def write(folder: Path, sequences: Any = IDS, finish: bool = True, **options: Any) -> None:
-    """As a trainer does: what is there is left alone."""
-    with ReferenceCacheWriter(folder, FINGERPRINT) as writer:
-        known = writer.keys()
-        for ids in sequences:
-            if sequence_key(ids) not in known:
-                writer.add(sequence_key(ids), states(ids, **options))
-        if finish:
-            writer.finish()
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -173,7 +155,8 @@ def test_what_was_changed_before_the_end_is_written_again(tmp_path: Path, suffix
 KILLED = """
 import os, sys
 sys.path[:0] = {paths!r}
-import test_reference_cache as here
+from pathlib import Path
+from written_cache import write as write_cache
 from tdpo_ext.integrations import reference_cache
 written, limit = 0, int(sys.argv[2])
 def write(file, data):
@@ -183,7 +166,7 @@ def write(file, data):
             os._exit(9)
         written += file.write(bytes([byte]))
 reference_cache._write = write
-here.write(here.Path(sys.argv[1]))
+write_cache(Path(sys.argv[1]))
 """
 
 

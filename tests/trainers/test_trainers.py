@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 import trl
+from attached_models import lora
 from recording import record
-from test_attach import lora
 from tiny_models import tiny_model
 from trainer_checks import (
     ARGUMENTS,

@@ -59,7 +59,7 @@ def test_a_divergent_shuffle(tmp_path):
     assert "threads wait for each other" in output
 
 
-FORWARD, STATS = "token_stats_forward.cu", "warp_stats.cuh"
+FORWARD, STATS = "token_stats_forward.cu", "running_stats.cuh"
 BACKWARD = "token_stats_backward.cu"
 IN_THE_LOOP = {
     "the last vectors of a row left out": (

@@ -22,7 +22,7 @@
 // base of a block's sums comes from the first vector of each thread, so that it seldom moves.
 #include "choices.cuh"
 #include "launch.cuh"
-#include "warp_stats.cuh"
+#include "running_stats.cuh"
 
 namespace tdpo::cuda {
 namespace {

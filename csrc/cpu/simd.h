@@ -14,17 +14,11 @@
 #include <immintrin.h>
 #endif
 
+#include "../half_types.h"
+
 #define TDPO_INLINE inline __attribute__((always_inline))
 
 namespace tdpo::cpu::TDPO_INSTRUCTION_SET {
-
-// Bits of the two 16-bit formats; the accumulation type is float.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 template <class Real>
 struct Lanes;
@@ -51,14 +45,6 @@ using Vector = typename Lanes<Real>::Vector;
 template <class Real>
 using Bits = typename Lanes<Real>::Bits;
 using HalfBits = Lanes<float>::HalfBits;
-
-template <class To, class From>
-TDPO_INLINE To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
-  To to;
-  std::memcpy(&to, &from, sizeof(To));
-  return to;
-}
 
 template <class Real>
 TDPO_INLINE Vector<Real> broadcast(Real value) {
@@ -154,11 +140,8 @@ struct Storage<BFloat16> {
   }
 
  private:
-  // Its upper half is the nearest bfloat16, ties to even. NaN stays NaN unless only the lower half
-  // says so; the processor makes no such NaN, nor is there one among bfloat16s.
   static TDPO_INLINE Bits<float> rounded(Vector<float> value) {
-    const Bits<float> bits = bit_cast<Bits<float>>(value);
-    return bits + 0x7fff + ((bits >> 16) & 1);
+    return rounded_to_bfloat16(bit_cast<Bits<float>>(value));
   }
 };
 
@@ -197,27 +180,10 @@ struct Storage<Float16> {
 #else
   static TDPO_INLINE Vector<float> load(const Float16* from) {
     const Bits<float> half = __builtin_convertvector(load_half_bits(from), Bits<float>);
-    const Bits<float> magnitude = (half & 0x7fff) << 13;
-    // Reading float16's exponent as float32's is off by 2^112; the product is exact, subnormals
-    // too.
-    const Vector<float> scaled = bit_cast<Vector<float>>(magnitude) * 0x1p112f;
-    const Bits<float> special = magnitude | 0x7f800000;
-    const Bits<float> bits = magnitude >= 0x0f800000 ? special : bit_cast<Bits<float>>(scaled);
-    return bit_cast<Vector<float>>(bits | ((half & 0x8000) << 16));
+    return float_of_float16<Vector<float>>(half);
   }
-  // Round to nearest, ties to even.
   static TDPO_INLINE void store(Float16* to, Vector<float> value) {
-    const Bits<float> bits = bit_cast<Bits<float>>(value);
-    const Bits<float> magnitude = bits & 0x7fffffff;
-    // Below 2^-14 the sum with 0.5 rounds to a multiple of 2^-24, float16's subnormal step.
-    const Vector<float> sum = bit_cast<Vector<float>>(magnitude) + 0.5f;
-    const Bits<float> subnormal = bit_cast<Bits<float>>(sum) - 0x3f000000;
-    const Bits<float> normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-    const Bits<float> infinite = Bits<float>{} + 0x7c00;
-    Bits<float> half = magnitude < 0x38800000 ? subnormal : normal;
-    half = magnitude > 0x477fefff ? infinite : half;
-    half = magnitude > 0x7f800000 ? infinite | 0x200 : half;
-    store_half_bits(to, half | ((bits >> 16) & 0x8000));
+    store_half_bits(to, float16_of_float<Bits<float>>(value));
   }
 #endif
 };

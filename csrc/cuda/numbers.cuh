@@ -6,8 +6,8 @@
 
 #include <cuda_runtime.h>
 #include <stdint.h>
-#include <string.h>
 
+#include "../half_types.h"
 #include "../vocab_stats.h"
 
 #if defined(__CUDA_ARCH__)
@@ -18,62 +18,34 @@
 
 namespace tdpo::cuda {
 
-// Bits of the two 16-bit formats.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
+// ---- one number to and from 16 bits ----
+//
+// NaN becomes 0x7fff, as the card's instructions have it.
 
-template <class To, class From>
-__device__ __forceinline__ To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
-  To to;
-  memcpy(&to, &from, sizeof(To));
-  return to;
-}
-
-// ---- float16, one at a time ----
-
-__device__ __forceinline__ float float_of_half(uint16_t half) {
+__device__ __forceinline__ float float_of_float16_bits(uint16_t half) {
 #if TDPO_INLINE_PTX
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
   return value;
 #else
-  const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = uint32_t(half & 0x7fff) << 13;
-  // Reading float16's exponent as float32's is off by 2^112; the product is exact, subnormals too.
-  const float scaled = bit_cast<float>(magnitude) * 0x1p112f;
-  const bool finite = (half & 0x7c00) != 0x7c00;
-  return bit_cast<float>(sign | (finite ? bit_cast<uint32_t>(scaled) : magnitude | 0x7f800000));
+  return float_of_float16<float>(uint32_t(half));
 #endif
 }
 
-// Round to nearest, ties to even.
-__device__ __forceinline__ uint16_t half_of_float(float value) {
+__device__ __forceinline__ uint16_t float16_bits_of_float(float value) {
 #if TDPO_INLINE_PTX
   uint16_t half;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
   return half;
 #else
-  const uint32_t bits = bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000;
-  const uint32_t magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return 0x7fff;                                 // NaN
-  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // from 65520: inf
-  if (magnitude < 0x38800000) {  // subnormal: adding 1/2 leaves the rounded count of 2^-24 steps
-    const float shifted = bit_cast<float>(magnitude) + 0.5f;
-    return static_cast<uint16_t>(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000));
-  }
-  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23);
-  return static_cast<uint16_t>(sign | rounded >> 13);
+  if (value != value) return 0x7fff;
+  return static_cast<uint16_t>(float16_of_float<uint32_t>(value));
 #endif
 }
 
-__device__ __forceinline__ uint16_t bfloat16_of_float(float value) {
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;  // NaN
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+__device__ __forceinline__ uint16_t bfloat16_bits_of_float(float value) {
+  if (value != value) return 0x7fff;
+  return static_cast<uint16_t>(rounded_to_bfloat16(bit_cast<uint32_t>(value)) >> 16);
 }
 
 // Two values to one word of two bfloat16, the first in the lower half.
@@ -83,7 +55,7 @@ __device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 #else
-  return bfloat16_of_float(low) | uint32_t(bfloat16_of_float(high)) << 16;
+  return bfloat16_bits_of_float(low) | uint32_t(bfloat16_bits_of_float(high)) << 16;
 #endif
 }
 
@@ -176,13 +148,13 @@ struct Storage<Float16> : HalfWidthStorage<Float16> {
   static __device__ __forceinline__ void unpack(const uint32_t (&words)[kWords],
                                                 float (&values)[2 * kWords]) {
     for (int i = 0; i < kWords; ++i) {
-      values[2 * i] = float_of_half(static_cast<uint16_t>(words[i]));
-      values[2 * i + 1] = float_of_half(static_cast<uint16_t>(words[i] >> 16));
+      values[2 * i] = float_of_float16_bits(static_cast<uint16_t>(words[i]));
+      values[2 * i + 1] = float_of_float16_bits(static_cast<uint16_t>(words[i] >> 16));
     }
   }
   static __device__ __forceinline__ void pack(const float (&values)[8], uint32_t (&words)[4]) {
     for (int i = 0; i < 4; ++i) {
-      words[i] = half_of_float(values[2 * i]) | uint32_t(half_of_float(values[2 * i + 1])) << 16;
+      words[i] = float16_bits_of_float(values[2 * i]) | uint32_t(float16_bits_of_float(values[2 * i + 1])) << 16;
     }
   }
 };

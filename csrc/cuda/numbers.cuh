@@ -154,7 +154,8 @@ struct Storage<Float16> : HalfWidthStorage<Float16> {
   }
   static __device__ __forceinline__ void pack(const float (&values)[8], uint32_t (&words)[4]) {
     for (int i = 0; i < 4; ++i) {
-      words[i] = float16_bits_of_float(values[2 * i]) | uint32_t(float16_bits_of_float(values[2 * i + 1])) << 16;
+      words[i] = float16_bits_of_float(values[2 * i]) |
+                 uint32_t(float16_bits_of_float(values[2 * i + 1])) << 16;
     }
   }
 };

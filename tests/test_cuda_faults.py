@@ -63,7 +63,7 @@ FORWARD, STATS = "token_stats_forward.cu", "running_stats.cuh"
 BACKWARD = "token_stats_backward.cu"
 IN_THE_LOOP = {
     "the last vectors of a row left out": (
-        *(FORWARD, "(end - begin + size - 1) / size", "(end - begin) / size"),
+        *(FORWARD, "(end - start + size - 1) / size", "(end - start) / size"),
         *("test_token_stats.py", "many_blocks"),
     ),
     "one vector taken twice": (

@@ -1,7 +1,7 @@
-// The numbers of the kernels: how each dtype is stored, what it accumulates in, and exponentials.
+// Numbers on the device: how each dtype is stored and what it is added up in, and exponentials.
 //
-// Inline PTX has a plain path beside it with the same results; the plain one serves the tests that
-// compile these files for the CPU.
+// Each piece of inline PTX has plain C++ beside it with the same result (but for the last bits of
+// ex2.approx). The tests that compile these files for the CPU use the plain C++.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -48,7 +48,7 @@ __device__ __forceinline__ uint16_t bfloat16_bits_of_float(float value) {
   return static_cast<uint16_t>(rounded_to_bfloat16(bit_cast<uint32_t>(value)) >> 16);
 }
 
-// Two values to one word of two bfloat16, the first in the lower half.
+// Two numbers as one word of two bfloat16s, the first in the lower half.
 __device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
 #if TDPO_INLINE_PTX
   uint32_t word;
@@ -61,8 +61,9 @@ __device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
 
 // ---- storage ----
 
-// How T lies in a vector of four 32-bit words. Indices are constants wherever speed matters: a
-// vector then stays in registers.
+// How T is stored in a vector of four 32-bit words, and Real, the type that it is computed and
+// added up in. unpack() turns words into numbers, pack() numbers into words. Where speed matters
+// all indices are constants, so that the words stay in registers.
 template <class T>
 struct Storage;
 
@@ -165,8 +166,8 @@ using RealOf = typename Storage<T>::Real;
 
 // ---- exponentials ----
 
-// 2^x, in float one result of the special-function unit, good to 2^-22; 0 below the smallest normal
-// number.
+// 2^x. In float it is one result of the special-function unit, with a relative error of 2^-22, and
+// 0 below the smallest normal number.
 __device__ __forceinline__ float exp2_of(float x) {
 #if TDPO_INLINE_PTX
   float power;
@@ -179,14 +180,14 @@ __device__ __forceinline__ float exp2_of(float x) {
 
 constexpr float kLog2E = 1.44269504f;
 
-// e^x: to the rounding of x log2(e), 6e-8 |x| of the value.
+// e^x. In float its relative error is that of rounding x log2(e), 6e-8 |x|.
 __device__ __forceinline__ float exp_of(float x) { return exp2_of(x * kLog2E); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
 
 __device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 
-// e^(x - base) with all its digits, however far x lies below the base, which is a whole number:
-// what the rounding of x - base loses, and that of the exponent, are put back.
+// e^(x - base) with all its digits, however far x lies below the base, which is a whole number.
+// What the roundings of x - base and of the exponent have lost is put back.
 __device__ __forceinline__ float exp_below(float x, float base) {
   const float apart = x - base;
   const float lost = x - (apart + base);  // exact
@@ -199,8 +200,8 @@ __device__ __forceinline__ float exp_below(float x, float base) {
 
 __device__ __forceinline__ double exp_below(double x, double base) { return exp(x - base); }
 
-// (e^d - 1 - d) / d^2 for |d| <= 1. In float the best polynomial of degree 6, off by 1e-7 of the
-// value; in double the Taylor series.
+// (e^d - 1 - d) / d^2 for |d| <= 1. In float the best polynomial of degree 6, with a relative error
+// of 1e-7; in double the Taylor series.
 __device__ __forceinline__ float excess_over_square(float d) {
   float sum = 2.49608147e-05f;
   sum = sum * d + 2.03254836e-04f;
@@ -211,8 +212,8 @@ __device__ __forceinline__ float excess_over_square(float d) {
   return sum * d + 0.5f;
 }
 
-// (2^d - 1 - d ln 2) / d^2 for |d| <= 1/2: the best polynomial of degree 4, off by 1.3e-7 of the
-// value at most. One of degree 3, off by 1e-6, made the divergences of close policies ten times
+// (2^d - 1 - d ln 2) / d^2 for |d| <= 1/2: the best polynomial of degree 4, with a relative error
+// of at most 1.3e-7. One of degree 3 has 1e-6, and made the divergences of close policies ten times
 // less exact.
 __device__ __forceinline__ float excess_over_square_of_2(float d) {
   float sum = 1.54172783e-04f;

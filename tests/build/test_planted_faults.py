@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import mutants
+import planted_faults
 
 
 def test_every_fault_can_be_planted():
-    for fault in mutants.faults():
-        source = (mutants.ROOT / "python" / "tdpo_ext" / fault.file).read_text()
+    for fault in planted_faults.faults():
+        source = (planted_faults.ROOT / "python" / "tdpo_ext" / fault.file).read_text()
         assert fault.applied_to(source) != source

@@ -10,9 +10,9 @@ from pathlib import Path
 import emulated
 import pytest
 
-TESTS = Path(__file__).parent
-FILES = ["test_token_stats.py", "test_edges.py", "test_not_finite.py", "test_cuda_kernels.py"]
-FILES += ["test_linear.py", "test_gradient_dtypes.py"]
+TESTS = Path(__file__).parents[1]
+FILES = ["token_stats", "shapes_strides_masks", "not_finite", "cuda_kernels", "gradient_dtypes"]
+FILES = [*(f"kernels/test_{name}.py" for name in FILES), "fused_head/test_fused_head.py"]
 # Long in this build, or of memory that the sanitizer will not reserve.
 NOT = [
     "fma",  # the other rounding: the same reads and writes

@@ -1,4 +1,4 @@
-// The CPU kernels under a C interface, for tests/sanitized_core.py to call with ctypes.
+// The CPU kernels under a C interface, for tests/support/sanitized_core.py to call with ctypes.
 #include <stdexcept>
 #include <string>
 

@@ -19,14 +19,14 @@ import pytest
 import torch
 from conftest import COMPILED, labels_for, numpy64, parameters, relative_error, use_backend
 from half_width import take_half_width
-from test_linear import (
+from test_fused_head import (
     OPTIONS,
     arguments_of,
     loss_and_gradients,
     oracle_heads,
     requiring_grad,
 )
-from test_linear_seams import CountedProducts
+from test_fused_head_costs_and_refusals import CountedProducts
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

@@ -1,8 +1,9 @@
-"""The CUDA kernels on the CPU: their own source, compiled by the C++ compiler (tests/cuda_on_cpu).
+"""The CUDA kernels on the CPU: their own source, compiled by the C++ compiler.
 
-``EmulatedCore`` stands in for ``tdpo_ext.kernels.core``. There are two builds, which differ in
-rounding. "plain" rounds each product and each sum; "fma" rounds a * b + c once wherever the source
-allows it, as nvcc does. Environment variables, for tests that start other test runs:
+What CUDA gives them is in cuda_on_cpu beside this file. ``EmulatedCore`` stands in for
+``tdpo_ext.kernels.core``. There are two builds, which differ in rounding. "plain" rounds each
+product and each sum; "fma" rounds a * b + c once wherever the source allows it, as nvcc does.
+Environment variables, for tests that start other test runs:
 TDPO_EXT_TEST_CSRC, another folder of sources; TDPO_EXT_TEST_SANITIZE, to compile with the address
 and undefined-behaviour sanitizers (libasan must be preloaded then).
 """
@@ -20,8 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int64, c_long, c_void_p
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-EMULATION = ROOT / "tests" / "cuda_on_cpu"
+ROOT = Path(__file__).parents[2]
+EMULATION = Path(__file__).parent / "cuda_on_cpu"
 CSRC = Path(os.environ.get("TDPO_EXT_TEST_CSRC", ROOT / "csrc"))
 SANITIZED = "TDPO_EXT_TEST_SANITIZE" in os.environ
 SOURCES = [

@@ -1,6 +1,6 @@
 """What must hold whatever the inputs: properties, on inputs that Hypothesis draws.
 
-How many examples, and how to draw other ones: tests/strategies.py.
+How many examples, and how to draw other ones: tests/support/strategies.py.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Faults planted in the Python layers, one at a time: does a test notice?
 
-    python tests/mutants.py                      # all of mutants.txt: an hour or more
-    python tests/mutants.py --only checks.py     # those of a file, or whose lines hold these words
+    python tests/support/planted_faults.py                      # all: an hour or more
+    python tests/support/planted_faults.py --only checks.py     # of a file, or with these words
 
 Not run in CI. Each fault is applied to a copy of the package, on which the tests named in
-``mutants.txt`` run. Exit status 1 if a fault survives that the table does not explain.
+``planted_faults.txt`` run. Exit status 1 if a fault survives that the table does not explain.
 
 The table: ``= FILE: TESTS`` (pytest's arguments), then faults, separated by blank lines: the lines
 to replace after ``-`` (found wherever their text, without indentation, stands; once in the file),
@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # The layers in Python see one device in all of these.
 FEWER = "not cuda-on-cpu and not baseline and not inductor"
 # An editable install's finder would come before PYTHONPATH.
@@ -59,7 +59,7 @@ class Fault(NamedTuple):
 
 def faults() -> Iterator[Fault]:
     file = tests = ""
-    for block in (ROOT / "tests" / "mutants.txt").read_text().split("\n\n"):
+    for block in (Path(__file__).parent / "planted_faults.txt").read_text().split("\n\n"):
         parts: dict[str, list[str]] = {"-": [], "+": [], "?": []}
         for line in block.splitlines():
             if line.startswith("= "):

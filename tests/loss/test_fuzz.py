@@ -1,4 +1,4 @@
-"""A fixed share of tests/fuzz.py, and that it would notice."""
+"""A fixed share of tests/support/fuzz.py, and that it would notice."""
 
 from __future__ import annotations
 

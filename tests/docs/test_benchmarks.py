@@ -14,13 +14,13 @@ import torch
 
 import tdpo_ext
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import fill
 import render
 import render_gpu
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = {page.name: wanted for page, wanted in fill.pages()}
 
 

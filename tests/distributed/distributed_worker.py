@@ -1,6 +1,7 @@
 """What one of several processes does in ``test_distributed.py``, over gloo on the CPU.
 
-    RANK=0 WORLD_SIZE=2 python tests/distributed_worker.py FOLDER MODULE ...      (and RANK=1 ...)
+    cd tests/distributed
+    RANK=0 WORLD_SIZE=2 python distributed_worker.py FOLDER MODULE ...      (and RANK=1 ...)
 
 Each scenario of the modules returns errors against a float64 truth that this process computes by
 itself, from the inputs of all. The largest over all processes go to FOLDER/results.json.
@@ -69,6 +70,8 @@ def main() -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size)
     # Run as a script this file is __main__; the scenarios import it by its name.
     worker = importlib.import_module("distributed_worker")
+    tests = Path(__file__).parents[1]
+    sys.path[:0] = [str(tests / "support"), str(tests / "trainers")]
     for module in modules:
         importlib.import_module(module)
     results = {}

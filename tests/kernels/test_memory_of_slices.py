@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DTYPES, labels_for, pair_of_logits
-from test_resources import measure, needs_core, needs_linux
+from test_memory_and_threads import measure, needs_core, needs_linux
 
 import tdpo_ext
 

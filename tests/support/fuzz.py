@@ -1,6 +1,6 @@
 """Random calls of the public functions: each is answered rightly, or refused in words.
 
-    python tests/fuzz.py --seconds 300 [--seed 0]
+    python tests/support/fuzz.py --seconds 300 [--seed 0]
 
 A call is made from one seed: a function, shapes, strides, dtypes, labels, options, upstream
 gradients, and at times one thing wrong with it. Right: what tdpo_ext.reference gives in float64 on

@@ -16,7 +16,7 @@ import emulated
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOLERANCE = {"float32": 4e-6, "float64": 4e-13}
 
 
@@ -27,7 +27,7 @@ def harness(tmp_path_factory, request):
     if compiler is None:
         pytest.skip("no C++ compiler on the path")
     library = tmp_path_factory.mktemp("harness") / "vocab_stats.so"
-    source = ROOT / "tests" / "vocab_stats_harness.cpp"
+    source = ROOT / "tests" / "support" / "vocab_stats_harness.cpp"
     flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
     flags += emulated.ROUNDINGS[request.param]
     include = f"-I{ROOT / 'csrc'}"

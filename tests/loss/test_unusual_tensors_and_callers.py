@@ -1,6 +1,7 @@
 """Unusual tensors and unusual callers: a clear error or a right answer, never a crash.
 
-What is plainly wrong (dtypes, shapes, options) is in test_errors.py; strides in test_edges.py.
+What is plainly wrong (dtypes, shapes, options) is in test_errors.py; strides are in
+kernels/test_shapes_strides_masks.py.
 """
 
 from __future__ import annotations

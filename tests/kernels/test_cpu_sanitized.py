@@ -12,7 +12,7 @@ import pytest
 import sanitized_core
 from test_cuda_sanitized import needs_sanitizer, run_sanitized, runtime
 
-FILES = ["test_properties.py", "test_fuzz.py"]  # whose inputs go everywhere
+FILES = ["kernels/test_properties.py", "loss/test_fuzz.py"]  # whose inputs go everywhere
 NOT = ["fallback", "noticed"]
 
 
@@ -54,7 +54,7 @@ def with_fault(fault: str, folder: Path) -> Path:
 def test_a_load_past_the_end_is_seen(tmp_path):
     csrc = with_fault("a load past the end", tmp_path)
     status, output = run_sanitized(
-        ["test_token_stats.py"],
+        ["kernels/test_token_stats.py"],
         "test_values_and_gradients and 17",
         TDPO_EXT_TEST_CORE="sanitized",
         TDPO_EXT_TEST_BASELINE="1",

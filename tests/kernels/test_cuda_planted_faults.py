@@ -100,7 +100,7 @@ IN_THE_LOOP = {
     ),
     "a direction with the wrong sign": (
         *(BACKWARD, "reference_weight(-g_k *", "reference_weight(g_k *"),
-        *("test_ways.py", "any_weight"),
+        *("test_rows_that_change_path.py", "any_weight"),
     ),
     "vectors of a gradient not written": (
         *(BACKWARD, "for (int i = 0; i < kAtOnce; ++i) write", "for (int i = 0; i < 1; ++i) write"),
@@ -136,7 +136,7 @@ def test_a_load_past_the_end(tmp_path):
     right, wrong = "all_sides_aligned ? 0 : 1;", "all_sides_aligned ? 0 : 0;"
     sources = with_fault(tmp_path, "row_vectors.cuh", right, wrong)
     status, output = run_sanitized(
-        ["test_cuda_kernels.py"], "any_two_alignments", TDPO_EXT_TEST_CSRC=str(sources)
+        ["kernels/test_cuda_kernels.py"], "any_two_alignments", TDPO_EXT_TEST_CSRC=str(sources)
     )
     assert status != 0
     assert "heap-buffer-overflow" in output, output[-3000:]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import labels_for
-from test_linear import METHODS, NAMES, arguments_of, loss_and_gradients, requiring_grad
-from test_resources import measure, needs_core, needs_linux
+from test_fused_head import METHODS, NAMES, arguments_of, loss_and_gradients, requiring_grad
+from test_memory_and_threads import measure, needs_core, needs_linux
 from torch.autograd import gradcheck, gradgradcheck
 
 import tdpo_ext

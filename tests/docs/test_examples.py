@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 ON_ONE_PROCESS = ("plain_loop", "transformers_trainer", "trl_lora", "cached_reference")
 ON_TWO = ("fsdp2", "vocabulary_parallel", "sequence_parallel")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import labels_for
-from test_linear import arguments_of
+from test_fused_head import arguments_of
 from torch import Tensor
 
 import tdpo_ext
@@ -172,7 +172,7 @@ def test_what_was_changed_before_the_end_is_written_again(tmp_path: Path, suffix
 
 KILLED = """
 import os, sys
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = {paths!r}
 import test_reference_cache as here
 from tdpo_ext import reference_cache
 written, limit = 0, int(sys.argv[2])
@@ -189,7 +189,7 @@ here.write(here.Path(sys.argv[1]))
 
 def test_a_killed_writer_is_gone_on_with(tmp_path: Path) -> None:
     write(tmp_path / "undisturbed")
-    script = KILLED.format(tests=str(Path(__file__).parent))
+    script = KILLED.format(paths=sys.path)
     command = [sys.executable, "-c", script, str(tmp_path / "killed"), "300"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 9, done.stderr

@@ -20,7 +20,7 @@ from typing import Any
 
 import emulated
 
-HARNESS = emulated.ROOT / "tests" / "sanitized"
+HARNESS = Path(__file__).parent / "sanitized"
 X86 = platform.machine() in ("x86_64", "AMD64")
 BASELINE = "TDPO_EXT_TEST_BASELINE" in os.environ
 FLAGS_OF = {

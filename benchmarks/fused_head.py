@@ -51,7 +51,7 @@ from tdpo_ext.fused_head.tiles import MOST_COLUMNS_ON_CPU, MOST_COLUMNS_ON_CUDA
 CPU_SHAPES = ((4, 128, 768, 50257),)
 CUDA_SHAPES = ((8, 1024, 4096, 128256), (8, 1024, 4096, 151936), (8, 1024, 2304, 256000))
 MEMORY_VOCABULARIES = (32000, 64000, 128256, 256000)  # at 4 x 128 tokens, H = 768
-# Milliseconds. On the CPU a step that takes ONCE_FROM runs once; one of LEFT_OUT_FROM is not repeated
+# Milliseconds. On the CPU a step that takes ONCE_FROM runs once; one of LEFT_OUT_FROM not again
 # for its memory, nor with half of the tokens ignored: without bfloat16 instructions
 # PyTorch's own products take minutes. On a GPU only compilation takes so long.
 ONCE_FROM, LEFT_OUT_FROM = 5_000, 30_000

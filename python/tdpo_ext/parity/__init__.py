@@ -1,8 +1,9 @@
-"""Every backend present against float64: errors, the bounds they must keep, and eager PyTorch's.
+"""Check the numbers of every backend on this machine against float64.
 
     python -m tdpo_ext.parity [--devices cpu cuda] [--quick] [--json PATH]
 
-or ``tdpo_ext.parity.check()``. A new card, processor or compiler is checked by this one command.
+or ``tdpo_ext.parity.check()``. It reports errors, the bounds that they must keep, and the errors of
+eager PyTorch. Run it on a new card, processor or compiler.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ __all__ = ["Report", "Row", "check"]
 
 
 def chunks_of(vocabulary: int) -> tuple[int | None, ...]:
-    """Of the fused head: a few tokens and words at a time, and the default."""
+    """Two values of the fused head's ``chunk_bytes``: one for small tiles, and the default."""
     return max(30_000, 30 * vocabulary), None
 
 
 class Report(NamedTuple):
+    """The result of ``check``."""
+
     rows: list[Row]
+    """One for each backend, dtype and quantity."""
 
     @property
     def misses(self) -> list[Row]:
-        """The rows whose largest error is beyond its bound."""
+        """The rows whose largest error exceeds its bound."""
         return [row for row in self.rows if not row.kept]
 
     @property
@@ -46,23 +50,25 @@ def check(
     quick: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
-    """Hold every backend to float64 on a grid of inputs.
+    """Compare every backend with float64 on a grid of inputs.
 
-    The grid: dtypes, vocabulary sizes, kinds of rows (identical, close, far apart, certain of the
-    label, underflowing, masked with -inf, shifted), strides, ignored rows full of NaN, and upstream
-    gradients. The backends: each instruction set of the CPU's kernels, the CUDA kernels, plain
-    PyTorch, and the fused head on each. Quantities: the statistics and the gradients.
+    The grid has all dtypes, several vocabulary sizes, kinds of rows (identical, close, far apart,
+    certain of the label, underflowing, masked with -inf, shifted), strides, ignored rows full of
+    NaN, and upstream gradients. The backends are each instruction set of the CPU's kernels, the
+    CUDA kernels and plain PyTorch, each also under the fused head. The quantities are the
+    statistics and the gradients.
 
     Args:
-        devices: device names such as "cpu", "cuda", "cuda:1"; None: all that are here.
-        quick: small vocabularies only; seconds.
-        progress: called with the name of each backend before it is checked.
+        devices: Device names such as "cpu", "cuda", "cuda:1"; None: all that are present.
+        quick: Check small vocabularies only, which takes seconds.
+        progress: Called with a line of text before each group of backends is checked.
 
     Returns:
-        ``Report``: one row for each backend, dtype and quantity; ``passed`` if all bounds are kept.
+        ``Report``: ``rows`` has one entry for each backend, dtype and quantity, with relative
+        errors; ``passed`` is True if all bounds are kept.
 
     Raises:
-        ValueError: a device that is not here.
+        ValueError: A device is not present.
     """
     chosen = [checked_device(name) for name in (devices or devices_present())]
     rows: list[Row] = []
@@ -86,7 +92,7 @@ class _Checked(NamedTuple):
 def _check_logits(backends: list[Backend], cases: Iterable[Case]) -> Iterator[_Checked]:
     for case in cases:
         here = _moved(case.logits(), backends[0].device)
-        true = wanted.of_logits(here)  # in float64, which a card does in a fraction of the time
+        true = wanted.of_logits(here)  # on the device, since float64 on a CPU takes far longer
         layout = LAYOUTS[case.layout]
         here = here._replace(policy=layout(here.policy), reference=layout(here.reference))
         eager = formulas.of_logits(here, eager=True)

@@ -92,13 +92,13 @@ class _Checked(NamedTuple):
 def _check_logits(backends: list[Backend], cases: Iterable[Case]) -> Iterator[_Checked]:
     for case in cases:
         here = _moved(case.logits(), backends[0].device)
-        true = wanted.of_logits(here)  # on the device, since float64 on a CPU takes far longer
+        true = wanted.from_logits(here)  # on the device, since float64 on a CPU takes far longer
         layout = LAYOUTS[case.layout]
         here = here._replace(policy=layout(here.policy), reference=layout(here.reference))
-        eager = formulas.of_logits(here, eager=True)
+        eager = formulas.from_logits(here, eager=True)
         for backend in backends:
             with backend.serving():
-                ours = formulas.of_logits(here, eager=False)
+                ours = formulas.from_logits(here, eager=False)
             cells = cells_of(str(case), ours, eager, true, backend.is_fallback)
             yield _Checked(str(backend), case.dtype, cells)
 
@@ -106,13 +106,13 @@ def _check_logits(backends: list[Backend], cases: Iterable[Case]) -> Iterator[_C
 def _check_heads(backends: list[Backend], cases: Iterable[Case]) -> Iterator[_Checked]:
     for case in cases:
         here = _moved(case.heads(), backends[0].device)
-        true = wanted.of_heads(here)
-        eager = formulas.of_heads(here, eager=True)
+        true = wanted.from_heads(here)
+        eager = formulas.from_heads(here, eager=True)
         half_width = case.dtype in (torch.bfloat16, torch.float16)
-        as_run = formulas.of_heads(here, eager=True, as_run=True) if half_width else None
+        as_run = formulas.from_heads(here, eager=True, as_run=True) if half_width else None
         for backend, chunk_bytes in itertools.product(backends, chunks_of(case.vocabulary)):
             with backend.serving():
-                ours = formulas.of_heads(here, eager=False, chunk_bytes=chunk_bytes)
+                ours = formulas.from_heads(here, eager=False, chunk_bytes=chunk_bytes)
             cells = cells_of(str(case), ours, eager, true, backend.is_fallback, as_run)
             yield _Checked(f"{backend}, fused head", case.dtype, cells)
 

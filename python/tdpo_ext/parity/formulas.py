@@ -40,14 +40,14 @@ def _with_gradients(
     return {**{name: x.detach() for name, x in stats._asdict().items()}, **found}
 
 
-def of_logits(inputs: Inputs, *, eager: bool) -> Quantities:
+def from_logits(inputs: Inputs, *, eager: bool) -> Quantities:
     policy = inputs.policy.detach().requires_grad_()
     function = eager_token_stats if eager else tdpo_ext.token_stats
     stats = function(policy, inputs.reference, inputs.labels)
     return _with_gradients(stats, {"gradient": policy}, inputs.grad_logps, inputs.grad_kl)
 
 
-def of_heads(
+def from_heads(
     inputs: HeadInputs, *, eager: bool, chunk_bytes: int | None = None, as_run: bool = False
 ) -> Quantities:
     """``as_run``: eager PyTorch as people run it, with products in the operands' own type."""

@@ -27,7 +27,7 @@ class Wanted(NamedTuple):
     """
 
 
-def of_logits(inputs: Inputs) -> Wanted:
+def from_logits(inputs: Inputs) -> Wanted:
     shape, vocabulary = inputs.labels.shape, inputs.policy.shape[-1]
     rows = [x.double().reshape(-1, vocabulary) for x in (inputs.policy, inputs.reference)]
     found = truth.token_stats(rows[0], rows[1], *(x.flatten() for x in inputs[2:]))
@@ -39,12 +39,12 @@ def of_logits(inputs: Inputs) -> Wanted:
     return Wanted(values, sizes)
 
 
-def of_heads(inputs: HeadInputs) -> Wanted:
+def from_heads(inputs: HeadInputs) -> Wanted:
     blank = (inputs.labels == -100).unsqueeze(-1)
     hidden, weight, reference_hidden, reference_weight = (x.double() for x in inputs[:4])
     hidden, reference_hidden = (x.masked_fill(blank, 0) for x in (hidden, reference_hidden))
     logits = Inputs(hidden @ weight.T, reference_hidden @ reference_weight.T, *inputs[4:])
-    values, sizes = of_logits(logits)
+    values, sizes = from_logits(logits)
     by_logits = values.pop("gradient")
     del sizes["gradient"]
     by_hidden = by_logits @ weight

@@ -144,11 +144,11 @@ def backward(
         z_max, z_scale, r_max, r_scale, gap, p_rest, _, label_gap = saved
         p, q = (z - z_max).exp() * z_scale, (r - r_max).exp() * r_scale
         g_m, g_k = grad_logps[rows].unsqueeze(-1), grad_kl[rows].unsqueeze(-1)
-        of_kl = torch.where(g_k == 0, 0, g_k * _difference(z, r, p, q, gap))
+        kl_part = torch.where(g_k == 0, 0, g_k * _difference(z, r, p, q, gap))
         at_label = torch.where(g_k == 0, 0, g_k * label_gap) + g_m * p_rest
         label = labels[rows].to(torch.int64).unsqueeze(-1)
         ignored = label == ignore_index
-        result = of_kl - g_m * p
+        result = kl_part - g_m * p
         # The label is in another tile, or in none; then the normalizers are NaN, and so is dz.
         outside = (label < 0) | (label >= z.shape[-1])
         label = label.masked_fill(outside, 0)

@@ -31,8 +31,8 @@ def fused_section(report: Report) -> list[str]:
         "",
         f"{repeat('python benchmarks/fused_head.py OUT')} Torch {report['torch']}, "
         f"{report['threads']} threads, medians of {report['rounds']} interleaved rounds. "
-        f"{ABOUT_FUSED_TABLE} What takes over 5 seconds ran once, and over 30 not again for its memory or with half of the "
-        "tokens ignored.",
+        f"{ABOUT_FUSED_TABLE} What takes over 5 seconds ran once, and over 30 not again for "
+        "its memory or with half of the tokens ignored.",
         *fused_table(report),
     ]
 
@@ -42,8 +42,8 @@ def step_section(report: Report) -> list[str]:
         "## A training step of a tiny model, CPU",
         "",
         f"{repeat('python benchmarks/training_step.py OUT')} To see that it runs: the model is too "
-        f"small, and the machine was too busy, for its times to mean much. {report['processor']}, commit "
-        f"{report['commit']}, torch {report['torch']}, threads: {report['threads']}. "
+        f"small, and the machine was too busy, for its times to mean much. {report['processor']}, "
+        f"commit {report['commit']}, torch {report['torch']}, threads: {report['threads']}. "
         f"{step_text(report)} Peak memory is beyond both models.",
         *step_table(report),
     ]

@@ -142,16 +142,16 @@ def logits_section(report: Report) -> list[str]:
         "",
         f"{made_on(report)}. {repeat('python benchmarks/gpu_against_copy.py OUT')} "
         f"{report['dtype']}, {report['rows']} rows, a policy that lies 0.3 from its reference, "
-        f"medians of {report['rounds']} interleaved rounds. Bandwidth of each pass, bytes counted as the "
-        "algebra needs them, as a share of what a device-to-device copy of one logits tensor "
-        "reaches in the same rounds:",
+        f"medians of {report['rounds']} interleaved rounds. Bandwidth of each pass, bytes counted "
+        "as the algebra needs them, as a share of what a device-to-device copy of one logits "
+        "tensor reaches in the same rounds:",
         *table(["V", "ignored", "copy, TB/s", *names], bandwidth_rows(report, passes)),
         "",
         *gap_section(),
         f"{made_on(report)}. From the same run. Forward + backward, any upstream gradients: ours "
-        "in milliseconds; for each the time as a multiple of that, and the extra memory at its peak in logits "
-        "tensors. `eager` is the formula in PyTorch (`benchmarks/formula.py`), which "
-        "`torch.compile` compiles. Liger's kernel takes the same two tensors to another number, "
+        "in milliseconds; for each the time as a multiple of that, and the extra memory at its "
+        "peak in logits tensors. `eager` is the formula in PyTorch (`benchmarks/formula.py`), "
+        "which `torch.compile` compiles. Liger's kernel takes the same two tensors to another number, "
         "the total variation instead of the KL:",
         *table(["V", "ignored", "tdpo_ext, ms", *peers], peer_rows(report, peers)),
         "",

@@ -66,10 +66,10 @@ def logits_section(report: Report) -> list[str]:
         "## From logits, on the CPU",
         "",
         f"To repeat: `python benchmarks/logits_cpu.py`. {report['processor']}, torch "
-        f"{report['torch']}, commit {report['commit']}, instruction set {report['instruction_set']}, "
-        f"{report['rows']} rows, medians of {report['rounds']} interleaved rounds, nanoseconds "
-        "for each pair (policy logit, reference logit). `eager` is the formula in PyTorch "
-        "(`benchmarks/formula.py`), which `torch.compile` compiles.",
+        f"{report['torch']}, commit {report['commit']}, instruction set "
+        f"{report['instruction_set']}, {report['rows']} rows, medians of {report['rounds']} "
+        "interleaved rounds, nanoseconds for each pair (policy logit, reference logit). `eager` is "
+        "the formula in PyTorch (`benchmarks/formula.py`), which `torch.compile` compiles.",
         "",
         *([report["note"], ""] if report.get("note") else []),
         *(f"{name} is left out: {reason}." for name, reason in report["skipped"].items()),

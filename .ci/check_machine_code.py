@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from tdpo_ext import native
+from tdpo_ext.token_statistics import native
 
 REGISTERS_OF_A_PARTITION = 16384  # a multiprocessor has four, each with a quarter of the warps
 WARPS_OF_A_BLOCK = 7  # kBlockWarps in csrc/cuda/team.cuh

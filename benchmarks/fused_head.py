@@ -44,8 +44,8 @@ from gpu_against_copy import Clock
 from torch import Tensor
 
 import tdpo_ext
-from tdpo_ext import fused_head, gemm, tiles
-from tdpo_ext.tiles import MOST_COLUMNS_ON_CPU, MOST_COLUMNS_ON_CUDA
+from tdpo_ext.fused_head import passes, products, tiles
+from tdpo_ext.fused_head.tiles import MOST_COLUMNS_ON_CPU, MOST_COLUMNS_ON_CUDA
 
 # Sequences, tokens, H, V.
 CPU_SHAPES = ((4, 128, 768, 50257),)
@@ -69,7 +69,7 @@ def bare_products(batch: Batch) -> dict[str, Callable[[], object]]:
     """One unit of each product, in tiles as ours, with operands as ours are."""
     kept = batch.labels != -100
     hidden = batch.policy_hidden.detach()[kept]
-    dtype = gemm.operand_dtype(hidden)
+    dtype = products.operand_dtype(hidden)
     hidden = hidden.to(dtype)
     weight = batch.policy_weight.detach().to(dtype)
     like = {"device": hidden.device, "dtype": torch.float32}
@@ -82,15 +82,15 @@ def bare_products(batch: Batch) -> dict[str, Callable[[], object]]:
 
     def logits() -> None:
         for block in blocks:
-            gemm.multiply(hidden, block.T, out=tile[:, : block.shape[0]])
+            products.multiply(hidden, block.T, out=tile[:, : block.shape[0]])
 
     def by_hidden() -> None:
         for block in blocks:
-            gemm.multiply_add(half[:, : block.shape[0]], block, out=of_hidden)
+            products.multiply_add(half[:, : block.shape[0]], block, out=of_hidden)
 
     def by_weight() -> None:
         for block in blocks:
-            gemm.multiply(half[:, : block.shape[0]].T, hidden, out=of_weight[: block.shape[0]])
+            products.multiply(half[:, : block.shape[0]].T, hidden, out=of_weight[: block.shape[0]])
 
     return {"logits": logits, "dh": by_hidden, "dW": by_weight}
 
@@ -166,7 +166,7 @@ def columns_and_rows(columns: int | None, rows: int | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if columns is not None:
             for name in ("MOST_COLUMNS_ON_CPU", "MOST_COLUMNS_ON_CUDA"):
-                stack.enter_context(mock.patch.object(fused_head, name, columns))
+                stack.enter_context(mock.patch.object(passes, name, columns))
         if rows is not None:
             stack.enter_context(mock.patch.object(tiles, "GROUP_ROWS", (rows,)))
         yield

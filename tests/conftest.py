@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tdpo_ext import kernels, native
+from tdpo_ext.token_statistics import kernels, native
 
 if sanitized_core.chosen():
     native.core = kernels.core = sanitized_core.SanitizedCore()
@@ -62,9 +62,11 @@ def pytest_report_header() -> str:
 @contextlib.contextmanager
 def use_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[str]:
     if name == "fallback":
-        monkeypatch.setattr("tdpo_ext.kernels.core", None)
+        monkeypatch.setattr("tdpo_ext.token_statistics.kernels.core", None)
     elif name in EMULATED:
-        monkeypatch.setattr("tdpo_ext.kernels.core", emulated.EmulatedCore(EMULATED[name]))
+        monkeypatch.setattr(
+            "tdpo_ext.token_statistics.kernels.core", emulated.EmulatedCore(EMULATED[name])
+        )
     elif name != "cuda":
         monkeypatch.setenv("TDPO_EXT_INSTRUCTION_SET", name)
     # On a card the tests make their tensors there.
@@ -119,7 +121,7 @@ def emulated_core(monkeypatch: pytest.MonkeyPatch) -> emulated.EmulatedCore:
     if not emulated.compiler():
         pytest.skip("no C++ compiler on the path")
     core = emulated.EmulatedCore()
-    monkeypatch.setattr("tdpo_ext.kernels.core", core)
+    monkeypatch.setattr("tdpo_ext.token_statistics.kernels.core", core)
     return core
 
 
@@ -128,7 +130,7 @@ def cuda_unchecked(cuda: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same, where nobody looks at the labels first."""
     if cuda in EMULATED:
         core = emulated.EmulatedCore(EMULATED[cuda], check_labels=False)
-        monkeypatch.setattr("tdpo_ext.kernels.core", core)
+        monkeypatch.setattr("tdpo_ext.token_statistics.kernels.core", core)
     return cuda
 
 

@@ -1,10 +1,10 @@
 """The CUDA kernels on the CPU: their own source, compiled by the C++ compiler (tests/cuda_on_cpu).
 
-``EmulatedCore`` stands in for ``tdpo_ext.kernels.core``. There are two builds, which differ in
-rounding. "plain" rounds each product and each sum; "fma" rounds a * b + c once wherever the source
-allows it, as nvcc does. Environment variables, for tests that start other test runs:
-TDPO_EXT_TEST_CSRC, another folder of sources; TDPO_EXT_TEST_SANITIZE, to compile with the address
-and undefined-behaviour sanitizers (libasan must be preloaded then).
+``EmulatedCore`` stands in for ``tdpo_ext.token_statistics.kernels.core``. There are two builds,
+which differ in rounding. "plain" rounds each product and each sum; "fma" rounds a * b + c once
+wherever the source allows it, as nvcc does. Environment variables, for tests that start other test
+runs: TDPO_EXT_TEST_CSRC, another folder of sources; TDPO_EXT_TEST_SANITIZE, to compile with the
+address and undefined-behaviour sanitizers (libasan must be preloaded then).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import tdpo_ext
-from tdpo_ext import kernels
+from tdpo_ext.token_statistics import kernels, native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EXPECTED = (TypeError, ValueError, IndexError)
@@ -313,7 +313,7 @@ def fuzz(seeds: Any, names: list[str]) -> Counter[str]:
     outcomes: Counter[str] = Counter()
     for seed in seeds:
         name = names[seed % len(names)]
-        variable = {kernels.INSTRUCTION_SET_VARIABLE: name} if name != "fallback" else {}
+        variable = {native.INSTRUCTION_SET_VARIABLE: name} if name != "fallback" else {}
         core = kernels.core if name != "fallback" else None
         with mock.patch.object(kernels, "core", core), mock.patch.dict(os.environ, variable):
             try:

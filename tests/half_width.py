@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tdpo_ext import gemm
+from tdpo_ext.fused_head import products
 
 
 def _numbers(x: Tensor) -> NDArray[np.generic]:
@@ -25,17 +25,17 @@ def _numbers(x: Tensor) -> NDArray[np.generic]:
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     assert a.dtype == b.dtype
-    assert out.dtype == gemm.accumulation_dtype(a.dtype)
+    assert out.dtype == products.accumulation_dtype(a.dtype)
     out.numpy()[:] = _numbers(a) @ _numbers(b)
 
 
 def _multiply_add(a: Tensor, b: Tensor, out: Tensor) -> None:
     assert a.dtype == b.dtype
-    assert out.dtype == gemm.accumulation_dtype(a.dtype)
+    assert out.dtype == products.accumulation_dtype(a.dtype)
     out.numpy()[:] += _numbers(a) @ _numbers(b)
 
 
 def take_half_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "takes_half_width", lambda device: True)
-    monkeypatch.setattr(gemm, "multiply", _multiply)
-    monkeypatch.setattr(gemm, "multiply_add", _multiply_add)
+    monkeypatch.setattr(products, "takes_half_width", lambda device: True)
+    monkeypatch.setattr(products, "multiply", _multiply)
+    monkeypatch.setattr(products, "multiply_add", _multiply_add)

@@ -10,7 +10,7 @@ import torch
 from conftest import pair_of_logits
 
 import tdpo_ext
-from tdpo_ext import fallback, native
+from tdpo_ext.token_statistics import fallback, native
 
 
 def test_backends_say_what_was_built(monkeypatch):
@@ -64,7 +64,7 @@ def another_core(monkeypatch):
 
     def put(core):
         monkeypatch.setattr(native, "core", core)
-        monkeypatch.setattr("tdpo_ext.kernels.core", core)
+        monkeypatch.setattr("tdpo_ext.token_statistics.kernels.core", core)
         forget()
 
     yield put
@@ -136,7 +136,7 @@ def test_a_forced_instruction_set_is_used(on_processor):
 
 
 def test_the_fallback_says_so_once(monkeypatch):
-    monkeypatch.setattr("tdpo_ext.kernels.core", None)
+    monkeypatch.setattr("tdpo_ext.token_statistics.kernels.core", None)
     monkeypatch.setattr(fallback, "_warned", set())
     policy, reference = pair_of_logits(2, 7)
     with warnings.catch_warnings(record=True) as caught:

@@ -12,7 +12,7 @@ from test_token_stats import stats_and_gradient
 from torch import Tensor
 
 import tdpo_ext
-from tdpo_ext import native
+from tdpo_ext.token_statistics import native
 
 CUDA = native.backends()["cuda"]
 pytestmark = [

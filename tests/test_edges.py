@@ -75,11 +75,11 @@ def test_strides_change_nothing(backend, view, dtype):
 @pytest.mark.parametrize("elements", [1, 90])
 def test_plain_pytorch_takes_rows_a_block_at_a_time(monkeypatch, elements):
     """One at least, and in the last block what is left; real blocks are larger than tests."""
-    monkeypatch.setattr("tdpo_ext.kernels.core", None)
+    monkeypatch.setattr("tdpo_ext.token_statistics.kernels.core", None)
     policy, reference = pair_of_logits(7, 40)
     labels = labels_for(policy, 0.2)
     wanted = stats_and_gradient(policy, reference, labels)
-    monkeypatch.setattr("tdpo_ext.fallback._BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr("tdpo_ext.token_statistics.fallback._BLOCK_ELEMENTS", elements)
     ours = stats_and_gradient(policy, reference, labels)
     assert_same_bits((*ours[0], ours[1]), (*wanted[0], wanted[1]))
 

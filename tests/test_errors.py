@@ -226,6 +226,19 @@ def test_the_reference_has_no_inplace_backward():
     )
 
 
+@pytest.mark.parametrize("name", tdpo_ext.reference.__all__)
+def test_the_reference_takes_the_whole_vocabulary(name):
+    if name == "pair_loss":
+        return
+    function = getattr(tdpo_ext.reference, name)
+    given = [torch.randn(4, 3, 5) for _ in range(2)]
+    if name.startswith("linear"):
+        given = [torch.randn(4, 3, 2), torch.randn(5, 2)] * 2
+    labels = torch.zeros(4, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="whole vocabulary on one process, got a process_group"):
+        function(*given, labels, process_group=object())
+
+
 @pytest.mark.parametrize(
     "logits",
     [

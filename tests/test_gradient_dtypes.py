@@ -9,7 +9,7 @@ import torch
 from conftest import labels_for, pair_of_logits
 from torch import Tensor
 
-from tdpo_ext import kernels
+from tdpo_ext.token_statistics import kernels
 
 HALF = [torch.bfloat16, torch.float16]
 # Of log p(y) and of the KL, row by row: each kind of gradient, and gradients that float16 rounds to

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import tdpo_ext
-from tdpo_ext import fused_head, gemm
+from tdpo_ext.fused_head import passes, products
 
 HALF = [torch.bfloat16, torch.float16]
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -48,7 +48,7 @@ def backend(request, monkeypatch):
 @pytest.fixture
 def small_groups(monkeypatch):
     """Of rows with whole logits, so that these tests' few rows make several groups."""
-    monkeypatch.setattr("tdpo_ext.tiles.GROUP_ROWS", (4, 2))
+    monkeypatch.setattr("tdpo_ext.fused_head.tiles.GROUP_ROWS", (4, 2))
 
 
 METHODS = [("tdpo1", 0.5), ("tdpo2", 0.5), ("tdpo2", 0.0), ("tdpo2", 1.0), ("tdpo2", 2.5)]
@@ -177,7 +177,7 @@ def made_in_forward(given: dict[str, Any], labels: Tensor, chunk_bytes: int) -> 
     heads = [x.flatten(0, 1) if i in (0, 3) and x is not None else x for i, x in enumerate(heads)]
     options = (1.0, 0.0, 1.0, 0.0, -100, chunk_bytes, "", 0, 0)
     sequences = labels.shape[0]
-    loss_options = (0.1, 0.5, "tdpo2", 0.0, False, 2 / sequences, sequences // 2)
+    loss_options = (0.1, 0.5, "tdpo2", 0.0, False, "mean", sequences // 2)
     results = torch.ops.tdpo_ext.linear_tdpo_gradients(
         *heads, labels.flatten(), None, sequences, *options, *loss_options, [True, True, False]
     )
@@ -286,7 +286,7 @@ def test_units_of_a_frozen_head(backend, small_groups, monkeypatch, chunk_bytes)
 
 @pytest.mark.skipif("cuda-on-cpu" not in COMPILED, reason="no C++ compiler on the path")
 @pytest.mark.parametrize(
-    ("way", "products", "kernels"),
+    ("way", "multiplications", "launches"),
     [
         # Of 8 tiles of all rows: logits of both; the records of a tile, and their merge; at the end
         # the outputs.
@@ -299,11 +299,11 @@ def test_units_of_a_frozen_head(backend, small_groups, monkeypatch, chunk_bytes)
         ("direction", 6 * 2 + 1, 6 * 3),
     ],
 )
-def test_launches_of_a_step(monkeypatch, way, products, kernels):
+def test_launches_of_a_step(monkeypatch, way, multiplications, launches):
     """docs/fused-head.md counts what they are at full size."""
     take_half_width(monkeypatch)
-    monkeypatch.setattr("tdpo_ext.tiles.GROUP_ROWS", (4,))
-    monkeypatch.setattr("tdpo_ext.fused_head.MOST_COLUMNS_ON_CPU", VOCABULARY // 8)
+    monkeypatch.setattr("tdpo_ext.fused_head.tiles.GROUP_ROWS", (4,))
+    monkeypatch.setattr("tdpo_ext.fused_head.passes.MOST_COLUMNS_ON_CPU", VOCABULARY // 8)
     given = arguments_of(4, TOKENS // 4, vocabulary=VOCABULARY, dtype=torch.bfloat16)
     leaves = []
     if way != "forward":
@@ -312,9 +312,9 @@ def test_launches_of_a_step(monkeypatch, way, products, kernels):
     labels = torch.randint(0, VOCABULARY, (4, TOKENS // 4))
     calls = []
     for name in ("multiply", "multiply_add"):
-        product = getattr(gemm, name)
+        product = getattr(products, name)
         monkeypatch.setattr(
-            gemm, name, lambda a, b, out, product=product: calls.append(product(a, b, out=out))
+            products, name, lambda a, b, out, product=product: calls.append(product(a, b, out=out))
         )
     with use_backend(monkeypatch, "cuda-on-cpu"):
         before = emulated.library().emulated_launches()
@@ -323,7 +323,7 @@ def test_launches_of_a_step(monkeypatch, way, products, kernels):
         if leaves:
             torch.autograd.grad(loss.sum(), leaves)
         launched = emulated.library().emulated_launches() - before
-    assert (len(calls), launched) == (products, kernels)
+    assert (len(calls), launched) == (multiplications, launches)
 
 
 def most_bytes(run: Callable[[], object]) -> int:
@@ -354,7 +354,7 @@ def test_all_that_exists_at_a_time_fits_chunk_bytes(backend, monkeypatch, way, i
     """
     if backend == "fallback":
         pytest.skip("plain PyTorch makes temporaries of its own")
-    monkeypatch.setattr("tdpo_ext.tiles.GROUP_ROWS", (32, 16))
+    monkeypatch.setattr("tdpo_ext.fused_head.tiles.GROUP_ROWS", (32, 16))
     vocabulary, width, tokens = 4096, 16, 256
     wanted, chunk_bytes = MEMORY[way]
     given = arguments_of(4, tokens // 4, vocabulary=vocabulary, width=width, dtype=torch.bfloat16)
@@ -391,5 +391,5 @@ def test_without_chunk_bytes_a_card_gives_a_part_of_its_memory(monkeypatch):
     ]:
         found = SimpleNamespace(total_memory=memory)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=found: found)
-        assert fused_head.default_chunk_bytes(card) == wanted
-    assert fused_head.default_chunk_bytes(torch.device("cpu")) == 2**28
+        assert passes.default_chunk_bytes(card) == wanted
+    assert passes.default_chunk_bytes(torch.device("cpu")) == 2**28

@@ -13,7 +13,7 @@ from conftest import DTYPES, labels_for, numpy64, relative_error
 from torch import Tensor
 
 import tdpo_ext
-from tdpo_ext import gemm
+from tdpo_ext.fused_head import products
 
 CHUNKS = [1, 20_000, 150_000, 10**9]  # a token and 64 words at a time, some, more, everything
 METHODS = [("tdpo1", 0.5), ("tdpo2", 0.5), ("tdpo2", 0.0)]
@@ -115,7 +115,7 @@ def test_statistics_and_any_upstream_gradients(backend, dtype, options):
         given = arguments_of(11, dtype=dtype, chunk_bytes=chunk_bytes, **OPTIONS[options])
         labels = torch.randint(0, 131, (11,))
         labels[3] = -100
-        upstream = torch.randn(2, 11, dtype=gemm.accumulation_dtype(dtype))
+        upstream = torch.randn(2, 11, dtype=products.accumulation_dtype(dtype))
         upstream[1, 4:6] = 0  # no reference is needed
         upstream[1, 6:8] = upstream[0, 6:8]  # nor the policy
         upstream[:, 8] = 0  # nor anything

@@ -14,7 +14,7 @@ from test_resources import measure, needs_core, needs_linux
 from torch.autograd import gradcheck, gradgradcheck
 
 import tdpo_ext
-from tdpo_ext import fused_head, gemm
+from tdpo_ext.fused_head import passes, products
 
 OPS = torch.ops.tdpo_ext
 
@@ -34,7 +34,7 @@ class CountedProducts:
         self.operations = 0
         self.unit = 2 * kept * vocabulary * width
         for name in ("multiply", "multiply_add"):
-            monkeypatch.setattr(gemm, name, self.counting(getattr(gemm, name)))
+            monkeypatch.setattr(products, name, self.counting(getattr(products, name)))
 
     def counting(self, product: Any) -> Any:
         def counted(a, b, out):
@@ -123,8 +123,8 @@ def test_no_pairs_and_no_tokens(on_host, frozen, shape):
 
 def test_without_chunk_bytes_there_are_256_mebibytes(on_host, monkeypatch):
     """On the CPU, seen by how much of the logits exists, with another number in their place."""
-    assert fused_head.DEFAULT_CHUNK_BYTES == 256 * 2**20
-    monkeypatch.setattr("tdpo_ext.fused_head.DEFAULT_CHUNK_BYTES", 20_000)
+    assert passes.DEFAULT_CHUNK_BYTES == 256 * 2**20
+    monkeypatch.setattr("tdpo_ext.fused_head.passes.DEFAULT_CHUNK_BYTES", 20_000)
     given, _ = requiring_grad(arguments_of(4, TOKENS // 4, vocabulary=VOCABULARY, width=WIDTH))
     counted = CountedProducts(monkeypatch, TOKENS)
     labels = torch.zeros(4, TOKENS // 4, dtype=torch.int64)
@@ -306,7 +306,7 @@ def test_opcheck(on_host, dtype):
         OPS.linear_token_stats_direction.default, (*heads, labels, torch.rand(5), *options)
     )
     bounds = torch.tensor([0, 2, 2, 3, 5])
-    loss_options = (0.1, 0.5, "tdpo2", 0.0, True, 0.5, 2, wanted)
+    loss_options = (0.1, 0.5, "tdpo2", 0.0, True, "mean", 2, wanted)
     torch.library.opcheck(
         OPS.linear_tdpo_gradients.default, (*heads, labels, bounds, 4, *options, *loss_options)
     )

@@ -10,7 +10,7 @@ import torch
 from conftest import DTYPES, labels_for, numpy64, pair_of_logits
 
 import tdpo_ext
-from tdpo_ext import fallback
+from tdpo_ext.token_statistics import fallback
 
 # In float32 e^-104 is 0; in float64 e^-746 is.
 UNDERFLOWS = {torch.float64: 800.0}

@@ -8,7 +8,7 @@ from conftest import DTYPES, labels_for, pair_of_logits
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tdpo_ext
-from tdpo_ext import fallback
+from tdpo_ext.token_statistics import fallback
 
 OPS = torch.ops.tdpo_ext
 

@@ -13,10 +13,11 @@ import torch
 from conftest import COMPILED, numpy64
 
 import tdpo_ext
-from tdpo_ext import kernels, parity
+from tdpo_ext import parity
 from tdpo_ext.outputs import TokenStats
 from tdpo_ext.parity import __main__ as command
 from tdpo_ext.parity import backends, cases, formulas, measure, table, truth, wanted
+from tdpo_ext.token_statistics import kernels, native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -188,19 +189,19 @@ def test_worse_than_eager_starts_beyond_one_ulp():
 def test_a_backend_serves_and_leaves_everything_as_it_was(monkeypatch, asked):
     core = kernels.core
     if asked:
-        monkeypatch.setenv(kernels.INSTRUCTION_SET_VARIABLE, asked)
+        monkeypatch.setenv(native.INSTRUCTION_SET_VARIABLE, asked)
 
     def serve(backend: backends.Backend) -> None:
         with backend.serving():
             assert (kernels.core is None) == backend.is_fallback
-            assert backend.is_fallback or kernels.instruction_set() == backend.name
+            assert backend.is_fallback or native.instruction_set(kernels.core) == backend.name
             raise ZeroDivisionError
 
     for backend in backends.backends_of(torch.device("cpu")):
         with pytest.raises(ZeroDivisionError):
             serve(backend)
         assert kernels.core is core
-        assert os.environ.get(kernels.INSTRUCTION_SET_VARIABLE) == asked
+        assert os.environ.get(native.INSTRUCTION_SET_VARIABLE) == asked
 
 
 # --- the command ----------------------------------------------------------------------------------

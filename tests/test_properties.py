@@ -18,7 +18,7 @@ from strategies import SEEDS, WIDE_DTYPES, Rows, laid_out, layouts, rows
 from torch import Tensor
 
 import tdpo_ext
-from tdpo_ext import kernels
+from tdpo_ext.token_statistics import kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

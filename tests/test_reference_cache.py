@@ -19,8 +19,8 @@ from test_linear import arguments_of
 from torch import Tensor
 
 import tdpo_ext
-from tdpo_ext import reference_cache
-from tdpo_ext.reference_cache import ReferenceCache, ReferenceCacheWriter, sequence_key
+from tdpo_ext.integrations import reference_cache
+from tdpo_ext.integrations.reference_cache import ReferenceCache, ReferenceCacheWriter, sequence_key
 
 FINGERPRINT = {"model": "m@1", "tokenizer": "t", "autocast": "bfloat16"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -174,7 +174,7 @@ KILLED = """
 import os, sys
 sys.path[:0] = [{tests!r}]
 import test_reference_cache as here
-from tdpo_ext import reference_cache
+from tdpo_ext.integrations import reference_cache
 written, limit = 0, int(sys.argv[2])
 def write(file, data):
     global written

@@ -7,7 +7,7 @@ from conftest import INSTRUCTION_SETS
 
 import tdpo_ext
 from tdpo_ext import __main__ as command
-from tdpo_ext import native
+from tdpo_ext.token_statistics import native
 
 
 def test_it_says_what_a_bug_report_needs(capsys):
@@ -28,7 +28,7 @@ def test_it_says_what_a_bug_report_needs(capsys):
 
 
 def test_without_the_extension_it_says_why(capsys, monkeypatch):
-    for module in ("tdpo_ext.native", "tdpo_ext.kernels"):
+    for module in ("tdpo_ext.token_statistics.native", "tdpo_ext.token_statistics.kernels"):
         monkeypatch.setattr(f"{module}.core", None)
     monkeypatch.setattr(native, "core_absent_because", "it was never built")
     native._no_cuda_because.cache_clear()

@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
-from tdpo_ext import gemm
-from tdpo_ext.fused_head import Problem
-from tdpo_ext.head import Head
-from tdpo_ext.tiles import (
+from tdpo_ext.fused_head import products
+from tdpo_ext.fused_head.head import Head
+from tdpo_ext.fused_head.passes import Problem
+from tdpo_ext.fused_head.tiles import (
     COLUMN_MULTIPLE,
     GROUP_ROWS,
     LEAST_COLUMNS,
@@ -65,7 +65,7 @@ def heads(dtype: torch.dtype, rows: int = 5, vocabulary: int = 131) -> tuple[Hea
 def test_what_a_row_a_column_and_a_logit_cost(
     monkeypatch, dtype, gathers, gradients, half_width, wanted
 ):
-    monkeypatch.setattr(gemm, "takes_half_width", lambda device: half_width)
+    monkeypatch.setattr(products, "takes_half_width", lambda device: half_width)
     assert costs(heads(dtype), tiles=2, gathers=gathers, gradients=gradients) == wanted
 
 

@@ -18,10 +18,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import tdpo_ext
-from tdpo_ext import distributed, kernels, reference
+from tdpo_ext import distributed, reference
 from tdpo_ext.distributed import shard_of
-from tdpo_ext.fused_head import Problem
-from tdpo_ext.head import Head
+from tdpo_ext.fused_head.head import Head
+from tdpo_ext.fused_head.passes import Problem
+from tdpo_ext.token_statistics import kernels
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 VOCABULARY, TOKENS, PAIRS, WIDTH = 240, 7, 2, 16
@@ -140,11 +141,6 @@ def logits_in_plain_pytorch() -> dict[str, float]:
 def logits_on_emulated_cuda() -> dict[str, float]:
     with core(emulated.EmulatedCore()):
         return sharded_stats(tdpo_ext.token_stats)
-
-
-@scenario
-def logits_of_the_definition() -> dict[str, float]:
-    return sharded_stats(reference.token_stats)
 
 
 @scenario
@@ -289,11 +285,6 @@ def head_on_emulated_cuda() -> dict[str, float]:
 
 
 @scenario
-def head_of_the_definition() -> dict[str, float]:
-    return sharded_head(function=reference.linear_tdpo_loss)
-
-
-@scenario
 def head_compiled() -> dict[str, float]:
     compiled = torch.compile(tdpo_ext.linear_tdpo_loss, fullgraph=True, backend="aot_eager")
     return sharded_head(function=compiled)
@@ -315,11 +306,6 @@ def dtensor_head(function: Any) -> dict[str, float]:
 @scenario
 def head_as_dtensors_of_uneven_width() -> dict[str, float]:
     return dtensor_head(tdpo_ext.linear_tdpo_loss)
-
-
-@scenario
-def head_of_the_definition_as_dtensors() -> dict[str, float]:
-    return dtensor_head(reference.linear_tdpo_loss)
 
 
 @scenario

@@ -1,4 +1,4 @@
-"""The compiled kernels; ``tdpo_ext.kernels`` calls.
+"""The compiled kernels; ``tdpo_ext.token_statistics.kernels`` calls.
 
 Addresses are integers. Sizes and strides (in elements) describe the rows of ``[..., V]`` tensors,
 merged to at most 4 leading dimensions.

@@ -40,8 +40,8 @@ from tdpo_ext.integrations.hidden import (
     weight_and_bias,
 )
 from tdpo_ext.integrations.probe import logit_options_of
+from tdpo_ext.integrations.reference_cache import ReferenceCache, ReferenceCacheWriter, sequence_key
 from tdpo_ext.integrations.steps import ReferenceAdapter, text_config, unwrapped
-from tdpo_ext.reference_cache import ReferenceCache, ReferenceCacheWriter, sequence_key
 
 __all__ = [
     "CachedReference",

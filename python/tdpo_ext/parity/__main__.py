@@ -7,8 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from tdpo_ext import native, parity
+from tdpo_ext import parity
 from tdpo_ext.parity.table import show
+from tdpo_ext.token_statistics import native
 
 
 def arguments() -> argparse.Namespace:

@@ -5,37 +5,27 @@ Arguments have been checked. ``add_tile`` has no plain version: ask ``serves`` f
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tdpo_ext import checks, fallback
+from tdpo_ext import checks
 from tdpo_ext.distributed import IGNORED, Shard, gather_logits, gather_records
-from tdpo_ext.native import core, core_absent_because, cuda_absent_because
+from tdpo_ext.token_statistics import fallback
+from tdpo_ext.token_statistics.native import (
+    core,
+    core_absent_because,
+    cuda_absent_because,
+    instruction_set,
+)
 
-INSTRUCTION_SET_VARIABLE = "TDPO_EXT_INSTRUCTION_SET"
 RECORD = 9
 """Numbers in the record of a row (LabelledStats in csrc/vocab_stats.h)."""
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(checks.LOGIT_DTYPES)}
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def instruction_set() -> str:
-    """The instruction set the CPU kernels use: the best one here, or what the variable asks for."""
-    assert core is not None
-    present: list[str] = core.instruction_sets()
-    asked = os.environ.get(INSTRUCTION_SET_VARIABLE)
-    if asked is None:
-        return present[-1]
-    if asked not in present:
-        raise ValueError(
-            f"{INSTRUCTION_SET_VARIABLE} must be one of {present} on this processor, got {asked!r}"
-        )
-    return asked
 
 
 def _absent_because(device: torch.device) -> str:
@@ -59,7 +49,7 @@ def _run(name: str, device: torch.device, *arguments: Any) -> Any:
     """A function of the core, where tensors of a device are: on the CPU its instruction set and
     threads, on CUDA the device and the caller's stream."""
     if device.type == "cpu":
-        where: tuple[Any, Any] = instruction_set(), torch.get_num_threads()
+        where: tuple[Any, Any] = instruction_set(core), torch.get_num_threads()
         return getattr(core, name)(*where, *arguments)
     stream = torch.cuda.current_stream(device)
     return getattr(core, f"cuda_{name}")(stream.device.index, stream.cuda_stream, *arguments)

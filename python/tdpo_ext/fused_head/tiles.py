@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tdpo_ext.head import Cast, Head, Rows
+from tdpo_ext.fused_head.head import Cast, Head, Rows
 
 LEAST_COLUMNS = 256
 """Rows are split only if all of them leave room for fewer columns than these: products of narrow

@@ -25,10 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tdpo_ext import kernels
 from tdpo_ext.distributed import Shard, sum_gradient
-from tdpo_ext.head import Head, HeadGradients, Rows, Wanted
-from tdpo_ext.tiles import (
+from tdpo_ext.fused_head.head import Head, HeadGradients, Rows, Wanted
+from tdpo_ext.fused_head.tiles import (
     MOST_COLUMNS_ON_CPU,
     MOST_COLUMNS_ON_CUDA,
     Plan,
@@ -42,6 +41,7 @@ from tdpo_ext.tiles import (
     row_count,
     rows_of_groups,
 )
+from tdpo_ext.token_statistics import kernels
 
 DEFAULT_CHUNK_BYTES = 256 * 2**20
 MOST_CHUNK_BYTES_ON_CUDA = 2 * 2**30

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tdpo_ext import gemm
+from tdpo_ext.fused_head import products
 
 Rows = slice | Tensor
 """Tokens: a range of them, or their indices ``[n]``."""
@@ -54,17 +54,17 @@ class Head(NamedTuple):
 
     @property
     def accumulation_dtype(self) -> torch.dtype:
-        return gemm.accumulation_dtype(self.weight.dtype)
+        return products.accumulation_dtype(self.weight.dtype)
 
     @property
     def casts(self) -> bool:
         """Whether hidden states and weights are cast before they are multiplied."""
-        return gemm.operand_dtype(self.weight) != self.weight.dtype
+        return products.operand_dtype(self.weight) != self.weight.dtype
 
     @property
     def gradient_dtype(self) -> torch.dtype:
         """The type in which a gradient of the logits enters its products."""
-        return gemm.operand_dtype(self.weight)
+        return products.operand_dtype(self.weight)
 
     @property
     def rounds_gradient(self) -> bool:
@@ -74,7 +74,7 @@ class Head(NamedTuple):
     def states_of(self, rows: Rows) -> Tensor:
         """Hidden states ``[n, H]``, ready for products."""
         states = self.hidden[rows]  # a view of a range, a copy of others
-        return states.to(gemm.operand_dtype(states))
+        return states.to(products.operand_dtype(states))
 
     def weight_blocks(self, columns: range, cast: Cast) -> Iterator[tuple[range, Tensor]]:
         """Rows of W for a range of columns, ready for products; cast some at a time if need be."""
@@ -90,7 +90,7 @@ class Head(NamedTuple):
         """The logits of ``states`` over ``columns`` to ``tile``."""
         for block, weight in self.weight_blocks(columns, cast):
             at = slice(block.start - columns.start, block.stop - columns.start)
-            gemm.multiply(states, weight.T, out=tile[:, at])
+            products.multiply(states, weight.T, out=tile[:, at])
         if self.bias is not None:
             tile += self.bias[columns.start : columns.stop]
         if self.scale != 1:
@@ -151,9 +151,9 @@ class HeadGradients:
         if self.wanted.hidden:
             for block, weight in self.head.weight_blocks(columns, cast):
                 of_block = slice(block.start - columns.start, block.stop - columns.start)
-                gemm.multiply_add(gradient[:, of_block], weight, out=self.of_states)
+                products.multiply_add(gradient[:, of_block], weight, out=self.of_states)
         if self.wanted.weight:
-            product = gemm.multiply if self.no_pass_yet else gemm.multiply_add
+            product = products.multiply if self.no_pass_yet else products.multiply_add
             product(gradient.T, self.states, out=self.weight[at])
 
     def add_to_bias(self, bias: Tensor, gradient: Tensor) -> None:
@@ -164,7 +164,7 @@ class HeadGradients:
             first = self.factor.to(gradient.dtype)
             second = (self.factor - first).to(gradient.dtype)
             sums = bias.new_empty(bias.numel(), 2)
-            gemm.multiply(gradient.T, torch.stack((first, second), 1), out=sums)
+            products.multiply(gradient.T, torch.stack((first, second), 1), out=sums)
             bias += sums.sum(1)
 
     def end_pass(self) -> None:

@@ -1,0 +1,1 @@
+"""From hidden states and the weights of a head: the statistics and the loss, without logits."""

@@ -1,0 +1,357 @@
+"""The ops of the fused head, and an autograd.Function for each of its paths to gradients.
+
+An op hides the loop over tiles from torch.compile. All ops take two flat heads first (``Heads``)
+and options (``Options``). The paths are ``recompute``, ``with_direction`` and ``with_gradients``;
+``passes.py`` says what each costs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tdpo_ext import checks
+from tdpo_ext.autograd import (
+    differentiable_once,
+    grouped,
+    library,
+    refuse_graph_of_gradients,
+    register,
+    save,
+    saved,
+)
+from tdpo_ext.distributed import Shard
+from tdpo_ext.fused_head import passes
+from tdpo_ext.fused_head.head import Head, Wanted
+from tdpo_ext.fused_head.pairs import Batch, TokenSlopes, kl_ratio_of_tokens
+from tdpo_ext.fused_head.passes import Problem, Upstream
+from tdpo_ext.fused_head.products import accumulation_dtype
+from tdpo_ext.loss import LossOptions
+from tdpo_ext.outputs import TokenStats
+from tdpo_ext.token_statistics import kernels
+
+_HEADS = (
+    "Tensor policy_hidden, Tensor policy_weight, Tensor? policy_bias, Tensor reference_hidden,"
+    " Tensor reference_weight, Tensor? reference_bias, Tensor labels"
+)
+_OPTIONS = (
+    "float policy_scale, float policy_softcap, float reference_scale, float reference_softcap,"
+    " int ignore_index, int chunk_bytes, str group, SymInt shard_start, SymInt shard_total"
+)
+_STATS = "Tensor policy_logps, Tensor reference_logps, Tensor forward_kl"
+_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
+library.define(f"linear_token_stats({_HEADS}, {_OPTIONS}) -> ({_STATS}, Tensor normalizers)")
+library.define(
+    f"linear_token_stats_backward({_HEADS}, Tensor normalizers, Tensor grad_policy_logps,"
+    f" Tensor grad_forward_kl, {_OPTIONS}, bool[] wanted) -> ({_GRADIENTS})"
+)
+library.define(
+    f"linear_token_stats_direction({_HEADS}, Tensor ratio, {_OPTIONS})"
+    f" -> ({_STATS}, Tensor direction)"
+)
+library.define(
+    f"linear_tdpo_gradients({_HEADS}, Tensor? cu_seqlens, SymInt sequences, {_OPTIONS},"
+    " float beta, float alpha, str variant, float label_smoothing, bool average_log_prob,"
+    " str reduction, SymInt pairs_at_once, bool[] wanted)"
+    f" -> ({_STATS}, {_GRADIENTS}, Tensor unit)"
+)
+
+
+class Options(NamedTuple):
+    """How logits are made of a head, which tokens count, and how the vocabulary is sharded."""
+
+    policy_scale: float
+    policy_softcap: float  # 0: none
+    reference_scale: float
+    reference_softcap: float
+    ignore_index: int
+    chunk_bytes: int
+    group: str  # "": the vocabulary is not sharded
+    shard_start: int
+    shard_total: int
+
+    @property
+    def shard(self) -> Shard | None:
+        return Shard(self.group, self.shard_start, self.shard_total) if self.group else None
+
+
+class Heads(NamedTuple):
+    """Hidden states ``[N, H]``, weight ``[V, H]`` and bias ``[V]`` of both; labels ``[N]``."""
+
+    policy_hidden: Tensor
+    policy_weight: Tensor
+    policy_bias: Tensor | None
+    reference_hidden: Tensor
+    reference_weight: Tensor
+    reference_bias: Tensor | None
+    labels: Tensor
+
+    def detached(self) -> Heads:
+        tensors: list[Any] = [None if x is None else x.detach() for x in self]
+        return Heads(*tensors)
+
+    @property
+    def of_policy(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.policy_hidden, self.policy_weight, self.policy_bias
+
+    @property
+    def of_reference(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.reference_hidden, self.reference_weight, self.reference_bias
+
+    @property
+    def wanted(self) -> Wanted:
+        """Which of the policy's tensors ask for a gradient."""
+        on = torch.is_grad_enabled()
+        bias = self.policy_bias is not None and self.policy_bias.requires_grad
+        return Wanted(
+            on and self.policy_hidden.requires_grad,
+            on and self.policy_weight.requires_grad,
+            on and bias,
+        )
+
+
+def problem_of(heads: Heads, options: Options) -> Problem:
+    return Problem(
+        Head(*heads.of_policy, options.policy_scale, options.policy_softcap),
+        Head(*heads.of_reference, options.reference_scale, options.reference_softcap),
+        kernels.contiguous_int64(heads.labels),
+        options.ignore_index,
+        options.chunk_bytes,
+        options.shard,
+    )
+
+
+def _checked_problem(heads: Heads, options: Options) -> Problem:
+    problem = problem_of(heads, options)
+    if problem.labels.device.type == "cpu":
+        shard, vocabulary = problem.shard, problem.policy.vocabulary
+        vocabulary = vocabulary if shard is None else shard.total
+        checks.check_label_range(problem.labels, vocabulary, problem.ignore_index)
+    return problem
+
+
+def _empty_gradients(heads: Heads, wanted: list[bool]) -> list[Tensor]:
+    gradients = []
+    for tensor, is_wanted in zip(heads.of_policy, wanted, strict=True):
+        if is_wanted and tensor is not None:
+            gradients.append(torch.empty_like(tensor, dtype=accumulation_dtype(tensor.dtype)))
+        else:
+            dtype = accumulation_dtype(heads.policy_hidden.dtype)
+            gradients.append(heads.policy_hidden.new_empty(0, dtype=dtype))
+    return gradients
+
+
+# --- the ops --------------------------------------------------------------------------------------
+
+
+def _forward(heads: Heads, options: Options) -> kernels.Outputs:
+    return passes.forward(_checked_problem(heads, options))
+
+
+def _forward_fake(heads: Heads, options: Options) -> kernels.Outputs:
+    return kernels.empty_outputs(heads.policy_hidden, heads.labels.shape)
+
+
+def _backward(
+    heads: Heads, upstream: Upstream, options: Options, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    return passes.backward(problem_of(heads, options), upstream, Wanted(*wanted))
+
+
+def _backward_fake(
+    heads: Heads, upstream: Upstream, options: Options, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    return tuple(_empty_gradients(heads, wanted))
+
+
+def _direction(heads: Heads, ratio: Tensor, options: Options) -> tuple[Tensor, ...]:
+    outputs, direction = passes.forward_with_direction(_checked_problem(heads, options), ratio)
+    return *outputs[:3], direction
+
+
+def _direction_fake(heads: Heads, ratio: Tensor, options: Options) -> tuple[Tensor, ...]:
+    direction = _empty_gradients(heads, [True, False, False])[0]
+    return *kernels.empty_outputs(heads.policy_hidden, heads.labels.shape)[:3], direction
+
+
+def _gradients(
+    heads: Heads,
+    batch: Batch,
+    options: Options,
+    loss: LossOptions,
+    pairs_at_once: int,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    problem = _checked_problem(heads, options)
+    dtype = accumulation_dtype(heads.policy_hidden.dtype)  # which alpha is rounded to
+    slopes = TokenSlopes(batch, loss, problem.labels, problem.ignore_index)
+    ratio = kl_ratio_of_tokens(slopes.sequence, batch.pairs, loss.alpha, loss.variant, dtype)
+    outputs, gradients = passes.forward_by_pairs(
+        problem,
+        chunk_of_token=(slopes.sequence % batch.pairs) // pairs_at_once,
+        chunks=-(-batch.pairs // pairs_at_once),
+        ratio=ratio,
+        slopes_of=lambda outputs: slopes.of(TokenStats(*outputs[:3])),
+        wanted=Wanted(*wanted),
+    )
+    return *outputs[:3], *gradients, ratio.new_tensor(slopes.unit)
+
+
+def _gradients_fake(
+    heads: Heads,
+    batch: Batch,
+    options: Options,
+    loss: LossOptions,
+    pairs_at_once: int,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    outputs = kernels.empty_outputs(heads.policy_hidden, heads.labels.shape)
+    unit = outputs[0].new_empty(())
+    return *outputs[:3], *_empty_gradients(heads, wanted), unit
+
+
+for _name, _function, _fake, _groups in (
+    ("", _forward, _forward_fake, (Heads, Options)),
+    ("_backward", _backward, _backward_fake, (Heads, Upstream, Options, list)),
+    ("_direction", _direction, _direction_fake, (Heads, Tensor, Options)),
+):
+    register(f"linear_token_stats{_name}", grouped(_function, *_groups), grouped(_fake, *_groups))
+_groups_of_gradients = (Heads, Batch, Options, LossOptions, int, list)
+register(
+    "linear_tdpo_gradients",
+    grouped(_gradients, *_groups_of_gradients),
+    grouped(_gradients_fake, *_groups_of_gradients),
+)
+differentiable_once("linear_token_stats_backward")
+
+
+# --- autograd -------------------------------------------------------------------------------------
+
+
+class _Recompute(torch.autograd.Function):
+    """Any upstream gradients: backward makes the logits once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        reference_hidden: Tensor,
+        reference_weight: Tensor,
+        reference_bias: Tensor | None,
+        labels: Tensor,
+        options: Options,
+        wanted: Wanted,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        policy = hidden, weight, bias
+        constants = reference_hidden, reference_weight, reference_bias, labels
+        logps, reference_logps, kl, normalizers = torch.ops.tdpo_ext.linear_token_stats(
+            *policy, *constants, *options
+        )
+        save(ctx, (*policy, normalizers), constants)
+        ctx.mark_non_differentiable(reference_logps)
+        ctx.options, ctx.wanted = options, wanted
+        return logps, reference_logps, kl
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (*policy, normalizers), constants = saved(ctx)
+        of_logps, _, of_kl = upstream
+        gradients = torch.ops.tdpo_ext.linear_token_stats_backward(
+            *policy,
+            *constants,
+            normalizers,
+            of_logps.contiguous(),
+            of_kl.contiguous(),
+            *ctx.options,
+            list(ctx.wanted),
+        )
+        hidden, weight, bias = (
+            gradient.to(tensor.dtype) if is_wanted else None
+            for tensor, gradient, is_wanted in zip(policy, gradients, ctx.wanted, strict=True)
+        )
+        return hidden, weight, bias, None, None, None, None, None, None
+
+
+def recompute(heads: Heads, options: Options) -> TokenStats:
+    """The statistics, differentiable for any upstream gradients where a gradient is wanted."""
+    wanted = heads.wanted
+    if not any(wanted):
+        return TokenStats(*torch.ops.tdpo_ext.linear_token_stats(*heads, *options)[:3])
+    return TokenStats(*_Recompute.apply(*heads, options, wanted))  # type: ignore[no-untyped-call]
+
+
+class _Scaled(torch.autograd.Function):
+    """A gradient of the hidden states that lacks only the upstream gradient of log p(y)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, direction: Tensor, logps: Tensor, kl: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(direction)
+        ctx.dtype = hidden.dtype
+        return logps.clone(), kl.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph_of_gradients()
+        (direction,) = ctx.saved_tensors
+        return (direction * upstream[0].unsqueeze(-1)).to(ctx.dtype), None, None, None
+
+
+def with_direction(heads: Heads, options: Options, ratio: Tensor) -> TokenStats:
+    """The statistics, for upstream gradients of the KL that are ``ratio`` times those of log p."""
+    logps, reference_logps, kl, direction = torch.ops.tdpo_ext.linear_token_stats_direction(
+        *heads.detached(), ratio, *options
+    )
+    logps, kl = _Scaled.apply(heads.policy_hidden, direction, logps, kl)  # type: ignore[no-untyped-call]
+    return TokenStats(logps, reference_logps, kl)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients forward has made already, as multiples of ``unit``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: Tensor,
+        wanted: Wanted,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *gradients_and_unit: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(*gradients_and_unit)
+        ctx.wanted = wanted
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph_of_gradients()
+        *gradients, unit = ctx.saved_tensors
+        factor = upstream[0] * unit
+        hidden, weight, bias = (
+            _scaled(gradient, factor, dtype) if is_wanted else None
+            for gradient, dtype, is_wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
+        )
+        return None, None, hidden, weight, bias, None, None, None, None
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype != gradient.dtype:
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    # In place, since memory for a second gradient of the head might not be there. A second backward
+    # raises: the saved tensor has changed.
+    return gradient.mul_(factor).detach()
+
+
+def with_gradients(
+    loss: Tensor, heads: Heads, gradients: tuple[Tensor, ...], wanted: Wanted
+) -> Tensor:
+    """``loss`` with the gradients, and their unit, of ``linear_tdpo_gradients``."""
+    result: Tensor = _WithGradients.apply(loss, wanted, *heads.of_policy, *gradients)  # type: ignore[no-untyped-call]
+    return result

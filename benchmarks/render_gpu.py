@@ -151,8 +151,8 @@ def logits_section(report: Report) -> list[str]:
         f"{made_on(report)}. From the same run. Forward + backward, any upstream gradients: ours "
         "in milliseconds; for each the time as a multiple of that, and the extra memory at its "
         "peak in logits tensors. `eager` is the formula in PyTorch (`benchmarks/formula.py`), "
-        "which `torch.compile` compiles. Liger's kernel takes the same two tensors to another number, "
-        "the total variation instead of the KL:",
+        "which `torch.compile` compiles. Liger's kernel takes the same two tensors to another "
+        "number, the total variation instead of the KL:",
         *table(["V", "ignored", "tdpo_ext, ms", *peers], peer_rows(report, peers)),
         "",
         f"{made_on(report)}. From the same run. The largest error of 32 rows against float64, "

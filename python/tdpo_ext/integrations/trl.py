@@ -81,12 +81,16 @@ class TDPOTrainer(TDPOSteps, trl.DPOTrainer):
     they need more of the logits than the loss does.
 
     Args:
-        model, ref_model, ..., peft_config: as ``trl.DPOTrainer``, in its order.
+        model: a model, or the path of one, as ``trl.DPOTrainer`` takes it.
+        ref_model: the reference, as ``trl.DPOTrainer`` takes it; None: a copy, or the model without
+            its adapters.
         args: ``TDPOConfig``. None: one that writes to ``<name of the model>-TDPO``.
-        compute_metrics: called with the logits, which ``tdpo_fused_head=False`` makes. As in TRL
-            the rows of each batch are its chosen and then its rejected sequences, and ``label_ids``
-            their ``input_ids``.
+        *others: as ``trl.DPOTrainer``, in its order.
         preprocess_logits_for_metrics: as ``transformers.Trainer``.
+        **named: as ``trl.DPOTrainer``: ``train_dataset``, ``processing_class``, ``peft_config`` and
+            so on. ``compute_metrics`` is called with the logits, which ``tdpo_fused_head=False``
+            makes. As in TRL the rows of each batch are its chosen and then its rejected sequences,
+            and ``label_ids`` their ``input_ids``.
 
     Raises:
         TypeError: ``args`` is no ``TDPOConfig``.

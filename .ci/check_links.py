@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python" / "tdpo_ext"
 PAGES = ("*.md", "docs/*.md", "tests/*.md", "examples/*.md")
 
+MADE = ("build", "dist", ".venv")  # by commands
+
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 INLINE_CODE = re.compile(r"`([^`\n]+)`")
@@ -86,9 +88,9 @@ def path_exists(name: str) -> bool:
 
 
 def is_of_the_repository(name: str) -> bool:
-    """Not what a command makes (build/...), or somebody else's (/usr/local, path/to/model)."""
+    """Not what a command makes, and not somebody else's (path/to/model)."""
     first, _, rest = name.partition("/")
-    return not rest or first in folders() or path_exists(f"{first}/")
+    return not rest or (first not in MADE and path_exists(f"{first}/"))
 
 
 @functools.cache

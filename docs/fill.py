@@ -11,7 +11,6 @@ benchmarks/results/trainers.json
 from __future__ import annotations
 
 import ast
-import functools
 import json
 import re
 import sys
@@ -32,7 +31,6 @@ TEXT = re.compile(r"<!-- text (\w+) -->\n(?:.+\n)*")
 TABLE = re.compile(r"<!-- table (\w+) -->\n(?:\|.*\n)*")
 
 
-@functools.cache
 def known_tables() -> dict[str, list[dict[str, Any]]]:
     return {
         **json.loads(ERRORS.read_text()),
@@ -42,7 +40,6 @@ def known_tables() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-@functools.cache
 def known_texts() -> dict[str, str]:
     return {**scaling.texts(), **render_readme.texts()}
 

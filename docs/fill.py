@@ -26,7 +26,7 @@ import scaling
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 ERRORS = ROOT / "benchmarks" / "results" / "trainers.json"
-TRL = ROOT / "python" / "tdpo_ext" / "integrations" / "trl.py"
+INTEGRATIONS = ROOT / "python" / "tdpo_ext" / "integrations"
 TEXT = re.compile(r"<!-- text (\w+) -->\n(?:.+\n)*")
 TABLE = re.compile(r"<!-- table (\w+) -->\n(?:\|.*\n)*")
 
@@ -49,7 +49,7 @@ def tables_of_options() -> dict[str, list[dict[str, Any]]]:
     not be installed."""
     own: list[dict[str, Any]] = []
     refused: list[dict[str, Any]] = []
-    body = ast.parse(TRL.read_text()).body
+    body = [x for path in INTEGRATIONS.glob("*.py") for x in ast.parse(path.read_text()).body]
     constants = {
         node.targets[0].id: node.value
         for node in body

@@ -75,10 +75,10 @@ class TDPOTrainer(TDPOSteps, trl.DPOTrainer):
         TDPOTrainer("path/to/model", args=TDPOConfig("folder"), train_dataset=pairs).train()
 
     Construction and data are TRL's, PEFT included: there the reference is the adapter "ref" or the
-    model without adapters. The loss of an optimizer step is the mean over all its pairs. Logged are
-    rewards/*, logps/*, aux_loss and num_tokens as TRL logs them, tdpo_rewards/* and kl/*, each a
-    mean over the pairs since the last log; entropy, logits/* and mean_token_accuracy are not, since
-    they need more of the logits than the loss does.
+    model without adapters. The loss of an optimizer step is the mean over all its pairs. It
+    logs ``rewards/*``, ``logps/*``, ``aux_loss`` and ``num_tokens`` as TRL does, ``tdpo_rewards/*``
+    and ``kl/*``, each a mean over the pairs since the last log. It does not log ``entropy``,
+    ``logits/*`` and ``mean_token_accuracy``: they need more of the logits than the loss does.
 
     Args:
         model: a model, or the path of one, as ``trl.DPOTrainer`` takes it.

@@ -21,7 +21,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tests/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"(?:<!-- (run with|not run): (.*?) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 NEEDS = ("transformers", "datasets", "trl", "peft", "accelerate")
 MISSING = [name for name in NEEDS if importlib.util.find_spec(name) is None]
@@ -143,6 +144,7 @@ def test_python_on_a_page_runs(
 # --- commands -------------------------------------------------------------------------------------
 
 BACKENDS = {"avx2", "cuda-on-cpu", "fallback"}
+NOT_NAMES = {"and", "not", "or", "slow"}
 NEVER_HERE = ("pip install", "conda install", "export", "git clone", ".ci/run")
 """They change the machine, or run all of this."""
 
@@ -155,6 +157,11 @@ def commands() -> list[Any]:
             if command and not command.startswith("#"):
                 lines.setdefault(command, block.id)
     return [pytest.param(line, id=f"{page}: {line}") for line, page in lines.items()]
+
+
+def is_in(paths: list[Path], word: str) -> bool:
+    files = [file for path in paths for file in ([path] if path.is_file() else path.glob("*.py"))]
+    return any(word in file.read_text() for file in files)
 
 
 def run(*command: str) -> None:
@@ -173,9 +180,11 @@ def test_a_command_on_a_page_leads_somewhere(line: str, tmp_path: Path) -> None:
     if words[0] == "make":
         run("make", "--dry-run", "--always-make", *words[1:])
     elif words[:3] == ["python", "-m", "pytest"]:
-        assert (ROOT / words[3]).exists()
-        chosen = set(words[5].split()) - {"and", "not", "or"} if "-k" in words else set()
-        assert chosen <= BACKENDS | {"slow"}
+        paths = [ROOT / word for word in words if word.startswith("tests")]
+        assert paths
+        assert all(path.exists() for path in paths)
+        chosen = words[words.index("-k") + 1].split() if "-k" in words else []
+        assert all(word in BACKENDS | NOT_NAMES or is_in(paths, word) for word in chosen)
     elif words[:2] == ["python", "-m"] and words[2].startswith("tdpo_ext"):
         module = importlib.util.find_spec(f"{words[2]}.__main__")
         assert module is not None

@@ -194,7 +194,7 @@ def bare_products(row: Report, units: list[float]) -> float:
 
 
 def fused_times(row: Report, on_card: bool) -> dict[str, float | None]:
-    """Milliseconds by way; None where a compilation is in them."""
+    """Milliseconds by path; None where a compilation is in them."""
     return {
         name: None if on_card and taken > COMPILING_FROM else taken
         for name, taken in row["milliseconds"].items()
@@ -226,7 +226,7 @@ def fused_table(report: Report) -> list[str]:
 CHOICES = "python benchmarks/fused_head.py OUT --device cuda --choices"
 ABOUT_FUSED_TABLE = (
     "Forward and backward of TDPO2 if not said otherwise. Bare products: as many of the same as "
-    "that way has units ([fused-head.md](fused-head.md)), operands cast beforehand. `eager` and "
+    "that path has units ([fused-head.md](fused-head.md)), operands cast beforehand. `eager` and "
     "Liger round bfloat16 logits to bfloat16, ours and TRL's are float32. Liger's is DPO: no KL. "
     "Memory is beyond the batch, gradients included."
 )
@@ -412,7 +412,7 @@ def formula_finding(report: Report) -> str:
 
 
 def against_products(report: Report, way: str) -> str:
-    """Times the bare products of a way, all tokens kept."""
+    """Times the bare products of a path, all tokens kept."""
     rows = [row for row in report["measurements"] if row["ignored"] == 0]
     units = report["ways"][way]
     return least_to_most(

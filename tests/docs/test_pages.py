@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -237,7 +238,7 @@ def check_links() -> Any:
     ],
 )
 def test_the_link_checker_sees(check_links: Any, text: str, fault: str) -> None:
-    page = ROOT / "build" / "pages" / "page.md"
+    page = ROOT / "build" / "pages" / f"{os.getpid()}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text)
     try:

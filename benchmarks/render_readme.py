@@ -210,10 +210,14 @@ def about_the_gpu() -> str:
 def about_the_cpu() -> str:
     cpu, fused = load("logits-cpu.json"), load("fused-head-cpu.json")
     assert fused["threads"] == CPU_THREADS
+    isa = fused["backend"]["instruction_set"].upper()
+    unnamed = f" The fused head's report says {isa} and names no processor or commit."
+    if "processor" in fused:
+        unnamed = f" The fused head: {fused['processor']}, commit {fused['commit']}."
     return (
         f"**{cpu['processor']}, {cpu['instruction_set'].upper()}**, {CPU_THREADS} threads, torch "
         f"{cpu['torch']}, from logits at commit {cpu['commit']}; float32 to bfloat16 where there "
-        "are two numbers, else float32."
+        f"are two numbers, else float32.{unnamed}"
     )
 
 

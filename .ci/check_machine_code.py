@@ -40,9 +40,8 @@ class Expected(NamedTuple):
     per_entry: float | None = None  # instructions in the hot loop, at most
 
 
-# The most instructions for each entry in the loops of backward. Keys: half-width or float32 logits;
-# rows aligned alike ("0") or shifted ("1"). Values, by what a loop reads: the policy alone, the
-# reference alone, both with one sign, both.
+# The most instructions for each entry in the loops of backward: PolicyOnly, ReferenceOnly, Direct,
+# Mixed. Keys: half-width or float32 logits; rows aligned alike ("0") or shifted ("1").
 BACKWARD = {
     ("half", "0"): (7, 7, 13, 30),
     ("half", "1"): (10, 10, 18, 35),
@@ -216,7 +215,7 @@ def faults(
 
 
 def short(kernel: str) -> str:
-    """_ZN..26row_records_kernelINS0_8BFloat16ELi7ELb0EEEv... -> row_records_kernel BFloat16 7 0"""
+    """_ZN..26row_records_kernelINS_8BFloat16ELi7ELb0EEEv... -> row_records_kernel BFloat16 7 0"""
     match = re.search(r"\d([a-z_]+_kernel)(?:I(.*?)EEv)?", kernel)
     assert match is not None, kernel
     parts = re.sub(r"NS\d?_\d+|L[ib]", " ", (match[2] or "").replace("E", " ")).split()

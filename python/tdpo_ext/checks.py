@@ -16,7 +16,9 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32)
 
 Variant = Literal["tdpo1", "tdpo2"]
+"""TDPO1, or TDPO2, which is DPO with alpha = 0."""
 Reduction = Literal["none", "mean", "sum"]
+"""The loss of each pair, their mean, or their sum."""
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 

@@ -137,7 +137,7 @@ def test_a_gradient_that_is_a_little_off_is_a_miss(small_grid, monkeypatch):
         found = right(inputs, eager=eager)
         return found if eager else {**found, "gradient": found["gradient"] * 1.01}
 
-    monkeypatch.setattr(formulas, "of_logits", wrong)
+    monkeypatch.setattr(formulas, "from_logits", wrong)
     missed = parity.check(["cpu"], quick=True).misses
     assert {(row.quantity, row.dtype) for row in missed} == {
         ("gradient", x) for x in ("float32", "float64", "bfloat16", "float16")

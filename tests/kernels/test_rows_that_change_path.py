@@ -1,4 +1,4 @@
-"""Rows that make the kernels change their way: bases that move, groups close or not, pieces.
+"""Rows that make the kernels change path: bases that move, groups close or not, parts of rows.
 
 The CPU's kernels decide for blocks of 1024 entries and groups of 64, and split long rows where
 there are few (csrc/cpu/running_stats.h, token_stats.cpp); what they decide must not show.

@@ -4,6 +4,7 @@
 #include <exception>
 
 #include "cuda/team.cuh"
+#include "description.h"
 #include "token_stats.h"
 
 namespace tdpo::cuda {
@@ -58,6 +59,11 @@ extern "C" const char* emulated_finish(const tdpo::TokenStatsFinish* work) {
 
 extern "C" const char* emulated_backward(const tdpo::TokenStatsBackward* work) {
   return message_of([&] { tdpo::cuda::token_stats_backward(*work, {0, nullptr}); });
+}
+
+extern "C" const char* emulated_description() {
+  static const std::string text = tdpo::description();
+  return text.c_str();
 }
 
 extern "C" long emulated_launches() { return cuda_on_cpu::launches; }

@@ -109,7 +109,8 @@ def backward(
     grad_kl: Tensor,
     ignore_index: int,
 ) -> None:
-    """dz = g_m (onehot(y) - p) + g_k (p - q), to ``gradient``, which may be ``policy_logits``."""
+    """Write dz = g_m (onehot(y) - p) + g_k (p - q) to ``gradient``, which may be ``policy_logits``
+    or ``reference_logits``."""
     for rows in _row_blocks(labels.shape, policy_logits.shape[-1]):
         z = policy_logits[rows].to(normalizers.dtype)
         r = reference_logits[rows].to(normalizers.dtype)

@@ -22,6 +22,7 @@ lint: .venv/installed .venv/development
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
+	$(python) .ci/check_imports.py
 	.venv/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh')
 
 bench: .venv/installed .venv/demo

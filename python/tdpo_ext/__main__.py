@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 import tdpo_ext
-from tdpo_ext.token_statistics import kernels, native
+from tdpo_ext.token_statistics import native
 
 NAME_WIDTH = 26
-ENVIRONMENT = (kernels.INSTRUCTION_SET_VARIABLE, "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+ENVIRONMENT = (native.INSTRUCTION_SET_VARIABLE, "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
 def _versions() -> dict[str, Any]:

@@ -118,6 +118,11 @@ def check_ignore_index(ignore_index: int) -> None:
         raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
 
 
+def is_dtensor(value: object) -> bool:
+    """Whether a value is a DTensor, found without importing DTensor, which takes long."""
+    return isinstance(value, Tensor) and hasattr(value, "device_mesh")
+
+
 def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
     """Raise IndexError for the first label outside [0, V) that is not ``ignore_index``.
 
@@ -174,10 +179,7 @@ def check_pair_options(beta: float, alpha: float, variant: str, label_smoothing:
         raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
 
 
-def check_loss_options(
-    beta: float, alpha: float, variant: str, label_smoothing: float, reduction: str
-) -> None:
-    check_pair_options(beta, alpha, variant, label_smoothing)
+def check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
 
@@ -285,10 +287,12 @@ def _check_head(which: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
         )
 
 
-def check_heads(
-    policy: tuple[Tensor, Tensor, Tensor | None], reference: tuple[Tensor, Tensor, Tensor | None]
-) -> None:
-    """Hidden states, weight and bias of each; H may differ, all else fits together."""
+Side = tuple[Tensor, Tensor, Tensor | None]
+"""Hidden states, weight and bias of the policy or of the reference."""
+
+
+def check_heads(policy: Side, reference: Side) -> None:
+    """The two heads fit together; only their hidden sizes may differ."""
     _check_head("policy", *policy)
     _check_head("reference", *reference)
     (hidden, weight, _), (reference_hidden, reference_weight, _) = policy, reference

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tdpo_ext.checks import is_dtensor
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -144,55 +146,12 @@ def gather_logits(logits: Tensor, shard: Shard) -> Tensor:
     return torch.cat([*parts], dim=-1)[..., : shard.total]
 
 
-class _Gathered(torch.autograd.Function):
-    """Every process computes the same from all logits, so of their gradient each takes its part."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, shard: Shard) -> Tensor:
-        ctx.part = shard.start, logits.shape[-1]
-        return gather_logits(logits, shard)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0].narrow(-1, *ctx.part), None
-
-
-def gathered_logits(logits: Tensor, shard: Shard) -> Tensor:
-    """``gather_logits`` with a gradient."""
-    whole: Tensor = _Gathered.apply(logits, shard)  # type: ignore[no-untyped-call]
-    return whole
-
-
-class _SummedGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, shard: Shard) -> Tensor:
-        ctx.shard = shard
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        _all_reduce(total, ctx.shard)
-        return total, None
-
-
-def with_summed_gradient(tensor: Tensor, shard: Shard) -> Tensor:
-    """The tensor, whose gradient is the sum over the processes' parts."""
-    result: Tensor = _SummedGradient.apply(tensor, shard)  # type: ignore[no-untyped-call]
-    return result
-
-
 def sum_gradient(gradient: Tensor, shard: Shard) -> None:
     """The one collective of a head's backward, in place."""
     _all_reduce(gradient, shard)
 
 
 # --- DTensors -------------------------------------------------------------------------------------
-
-
-def is_dtensor(value: object) -> bool:
-    """Without importing DTensor, which takes its time."""
-    return isinstance(value, Tensor) and hasattr(value, "device_mesh")
 
 
 def local_logits(

@@ -1,4 +1,4 @@
-"""The public functions: checks, the op of ``ops.py``, the arithmetic of ``reference.py``."""
+"""The public functions of logits: they check their arguments, then call the op and the loss."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from tdpo_ext import checks
 from tdpo_ext.distributed import Shard, local_logits, shard_of
-from tdpo_ext.fused_head.functional import linear_tdpo_loss, linear_token_stats
+from tdpo_ext.loss import LossOptions, loss_from_stats
 from tdpo_ext.outputs import TDPOOutput, TokenStats
-from tdpo_ext.reference import aligned_labels, check_token_stats, loss_from_stats, pair_loss
+from tdpo_ext.sequences import aligned_labels
 from tdpo_ext.token_statistics import ops
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["linear_tdpo_loss", "linear_token_stats", "pair_loss", "tdpo_loss", "token_stats"]
+__all__ = ["tdpo_loss", "token_stats"]
 
 
 def token_stats(
@@ -70,7 +70,9 @@ def token_stats(
     policy_logits, reference_logits, labels, shard = local_logits(
         policy_logits, reference_logits, labels, process_group=process_group
     )
-    check_token_stats(policy_logits, reference_logits, labels, ignore_index)
+    checks.check_logits(policy_logits, reference_logits)
+    checks.check_labels("labels", labels, policy_logits)
+    checks.check_ignore_index(ignore_index)
     shard = shard or shard_of(process_group, policy_logits.shape[-1])
     return _token_stats(
         policy_logits, reference_logits, labels, ignore_index, inplace_backward, shard
@@ -85,7 +87,7 @@ def _token_stats(
     inplace_backward: bool,
     shard: Shard | None,
 ) -> TokenStats:
-    """Of checked arguments."""
+    """``token_stats`` for arguments that have been checked."""
     checks.check_not_transformed(policy_logits, reference_logits, labels)
     if inplace_backward and not torch.compiler.is_compiling():  # then the op itself checks
         checks.check_inplace_backward(policy_logits)
@@ -152,23 +154,22 @@ def tdpo_loss(
     policy_logits, reference_logits, labels, shift_labels, shard = local_logits(
         policy_logits, reference_logits, labels, shift_labels, process_group=process_group
     )
+    checks.check_logits(policy_logits, reference_logits)
     aligned = aligned_labels(
-        policy_logits, reference_logits, labels, shift_labels, cu_seqlens, ignore_index
+        "policy_logits",
+        policy_logits,
+        labels,
+        shift_labels,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
     )
-    checks.check_loss_options(beta, alpha, variant, label_smoothing, reduction)
+    options = LossOptions(
+        beta, alpha, variant, label_smoothing, average_log_prob, reduction
+    ).checked()
     shard = shard or shard_of(process_group, policy_logits.shape[-1])
     stats = _token_stats(
         policy_logits, reference_logits, aligned, ignore_index, inplace_backward, shard
     )
     return loss_from_stats(
-        stats,
-        aligned,
-        cu_seqlens=cu_seqlens,
-        beta=beta,
-        alpha=alpha,
-        variant=variant,
-        label_smoothing=label_smoothing,
-        average_log_prob=average_log_prob,
-        reduction=reduction,
-        ignore_index=ignore_index,
+        stats, aligned, options, cu_seqlens=cu_seqlens, ignore_index=ignore_index
     )

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tdpo_ext import checks
-from tdpo_ext.functional import linear_tdpo_loss, tdpo_loss
+from tdpo_ext.functional import tdpo_loss
+from tdpo_ext.fused_head.functional import linear_tdpo_loss
+from tdpo_ext.loss import LossOptions
 from tdpo_ext.outputs import TDPOOutput
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class _LossModule(nn.Module):
         process_group: ProcessGroup | None,
     ) -> None:
         super().__init__()
-        checks.check_loss_options(beta, alpha, variant, label_smoothing, reduction)
+        LossOptions(beta, alpha, variant, label_smoothing, average_log_prob, reduction).checked()
         checks.check_ignore_index(ignore_index)
         self.beta = beta
         self.alpha = alpha

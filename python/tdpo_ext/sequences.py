@@ -1,4 +1,4 @@
-"""From tokens to sequences: the label of each position, and sums along a response."""
+"""From tokens to sequences: the label of each position, and sums over each sequence."""
 
 from __future__ import annotations
 
@@ -6,6 +6,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tdpo_ext import checks
+
+
+def aligned_labels(
+    name: str,
+    batch: Tensor,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    *,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """The labels aligned with a batch, from exactly one of ``labels`` and ``shift_labels``.
+
+    ``batch``, called ``name`` in errors, is logits or hidden states: ``[2B, T, ...]``, or
+    ``[total, ...]`` with ``cu_seqlens``.
+    """
+    checks.check_ignore_index(ignore_index)
+    if cu_seqlens is None:
+        checks.check_batch(name, batch)
+    else:
+        checks.check_packed_batch(name, batch, cu_seqlens)
+    if labels is not None and shift_labels is None:
+        checks.check_labels("labels", labels, batch)
+        return align_labels(labels, cu_seqlens, ignore_index)
+    if shift_labels is not None and labels is None:
+        checks.check_labels("shift_labels", shift_labels, batch)
+        return shift_labels
+    raise checks.labels_error("neither" if labels is None else "both")
 
 
 def align_labels(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:

@@ -1,28 +1,24 @@
-"""The public functions of the fused head: checks, the choice of a way to gradients, the loss."""
+"""The public functions of the fused head: checks, the choice of a path to gradients, the loss."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tdpo_ext import checks
-from tdpo_ext.distributed import local_labels
+from tdpo_ext.checks import Side
+from tdpo_ext.distributed import Shard, local_head, local_labels, shard_of
 from tdpo_ext.fused_head import ops
 from tdpo_ext.fused_head.ops import Heads, Options
+from tdpo_ext.fused_head.pairs import Batch, kl_ratio_of_tokens
 from tdpo_ext.fused_head.passes import captured, default_chunk_bytes
 from tdpo_ext.fused_head.products import accumulation_dtype
 from tdpo_ext.fused_head.tiles import costs, pairs_that_fit
+from tdpo_ext.loss import LossOptions, loss_from_stats
 from tdpo_ext.outputs import TDPOOutput, TokenStats
-from tdpo_ext.reference import (
-    Side,
-    aligned_labels_of,
-    checked_heads,
-    kl_ratios,
-    loss_from_stats,
-)
-from tdpo_ext.sequences import sequence_of_tokens
+from tdpo_ext.sequences import aligned_labels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -160,53 +156,53 @@ def linear_tdpo_loss(
         chunk_bytes,
         process_group,
     )
-    aligned = aligned_labels_of(
-        "policy_hidden", heads[0][0], labels, shift_labels, cu_seqlens, ignore_index
+    aligned = aligned_labels(
+        "policy_hidden",
+        heads[0][0],
+        labels,
+        shift_labels,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
     )
-    checks.check_loss_options(beta, alpha, variant, label_smoothing, reduction)
-    inputs = flat(heads, aligned)
-    loss_options: dict[str, Any] = {
-        "beta": beta,
-        "alpha": alpha,
-        "variant": variant,
-        "label_smoothing": label_smoothing,
-        "average_log_prob": average_log_prob,
-    }
+    loss = LossOptions(beta, alpha, variant, label_smoothing, average_log_prob, reduction).checked()
+    sequences = aligned.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return _loss(flat(heads, aligned), options, aligned, Batch(cu_seqlens, sequences), loss)
+
+
+def _loss(
+    inputs: Heads, options: Options, aligned: Tensor, batch: Batch, loss: LossOptions
+) -> TDPOOutput:
+    """The loss by the path that costs least (``passes.py``)."""
 
     def output_of(stats: TokenStats) -> TDPOOutput:
         shaped = TokenStats(*(values.view(aligned.shape) for values in stats))
         return loss_from_stats(
             shaped,
             aligned,
-            cu_seqlens=cu_seqlens,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            **loss_options,
+            loss,
+            cu_seqlens=batch.cu_seqlens,
+            ignore_index=options.ignore_index,
         )
 
+    wanted = inputs.wanted
     if options.shard is not None:
         return output_of(ops.recompute(inputs, options))
-    wanted = inputs.wanted
-    sequences = aligned.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if wanted.hidden and not wanted.weight and not wanted.bias:
-        ratio = _kl_ratio_of_tokens(inputs, cu_seqlens, sequences, alpha, variant)
+        ratio = kl_ratio_of_tokens(
+            batch.sequence_of_tokens(inputs.labels),
+            batch.pairs,
+            loss.alpha,
+            loss.variant,
+            accumulation_dtype(inputs.policy_hidden.dtype),
+        )
         return output_of(ops.with_direction(inputs, options, ratio))
-    pairs_at_once = _pairs_at_once(inputs, options, sequences, cu_seqlens is not None)
-    if any(wanted) and reduction != "none" and pairs_at_once:
-        weight = 1 / (sequences // 2) if reduction == "mean" else 1.0
+    pairs_at_once = _pairs_at_once(inputs, options, batch)
+    if any(wanted) and loss.reduction != "none" and pairs_at_once:
         results = torch.ops.tdpo_ext.linear_tdpo_gradients(
-            *inputs.detached(),
-            cu_seqlens,
-            sequences,
-            *options,
-            *loss_options.values(),
-            weight,
-            pairs_at_once,
-            list(wanted),
+            *inputs.detached(), *batch, *options, *loss, pairs_at_once, list(wanted)
         )
         output = output_of(TokenStats(*results[:3]))
-        loss = ops.attach_gradients(output.loss, inputs, results[3:], wanted)
-        return output._replace(loss=loss)
+        return output._replace(loss=ops.with_gradients(output.loss, inputs, results[3:], wanted))
     return output_of(ops.recompute(inputs, options))
 
 
@@ -219,14 +215,28 @@ def _checked(
     process_group: ProcessGroup | None,
 ) -> tuple[tuple[Side, Side], Options]:
     checks.check_ignore_index(ignore_index)
-    policy, reference, shard = checked_heads(
-        _autocast(policy), _autocast(reference), chunk_bytes, process_group
-    )
+    checks.check_chunk_bytes(chunk_bytes)
+    policy, reference, shard = _own_heads(_autocast(policy), _autocast(reference), process_group)
     checks.check_not_transformed(*policy, *reference)
     bytes_at_once = default_chunk_bytes(policy[0].device) if chunk_bytes is None else chunk_bytes
     sharded = ("", 0, 0) if shard is None else shard
     options = Options(*checks.logit_options(*logits), ignore_index, bytes_at_once, *sharded)
     return (policy, reference), options
+
+
+def _own_heads(
+    policy: Side, reference: Side, process_group: ProcessGroup | None
+) -> tuple[Side, Side, Shard | None]:
+    """The heads, or this process's parts of heads that are sharded, checked against each other."""
+    policy, shard = local_head("policy", *policy, process_group)
+    reference, shard_of_reference = local_head("reference", *reference, process_group)
+    if shard != shard_of_reference:
+        raise ValueError(
+            "policy_weight and reference_weight must be DTensors of one vocabulary, sharded over "
+            f"the same processes, or both plain tensors, got {shard} and {shard_of_reference}"
+        )
+    checks.check_heads(policy, reference)
+    return policy, reference, shard or shard_of(process_group, policy[1].shape[0])
 
 
 def _autocast(side: Side) -> Side:
@@ -256,25 +266,18 @@ def flat(heads: tuple[Side, Side], labels: Tensor) -> Heads:
     )
 
 
-def _kl_ratio_of_tokens(
-    heads: Heads, cu_seqlens: Tensor | None, sequences: int, alpha: float, variant: str
-) -> Tensor:
-    chosen, rejected = kl_ratios(alpha, variant)
-    dtype = accumulation_dtype(heads.policy_hidden.dtype)
-    is_rejected = sequence_of_tokens(heads.labels, cu_seqlens, sequences) >= sequences // 2
-    return torch.full_like(is_rejected, chosen, dtype=dtype).masked_fill(is_rejected, rejected)
+def _pairs_at_once(heads: Heads, options: Options, batch: Batch) -> int:
+    """How many pairs fit ``chunk_bytes`` at a time if no token is ignored; 0: not even one.
 
-
-def _pairs_at_once(heads: Heads, options: Options, sequences: int, packed: bool) -> int:
-    """Of how many pairs the logits fit ``chunk_bytes``, if no token were ignored; 0: of none.
-
-    Lengths of packed sequences are known to the device alone, so with these all pairs must fit.
+    Only the device knows the lengths of packed sequences, so there all pairs must fit.
     """
-    if sequences == 0 or captured(heads.labels):
+    if batch.sequences == 0 or captured(heads.labels):
         return 0
+    packed = batch.cu_seqlens is not None
     problem = ops.problem_of(heads, options)
-    tokens = heads.labels.numel() if packed else 2 * heads.labels.numel() // sequences
+    tokens = heads.labels.numel() if packed else 2 * heads.labels.numel() // batch.sequences
     cost = costs(problem.heads, tiles=2, gathers=True, gradients=True)
     fitting = pairs_that_fit(cost, max(1, tokens), problem.policy.vocabulary, problem.chunk_bytes)
-    pairs = sequences // 2
-    return (pairs if fitting else 0) if packed else min(fitting, pairs)
+    if packed:
+        return batch.pairs if fitting else 0
+    return min(fitting, batch.pairs)

@@ -1,35 +1,36 @@
-"""torch.library ops of the fused head, and their autograd seams: one for each way to gradients.
+"""The ops of the fused head, and an autograd.Function for each of its paths to gradients.
 
-An op hides the loop over tiles from torch.compile. All take two heads flat: hidden states
-``[N, H]``, weight ``[V, H]`` and bias of the policy, the same of the reference, labels ``[N]``, and
-options.
+An op hides the loop over tiles from torch.compile. All ops take two flat heads first (``Heads``)
+and options (``Options``). The paths are ``recompute``, ``with_direction`` and ``with_gradients``;
+``passes.py`` says what each costs.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tdpo_ext import checks
+from tdpo_ext.autograd import (
+    differentiable_once,
+    grouped,
+    library,
+    refuse_graph_of_gradients,
+    register,
+    save,
+    saved,
+)
 from tdpo_ext.distributed import Shard
 from tdpo_ext.fused_head import passes
 from tdpo_ext.fused_head.head import Head, Wanted
-from tdpo_ext.fused_head.passes import Problem
+from tdpo_ext.fused_head.pairs import Batch, TokenSlopes, kl_ratio_of_tokens
+from tdpo_ext.fused_head.passes import Problem, Upstream
 from tdpo_ext.fused_head.products import accumulation_dtype
+from tdpo_ext.loss import LossOptions
 from tdpo_ext.outputs import TokenStats
-from tdpo_ext.reference import (
-    kl_ratios,
-    pair_difference,
-    pair_slopes,
-    sequence_terms,
-)
-from tdpo_ext.sequences import sequence_of_tokens
 from tdpo_ext.token_statistics import kernels
-
-_library = torch.library.Library("tdpo_ext", "FRAGMENT")
 
 _HEADS = (
     "Tensor policy_hidden, Tensor policy_weight, Tensor? policy_bias, Tensor reference_hidden,"
@@ -41,24 +42,25 @@ _OPTIONS = (
 )
 _STATS = "Tensor policy_logps, Tensor reference_logps, Tensor forward_kl"
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
-_library.define(f"linear_token_stats({_HEADS}, {_OPTIONS}) -> ({_STATS}, Tensor normalizers)")
-_library.define(
+library.define(f"linear_token_stats({_HEADS}, {_OPTIONS}) -> ({_STATS}, Tensor normalizers)")
+library.define(
     f"linear_token_stats_backward({_HEADS}, Tensor normalizers, Tensor grad_policy_logps,"
     f" Tensor grad_forward_kl, {_OPTIONS}, bool[] wanted) -> ({_GRADIENTS})"
 )
-_library.define(
+library.define(
     f"linear_token_stats_direction({_HEADS}, Tensor ratio, {_OPTIONS})"
     f" -> ({_STATS}, Tensor direction)"
 )
-_library.define(
+library.define(
     f"linear_tdpo_gradients({_HEADS}, Tensor? cu_seqlens, SymInt sequences, {_OPTIONS},"
     " float beta, float alpha, str variant, float label_smoothing, bool average_log_prob,"
-    f" float weight, SymInt pairs_at_once, bool[] wanted) -> ({_STATS}, {_GRADIENTS}, Tensor unit)"
+    " str reduction, SymInt pairs_at_once, bool[] wanted)"
+    f" -> ({_STATS}, {_GRADIENTS}, Tensor unit)"
 )
 
 
 class Options(NamedTuple):
-    """What all ops take last."""
+    """How logits are made of a head, which tokens count, and how the vocabulary is sharded."""
 
     policy_scale: float
     policy_softcap: float  # 0: none
@@ -72,11 +74,11 @@ class Options(NamedTuple):
 
     @property
     def shard(self) -> Shard | None:
-        return Shard(*self[6:]) if self.group else None
+        return Shard(self.group, self.shard_start, self.shard_total) if self.group else None
 
 
 class Heads(NamedTuple):
-    """What all ops take first: flat tensors."""
+    """Hidden states ``[N, H]``, weight ``[V, H]`` and bias ``[V]`` of both; labels ``[N]``."""
 
     policy_hidden: Tensor
     policy_weight: Tensor
@@ -89,6 +91,14 @@ class Heads(NamedTuple):
     def detached(self) -> Heads:
         tensors: list[Any] = [None if x is None else x.detach() for x in self]
         return Heads(*tensors)
+
+    @property
+    def of_policy(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.policy_hidden, self.policy_weight, self.policy_bias
+
+    @property
+    def of_reference(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.reference_hidden, self.reference_weight, self.reference_bias
 
     @property
     def wanted(self) -> Wanted:
@@ -104,8 +114,8 @@ class Heads(NamedTuple):
 
 def problem_of(heads: Heads, options: Options) -> Problem:
     return Problem(
-        Head(*heads[:3], options.policy_scale, options.policy_softcap),
-        Head(*heads[3:6], options.reference_scale, options.reference_softcap),
+        Head(*heads.of_policy, options.policy_scale, options.policy_softcap),
+        Head(*heads.of_reference, options.reference_scale, options.reference_softcap),
         kernels.contiguous_int64(heads.labels),
         options.ignore_index,
         options.chunk_bytes,
@@ -124,7 +134,7 @@ def _checked_problem(heads: Heads, options: Options) -> Problem:
 
 def _empty_gradients(heads: Heads, wanted: list[bool]) -> list[Tensor]:
     gradients = []
-    for tensor, is_wanted in zip(heads[:3], wanted, strict=True):
+    for tensor, is_wanted in zip(heads.of_policy, wanted, strict=True):
         if is_wanted and tensor is not None:
             gradients.append(torch.empty_like(tensor, dtype=accumulation_dtype(tensor.dtype)))
         else:
@@ -136,177 +146,146 @@ def _empty_gradients(heads: Heads, wanted: list[bool]) -> list[Tensor]:
 # --- the ops --------------------------------------------------------------------------------------
 
 
-def _forward(*arguments: Any) -> kernels.Outputs:
-    return passes.forward(_checked_problem(Heads(*arguments[:7]), Options(*arguments[7:])))
+def _forward(heads: Heads, options: Options) -> kernels.Outputs:
+    return passes.forward(_checked_problem(heads, options))
 
 
-def _forward_fake(*arguments: Any) -> kernels.Outputs:
-    heads = Heads(*arguments[:7])
+def _forward_fake(heads: Heads, options: Options) -> kernels.Outputs:
     return kernels.empty_outputs(heads.policy_hidden, heads.labels.shape)
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    heads, upstream = Heads(*arguments[:7]), passes.Upstream(*arguments[7:10])
-    *options, wanted = arguments[10:]
-    problem = problem_of(heads, Options(*options))
-    return passes.backward(problem, upstream, Wanted(*wanted))
+def _backward(
+    heads: Heads, upstream: Upstream, options: Options, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    return passes.backward(problem_of(heads, options), upstream, Wanted(*wanted))
 
 
-def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(_empty_gradients(Heads(*arguments[:7]), arguments[-1]))
+def _backward_fake(
+    heads: Heads, upstream: Upstream, options: Options, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    return tuple(_empty_gradients(heads, wanted))
 
 
-def _direction(*arguments: Any) -> tuple[Tensor, ...]:
-    problem = _checked_problem(Heads(*arguments[:7]), Options(*arguments[8:]))
-    outputs, direction = passes.forward_with_direction(problem, arguments[7])
+def _direction(heads: Heads, ratio: Tensor, options: Options) -> tuple[Tensor, ...]:
+    outputs, direction = passes.forward_with_direction(_checked_problem(heads, options), ratio)
     return *outputs[:3], direction
 
 
-def _direction_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    heads = Heads(*arguments[:7])
+def _direction_fake(heads: Heads, ratio: Tensor, options: Options) -> tuple[Tensor, ...]:
     direction = _empty_gradients(heads, [True, False, False])[0]
     return *kernels.empty_outputs(heads.policy_hidden, heads.labels.shape)[:3], direction
 
 
-def gradient_unit(slope: float) -> float:
-    """The power of 2 next to a slope, of which gradients that are made in forward are multiples:
-    numbers near 1 do not leave float16's range, and the factor costs no rounding."""
-    return float(2.0 ** round(math.log2(slope)))
-
-
-def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    (cu_seqlens, sequences), rest = arguments[7:9], arguments[9:]
-    options, rest = Options(*rest[: len(Options._fields)]), rest[len(Options._fields) :]
-    problem = _checked_problem(Heads(*arguments[:7]), options)
-    beta, alpha, variant, label_smoothing, average, weight, pairs_at_once, wanted = rest
-    sequence = sequence_of_tokens(problem.labels, cu_seqlens, sequences)
-    pairs = sequences // 2
-    dtype = accumulation_dtype(problem.policy.hidden.dtype)  # alpha may be no float32
-    rejected = sequence // pairs
-    ratio = torch.tensor(kl_ratios(alpha, variant), dtype=dtype, device=sequence.device)[rejected]
-    sign = torch.tensor([1.0, -1.0], dtype=dtype, device=sequence.device)
-    unit = gradient_unit(beta * weight)
-
-    def slopes_of(outputs: kernels.Outputs) -> Tensor:
-        """What autograd would give, written out: the loss is made of few terms."""
-        shape = (-1,) if cu_seqlens is not None else (sequences, -1)
-        stats = TokenStats(*(x.view(shape) for x in outputs[:3]))
-        labels = problem.labels.view(shape)
-        terms = sequence_terms(stats, labels, cu_seqlens, average, problem.ignore_index)
-        difference = pair_difference(terms.margin, terms.kl, alpha, variant)
-        slopes = weight / unit * pair_slopes(difference, beta, label_smoothing)
-        per_sequence = (sign[:, None] * slopes).flatten()
-        if terms.kept is not None:
-            per_sequence = per_sequence / terms.kept
-        slopes_of_tokens: Tensor = per_sequence[sequence]
-        return slopes_of_tokens
-
-    chunk = (sequence % pairs) // pairs_at_once
-    chunks = -(-pairs // pairs_at_once)
+def _gradients(
+    heads: Heads,
+    batch: Batch,
+    options: Options,
+    loss: LossOptions,
+    pairs_at_once: int,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    problem = _checked_problem(heads, options)
+    dtype = accumulation_dtype(heads.policy_hidden.dtype)  # which alpha is rounded to
+    slopes = TokenSlopes(batch, loss, problem.labels, problem.ignore_index)
+    ratio = kl_ratio_of_tokens(slopes.sequence, batch.pairs, loss.alpha, loss.variant, dtype)
     outputs, gradients = passes.forward_by_pairs(
-        problem, chunk, chunks, ratio, slopes_of, Wanted(*wanted)
+        problem,
+        chunk_of_token=(slopes.sequence % batch.pairs) // pairs_at_once,
+        chunks=-(-batch.pairs // pairs_at_once),
+        ratio=ratio,
+        slopes_of=lambda outputs: slopes.of(TokenStats(*outputs[:3])),
+        wanted=Wanted(*wanted),
     )
-    return *outputs[:3], *gradients, ratio.new_tensor(unit)
+    return *outputs[:3], *gradients, ratio.new_tensor(slopes.unit)
 
 
-def _gradients_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    heads = Heads(*arguments[:7])
+def _gradients_fake(
+    heads: Heads,
+    batch: Batch,
+    options: Options,
+    loss: LossOptions,
+    pairs_at_once: int,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
     outputs = kernels.empty_outputs(heads.policy_hidden, heads.labels.shape)
     unit = outputs[0].new_empty(())
-    return *outputs[:3], *_empty_gradients(heads, arguments[-1]), unit
+    return *outputs[:3], *_empty_gradients(heads, wanted), unit
 
 
-for _name, _function, _fake in (
-    ("linear_token_stats", _forward, _forward_fake),
-    ("linear_token_stats_backward", _backward, _backward_fake),
-    ("linear_token_stats_direction", _direction, _direction_fake),
-    ("linear_tdpo_gradients", _gradients, _gradients_fake),
+for _name, _function, _fake, _groups in (
+    ("", _forward, _forward_fake, (Heads, Options)),
+    ("_backward", _backward, _backward_fake, (Heads, Upstream, Options, list)),
+    ("_direction", _direction, _direction_fake, (Heads, Tensor, Options)),
 ):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tdpo_ext::{_name}", _fake, lib=_library)
+    register(f"linear_token_stats{_name}", grouped(_function, *_groups), grouped(_fake, *_groups))
+_groups_of_gradients = (Heads, Batch, Options, LossOptions, int, list)
+register(
+    "linear_tdpo_gradients",
+    grouped(_gradients, *_groups_of_gradients),
+    grouped(_gradients_fake, *_groups_of_gradients),
+)
+differentiable_once("linear_token_stats_backward")
 
 
 # --- autograd -------------------------------------------------------------------------------------
 
-_SECOND_DERIVATIVE = (
-    "tdpo_ext's compiled ops are differentiable once; for second derivatives use the functions of "
-    "the same names in tdpo_ext.reference"
-)
-
-
-def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError(_SECOND_DERIVATIVE)
-
-
-torch.library.register_autograd(
-    "tdpo_ext::linear_token_stats_backward", _refuse_second_derivative, lib=_library
-)
-
-
-def _refuse_graph_of_gradients() -> None:
-    """Where autograd would take gradients made in forward for constants."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{_SECOND_DERIVATIVE} (create_graph=True)")
-
 
 class _Recompute(torch.autograd.Function):
-    """Way (a): any upstream gradients."""
+    """Any upstream gradients: backward makes the logits once more."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *given, wanted = arguments
-        heads, options = Heads(*given[:7]), given[7:]
-        *stats, normalizers = torch.ops.tdpo_ext.linear_token_stats(*heads, *options)
-        # A reference computed in inference mode cannot be saved for backward. It need not be: it
-        # has no gradient, and no version that autograd could check.
-        constants = heads[3:]
-        inference = not torch.compiler.is_compiling() and any(
-            x is not None and x.is_inference() for x in constants
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        reference_hidden: Tensor,
+        reference_weight: Tensor,
+        reference_bias: Tensor | None,
+        labels: Tensor,
+        options: Options,
+        wanted: Wanted,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        policy = hidden, weight, bias
+        constants = reference_hidden, reference_weight, reference_bias, labels
+        logps, reference_logps, kl, normalizers = torch.ops.tdpo_ext.linear_token_stats(
+            *policy, *constants, *options
         )
-        ctx.inference_constants = constants if inference else None
-        ctx.save_for_backward(*heads[:3], normalizers, *(() if inference else constants))
-        ctx.mark_non_differentiable(stats[1])
+        save(ctx, (*policy, normalizers), constants)
+        ctx.mark_non_differentiable(reference_logps)
         ctx.options, ctx.wanted = options, wanted
-        return stats[0], stats[1], stats[2]
+        return logps, reference_logps, kl
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, normalizers, *constants = ctx.saved_tensors
-        constants = ctx.inference_constants or constants
+        (*policy, normalizers), constants = saved(ctx)
+        of_logps, _, of_kl = upstream
         gradients = torch.ops.tdpo_ext.linear_token_stats_backward(
-            hidden,
-            weight,
-            bias,
+            *policy,
             *constants,
             normalizers,
-            upstream[0].contiguous(),
-            upstream[2].contiguous(),
+            of_logps.contiguous(),
+            of_kl.contiguous(),
             *ctx.options,
             list(ctx.wanted),
         )
-        return *_as_asked((hidden, weight, bias), gradients, ctx.wanted), *([None] * 14)
-
-
-def _as_asked(
-    tensors: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...], wanted: Wanted
-) -> list[Tensor | None]:
-    """Gradients in their tensors' types, None where none is wanted."""
-    return [
-        gradient.to(tensor.dtype) if is_wanted and tensor is not None else None
-        for tensor, gradient, is_wanted in zip(tensors, gradients, wanted, strict=True)
-    ]
+        hidden, weight, bias = (
+            gradient.to(tensor.dtype) if is_wanted else None
+            for tensor, gradient, is_wanted in zip(policy, gradients, ctx.wanted, strict=True)
+        )
+        return hidden, weight, bias, None, None, None, None, None, None
 
 
 def recompute(heads: Heads, options: Options) -> TokenStats:
-    """Statistics with gradients for any upstream ones; without, if none is wanted."""
+    """The statistics, differentiable for any upstream gradients where a gradient is wanted."""
     wanted = heads.wanted
     if not any(wanted):
         return TokenStats(*torch.ops.tdpo_ext.linear_token_stats(*heads, *options)[:3])
-    return TokenStats(*_Recompute.apply(*heads, *options, wanted))  # type: ignore[no-untyped-call]
+    return TokenStats(*_Recompute.apply(*heads, options, wanted))  # type: ignore[no-untyped-call]
 
 
 class _Scaled(torch.autograd.Function):
-    """Way (b): the gradient is known but for the upstream gradient of log p(y)."""
+    """A gradient of the hidden states that lacks only the upstream gradient of log p(y)."""
 
     @staticmethod
     def forward(
@@ -318,13 +297,13 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_graph_of_gradients()
+        refuse_graph_of_gradients()
         (direction,) = ctx.saved_tensors
         return (direction * upstream[0].unsqueeze(-1)).to(ctx.dtype), None, None, None
 
 
 def with_direction(heads: Heads, options: Options, ratio: Tensor) -> TokenStats:
-    """Statistics whose upstream gradients must be in ``ratio``: that of the KL to that of log p."""
+    """The statistics, for upstream gradients of the KL that are ``ratio`` times those of log p."""
     logps, reference_logps, kl, direction = torch.ops.tdpo_ext.linear_token_stats_direction(
         *heads.detached(), ratio, *options
     )
@@ -333,38 +312,46 @@ def with_direction(heads: Heads, options: Options, ratio: Tensor) -> TokenStats:
 
 
 class _WithGradients(torch.autograd.Function):
-    """Way (c): a loss whose gradients are there already, in a unit."""
+    """A loss whose gradients forward has made already, as multiples of ``unit``."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, wanted: Wanted, *tensors: Any) -> Tensor:
-        parameters, gradients_and_unit = tensors[:3], tensors[3:]
+    def forward(
+        ctx: Any,
+        loss: Tensor,
+        wanted: Wanted,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *gradients_and_unit: Tensor,
+    ) -> Tensor:
         ctx.save_for_backward(*gradients_and_unit)
         ctx.wanted = wanted
-        ctx.dtypes = [None if x is None else x.dtype for x in parameters]
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_graph_of_gradients()
-        scaled: list[Tensor | None] = []
+        refuse_graph_of_gradients()
         *gradients, unit = ctx.saved_tensors
         factor = upstream[0] * unit
-        for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True):
-            if not wanted:
-                scaled.append(None)
-            elif dtype != gradient.dtype:
-                scaled.append(
-                    torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
-                )
-            else:
-                # In place: a second gradient of the head's size might not fit. A second backward
-                # raises, since the saved tensor has changed.
-                scaled.append(gradient.mul_(factor).detach())
-        return None, None, *scaled, None, None, None, None
+        hidden, weight, bias = (
+            _scaled(gradient, factor, dtype) if is_wanted else None
+            for gradient, dtype, is_wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
+        )
+        return None, None, hidden, weight, bias, None, None, None, None
 
 
-def attach_gradients(
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype != gradient.dtype:
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    # In place, since memory for a second gradient of the head might not be there. A second backward
+    # raises: the saved tensor has changed.
+    return gradient.mul_(factor).detach()
+
+
+def with_gradients(
     loss: Tensor, heads: Heads, gradients: tuple[Tensor, ...], wanted: Wanted
 ) -> Tensor:
-    result: Tensor = _WithGradients.apply(loss, wanted, *heads[:3], *gradients)  # type: ignore[no-untyped-call]
+    """``loss`` with the gradients, and their unit, of ``linear_tdpo_gradients``."""
+    result: Tensor = _WithGradients.apply(loss, wanted, *heads.of_policy, *gradients)  # type: ignore[no-untyped-call]
     return result

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from tdpo_ext.functional import linear_tdpo_loss, linear_token_stats
+from tdpo_ext.fused_head.functional import linear_tdpo_loss, linear_token_stats
 from tdpo_ext.integrations.classes import override_forward, plain_forward, restore_forward
 from tdpo_ext.integrations.hidden import (
     HeadInputs,

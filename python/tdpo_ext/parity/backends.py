@@ -33,7 +33,7 @@ class Backend(NamedTuple):
             if self.is_fallback:
                 stack.enter_context(mock.patch.object(kernels, "core", None))
             elif self.device.type == "cpu":
-                asked = {kernels.INSTRUCTION_SET_VARIABLE: self.name}
+                asked = {native.INSTRUCTION_SET_VARIABLE: self.name}
                 stack.enter_context(mock.patch.dict(os.environ, asked))
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "tdpo_ext runs its plain-PyTorch fallback")

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tdpo_ext.reference import stats_of_rows
-
 NORMALIZERS = 8
 """Per row, with the policy's logits z, the reference's r, their softmaxes p, q and the label y:
 max z, exp(max z - lse(z)), max r, exp(max r - lse(r)), lse(z) - lse(r), 1 - p(y), 1 - q(y) and
@@ -57,15 +55,39 @@ def forward(
     normalizers = policy_logits.new_zeros((*labels.shape, NORMALIZERS), dtype=dtype)
     for rows in _row_blocks(labels.shape, policy_logits.shape[-1]):
         ignored = (labels[rows] == ignore_index).unsqueeze(-1)
-        z, r = policy_logits[rows].to(dtype), reference_logits[rows].to(dtype)
-        stats = stats_of_rows(z, r, labels[rows], ignore_index)
-        for output, values in zip(outputs, stats, strict=True):
-            output[rows] = values
+        z, r = (
+            x[rows].to(dtype).masked_fill(ignored, 0) for x in (policy_logits, reference_logits)
+        )
         label = labels[rows].to(torch.int64).unsqueeze(-1)
         outside = (label < 0) | (label >= z.shape[-1])
-        saved = _normalizers(z, r, stats.forward_kl, label.masked_fill(outside, 0))
+        label = label.masked_fill(outside, 0)
+        policy_log_probs, reference_log_probs = _log_softmax(z), _log_softmax(r)
+        kl = _forward_kl(policy_log_probs, reference_log_probs)
+        logps = policy_log_probs.gather(-1, label), reference_log_probs.gather(-1, label)
+        for output, values in zip(outputs, (*logps, kl), strict=True):
+            values = values.masked_fill(outside, torch.nan).masked_fill(ignored, 0)
+            output[rows] = values.squeeze(-1)
+        saved = _normalizers(z, r, kl, label)
         normalizers[rows] = saved.masked_fill(outside, torch.nan).masked_fill(ignored, 0)
     return outputs[0], outputs[1], outputs[2], normalizers
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Subtracts the maximum first: torch's own subtracts maximum and log-sum together, which is
+    less accurate."""
+    shifted = logits - logits.amax(dim=-1, keepdim=True)
+    return shifted - shifted.exp().sum(dim=-1, keepdim=True).log()
+
+
+def _forward_kl(policy_log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
+    """KL(pi_ref || pi) ``[..., 1]`` as a sum of terms that are all at least 0 (docs/algebra.md)."""
+    p, q = policy_log_probs.exp(), reference_log_probs.exp()
+    u = reference_log_probs - policy_log_probs  # log q - log p
+    terms = torch.where(u.abs() < 0.5, q * (torch.expm1(-u) + u), p - q + q * u)
+    impossible = reference_log_probs == -torch.inf  # q = 0, and 0 log 0 = 0
+    excluded = (policy_log_probs == -torch.inf) & ~impossible  # p = 0 < q
+    terms = torch.where(impossible, p, terms).masked_fill(excluded, torch.inf)
+    return terms.sum(dim=-1, keepdim=True)
 
 
 def _normalizers(z: Tensor, r: Tensor, kl: Tensor, label: Tensor) -> Tensor:
@@ -75,7 +97,6 @@ def _normalizers(z: Tensor, r: Tensor, kl: Tensor, label: Tensor) -> Tensor:
     p, q = (z - z_max).exp() * z_scale, (r - r_max).exp() * r_scale
     # KL = lse(z) - lse(r) - E_q[z - r]: where it is small this order keeps the small digits.
     expected_gap = (q * (z - r).masked_fill(q == 0, 0)).sum(-1, keepdim=True)
-    kl = kl.unsqueeze(-1)
     gap = torch.where(
         kl < 0.5, expected_gap + kl, z_max - r_max - torch.log(z_scale) + torch.log(r_scale)
     )

@@ -7,7 +7,6 @@ checked all arguments.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -16,27 +15,16 @@ from torch import Tensor
 from tdpo_ext import checks
 from tdpo_ext.distributed import IGNORED, Shard, gather_logits, gather_records
 from tdpo_ext.token_statistics import fallback
-from tdpo_ext.token_statistics.native import core, core_absent_because, cuda_absent_because
+from tdpo_ext.token_statistics.native import (
+    core,
+    core_absent_because,
+    cuda_absent_because,
+    instruction_set,
+)
 
-INSTRUCTION_SET_VARIABLE = "TDPO_EXT_INSTRUCTION_SET"
 _DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in checks.LOGIT_DTYPES}
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def instruction_set() -> str:
-    """The instruction set that the CPU kernels use: the best one that this processor has, or the
-    one that the environment variable names."""
-    assert core is not None
-    present: list[str] = core.instruction_sets()
-    asked = os.environ.get(INSTRUCTION_SET_VARIABLE)
-    if asked is None:
-        return present[-1]
-    if asked not in present:
-        raise ValueError(
-            f"{INSTRUCTION_SET_VARIABLE} must be one of {present} on this processor, got {asked!r}"
-        )
-    return asked
 
 
 def _absent_because(device: torch.device) -> str:
@@ -60,7 +48,7 @@ def _run(name: str, device: torch.device, work: Any, *workspace: int) -> Any:
     """Call a function of the core for tensors on a device: on the CPU with an instruction set and a
     number of threads, on CUDA on the caller's stream and with the address of a workspace."""
     if device.type == "cpu":
-        return getattr(core, name)(instruction_set(), torch.get_num_threads(), work)
+        return getattr(core, name)(instruction_set(core), torch.get_num_threads(), work)
     stream = torch.cuda.current_stream(device)
     function = getattr(core, f"cuda_{name}")
     return function(stream.device.index, stream.cuda_stream, work, *workspace)

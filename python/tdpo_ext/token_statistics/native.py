@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from typing import Any
 
 # torch first: the core then shares torch's OpenMP runtime. Two live runtimes in one process fight
@@ -21,6 +22,21 @@ def _load() -> tuple[Any, str]:
 
 
 core, core_absent_because = _load()
+
+INSTRUCTION_SET_VARIABLE = "TDPO_EXT_INSTRUCTION_SET"
+
+
+def instruction_set(core: Any) -> str:
+    """The instruction set the CPU kernels use: the best one here, or what the variable asks for."""
+    present: list[str] = core.instruction_sets()
+    asked = os.environ.get(INSTRUCTION_SET_VARIABLE)
+    if asked is None:
+        return present[-1]
+    if asked not in present:
+        raise ValueError(
+            f"{INSTRUCTION_SET_VARIABLE} must be one of {present} on this processor, got {asked!r}"
+        )
+    return asked
 
 
 def _version(number: int) -> str:
@@ -74,8 +90,6 @@ def cuda_absent_because(device: torch.device) -> str:
 
 
 def _cpu_backend() -> dict[str, Any]:
-    from tdpo_ext.token_statistics.kernels import instruction_set
-
     if core is None:
         return {"compiled": False, "reason": core_absent_because}
     build: dict[str, Any] = core.build_info()
@@ -84,7 +98,7 @@ def _cpu_backend() -> dict[str, Any]:
         "compiler": build["compiler"],
         "openmp": build["openmp"],
         "instruction_sets": core.instruction_sets(),
-        "instruction_set": instruction_set(),
+        "instruction_set": instruction_set(core),
         "threads": torch.get_num_threads() if build["openmp"] else 1,
     }
 

@@ -1,7 +1,6 @@
-"""torch.library ops: schemas, fakes, the kernels under them, and the autograd seam.
+"""The ops that take logits: schemas, fakes, implementations, and their autograd.Function.
 
-One op name for all devices: ``kernels.py`` chooses what serves a tensor. The autograd.Function
-stands outside the op, so torch.compile sees the op and traces the Function.
+One op name serves all devices: ``kernels.py`` chooses the kernel, or plain PyTorch, for a tensor.
 """
 
 from __future__ import annotations
@@ -13,16 +12,23 @@ import torch
 from torch import Tensor
 
 from tdpo_ext import checks
+from tdpo_ext.autograd import (
+    differentiable_once,
+    library,
+    refuse_graph_of_gradients,
+    register,
+    save,
+    saved,
+)
 from tdpo_ext.distributed import IGNORED, Shard
 from tdpo_ext.outputs import TokenStats
 from tdpo_ext.token_statistics import kernels
 
-_library = torch.library.Library("tdpo_ext", "FRAGMENT")
-_library.define(
+library.define(
     "token_stats(Tensor policy_logits, Tensor reference_logits, Tensor labels, int ignore_index)"
     " -> (Tensor policy_logps, Tensor reference_logps, Tensor forward_kl, Tensor normalizers)"
 )
-_library.define(
+library.define(
     "token_stats_of_shard(Tensor policy_logits, Tensor reference_logits, Tensor labels,"
     " int ignore_index, str group, SymInt start, SymInt total)"
     " -> (Tensor policy_logps, Tensor reference_logps, Tensor forward_kl, Tensor normalizers)"
@@ -31,10 +37,10 @@ _backward_arguments = (
     "Tensor reference_logits, Tensor labels, Tensor normalizers, Tensor grad_policy_logps,"
     " Tensor grad_forward_kl, int ignore_index"
 )
-_library.define(
+library.define(
     f"token_stats_backward(Tensor policy_logits, {_backward_arguments}) -> Tensor policy_grad"
 )
-_library.define(f"token_stats_backward_(Tensor(a!) policy_logits, {_backward_arguments}) -> ()")
+library.define(f"token_stats_backward_(Tensor(a!) policy_logits, {_backward_arguments}) -> ()")
 
 
 def _forward_fake(
@@ -64,31 +70,14 @@ def _backward_inplace_fake(policy_logits: Tensor, *arguments: Any) -> None:
     return None
 
 
-for _name, _function, _fake in (
-    ("token_stats", kernels.token_stats, _forward_fake),
-    ("token_stats_of_shard", kernels.token_stats_of_shard, _forward_fake),
-    ("token_stats_backward", _backward, _backward_fake),
-    ("token_stats_backward_", _backward_inplace, _backward_inplace_fake),
-):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tdpo_ext::{_name}", _fake, lib=_library)
+register("token_stats", kernels.token_stats, _forward_fake)
+register("token_stats_of_shard", kernels.token_stats_of_shard, _forward_fake)
+register("token_stats_backward", _backward, _backward_fake)
+register("token_stats_backward_", _backward_inplace, _backward_inplace_fake)
+differentiable_once("token_stats_backward")
 
 
 # --- autograd -------------------------------------------------------------------------------------
-
-_SECOND_DERIVATIVE = (
-    "tdpo_ext's compiled ops are differentiable once; for second derivatives use the functions of "
-    "the same names in tdpo_ext.reference"
-)
-
-
-def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError(_SECOND_DERIVATIVE)
-
-
-torch.library.register_autograd(
-    "tdpo_ext::token_stats_backward", _refuse_second_derivative, lib=_library
-)
 
 
 @functools.cache
@@ -98,10 +87,11 @@ def _keys_of_plain_tensors(device: torch.device) -> Any:
 
 
 def _may_skip_the_dispatcher(*tensors: Tensor) -> bool:
-    """Whether nobody would see the op: no compiler, no dispatch mode, no second derivative, and
-    tensors that are what they seem, no subclasses, batches or lazy zeros.
+    """Whether the kernels may be called without their op: nothing would notice.
 
-    Then the kernels are called as they are, which saves a small call an eighth of its time.
+    True where there is no compiler, no dispatch mode and no second derivative, and where the
+    tensors are plain: no subclasses, batches or lazy zeros. It saves a small call an eighth of its
+    time, and can go once the loss itself is one op.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
@@ -129,15 +119,10 @@ class _TokenStatsFunction(torch.autograd.Function):
             outputs = op(*arguments)
         else:
             outputs = torch.ops.tdpo_ext.token_stats_of_shard(*arguments, *shard)
-            # Backward is a tile's, and no other process takes part in it.
+            # No other process takes part in backward: the part is a tile of the vocabulary there.
             labels, ignore_index = shard.own_labels(labels, ignore_index), IGNORED
         policy_logps, reference_logps, forward_kl, normalizers = outputs
-        constants = (reference_logits, labels)
-        # A reference computed in inference mode cannot be saved for backward. It need not be: it
-        # has no gradient, and no version that autograd could check.
-        inference = not torch.compiler.is_compiling() and any(x.is_inference() for x in constants)
-        ctx.inference_constants = constants if inference else None
-        ctx.save_for_backward(policy_logits, normalizers, *(() if inference else constants))
+        save(ctx, (policy_logits, normalizers), (reference_logits, labels))
         ctx.mark_non_differentiable(reference_logps)
         ctx.ignore_index = ignore_index
         ctx.inplace_backward = inplace_backward
@@ -145,8 +130,7 @@ class _TokenStatsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        policy_logits, normalizers, *constants = ctx.saved_tensors
-        reference_logits, labels = ctx.inference_constants or constants
+        (policy_logits, normalizers), (reference_logits, labels) = saved(ctx)
         grad_policy_logps, _, grad_forward_kl = gradients
         arguments = (
             reference_logits,
@@ -160,8 +144,7 @@ class _TokenStatsFunction(torch.autograd.Function):
             direct = _may_skip_the_dispatcher(policy_logits, *arguments[:-1])
             op = _backward if direct else torch.ops.tdpo_ext.token_stats_backward
             return op(policy_logits, *arguments), None, None, None, None, None
-        if torch.is_grad_enabled():
-            raise RuntimeError(f"{_SECOND_DERIVATIVE} (inplace_backward=True, create_graph=True)")
+        refuse_graph_of_gradients(also="inplace_backward=True, ")
         torch.ops.tdpo_ext.token_stats_backward_(policy_logits, *arguments)
         return policy_logits.detach(), None, None, None, None, None
 

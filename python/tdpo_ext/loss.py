@@ -1,0 +1,178 @@
+"""From token statistics to the loss, in plain PyTorch.
+
+A token's statistics become a sequence's margin and sequential KL (``sequence_terms``), two
+sequences become the loss of a pair (``pair_loss``, whose equations are in ``reference.py``), and
+the batch becomes a ``TDPOOutput`` (``loss_from_stats``).
+
+The fused head makes gradients before autograd runs, so the derivative of the pair loss also stands
+here, written out: ``pair_slopes`` and ``kl_ratios``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tdpo_ext import checks
+from tdpo_ext.outputs import TDPOOutput, TokenStats
+from tdpo_ext.sequences import kept_counts, sequence_sums
+
+
+class LossOptions(NamedTuple):
+    """The options of the loss, as ``tdpo_ext.tdpo_loss`` documents them."""
+
+    beta: float
+    alpha: float
+    variant: str
+    label_smoothing: float
+    average_log_prob: bool
+    reduction: str
+
+    def checked(self) -> LossOptions:
+        """Itself, or TypeError or ValueError for an option outside its range."""
+        checks.check_pair_options(self.beta, self.alpha, self.variant, self.label_smoothing)
+        checks.check_reduction(self.reduction)
+        return self
+
+
+def pair_loss(
+    logps_margin: Tensor,
+    seq_kl: Tensor,
+    *,
+    beta: float = 0.1,
+    alpha: float = 0.5,
+    variant: str = "tdpo2",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The loss of each pair from its sequence sums.
+
+    Args:
+        logps_margin: ``[2B]`` floating, nats: sum_t log pi - log pi_ref of each response, the B
+            chosen ones first, then the B rejected ones in the same order.
+        seq_kl: ``[2B]``, nats: the sequential KL(pi_ref || pi) of the same responses.
+        beta: strength of the KL constraint, positive.
+        alpha: weight of the sequential KL in TDPO2, at least 0; 0 is DPO. TDPO1 ignores it.
+        variant: "tdpo2" or "tdpo1".
+        label_smoothing: probability, in [0, 0.5), that a preference is recorded the wrong way
+            round: -(1 - e) log sigmoid(h) - e log sigmoid(-h).
+
+    Returns:
+        ``[B]``, differentiable in both tensors.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or an option is not a number.
+        ValueError: a shape is not ``[2B]``, or an option is outside its range.
+    """
+    checks.check_pair_sums(logps_margin, seq_kl)
+    checks.check_pair_options(beta, alpha, variant, label_smoothing)
+    logit = beta * pair_difference(logps_margin, seq_kl, alpha, variant)
+    losses = -F.logsigmoid(logit)
+    if label_smoothing > 0:
+        losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-logit)
+    return losses
+
+
+def pair_difference(logps_margin: Tensor, seq_kl: Tensor, alpha: float, variant: str) -> Tensor:
+    """The factor of beta in the loss, ``[B]``: the difference of the margins, less that of the
+    sequential KLs."""
+    chosen_margin, rejected_margin = logps_margin.chunk(2)
+    chosen_kl, rejected_kl = seq_kl.chunk(2)
+    difference = chosen_margin - rejected_margin
+    if variant == "tdpo1":
+        return difference - (rejected_kl - chosen_kl)
+    if alpha == 0:
+        # DPO, also where a KL is infinite and 0 * inf would be NaN.
+        return difference
+    return difference - alpha * (rejected_kl - chosen_kl.detach())
+
+
+def pair_slopes(difference: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """The derivative ``[B]`` of each pair's loss by its ``pair_difference``."""
+    logit = beta * difference
+    slopes = -(1 - label_smoothing) * torch.sigmoid(-logit)
+    return beta * (slopes + label_smoothing * torch.sigmoid(logit))
+
+
+def kl_ratios(alpha: float, variant: str) -> tuple[float, float]:
+    """The loss's derivative by a token's KL over that by its log p(y): of chosen responses, and of
+    rejected ones."""
+    return (1.0, 1.0) if variant == "tdpo1" else (0.0, float(alpha))
+
+
+class SequenceTerms(NamedTuple):
+    """Sums (or means) over the kept tokens of each sequence, ``[2B]``, in nats."""
+
+    logps: Tensor
+    margin: Tensor
+    kl: Tensor
+    kept: Tensor | None
+    """The number of kept tokens, where the terms are means."""
+
+
+def sequence_terms(
+    stats: TokenStats,
+    aligned: Tensor,
+    *,
+    cu_seqlens: Tensor | None,
+    average_log_prob: bool,
+    ignore_index: int,
+) -> SequenceTerms:
+    """Statistics of tokens, ``[2B, T]`` or packed, and the labels aligned with them -> sums."""
+    logps = sequence_sums(stats.policy_logps, cu_seqlens)
+    margin = sequence_sums(stats.policy_logps - stats.reference_logps, cu_seqlens)
+    kl = sequence_sums(stats.forward_kl, cu_seqlens)
+    if not average_log_prob:
+        return SequenceTerms(logps, margin, kl, None)
+    kept = kept_counts(aligned, cu_seqlens, ignore_index)
+    return SequenceTerms(logps / kept, margin / kept, kl / kept, kept)
+
+
+def loss_from_stats(
+    stats: TokenStats,
+    aligned: Tensor,
+    options: LossOptions,
+    *,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+) -> TDPOOutput:
+    """Statistics of tokens -> sequences -> pairs -> the loss and what is logged about it."""
+    logps, margin, seq_kl, _ = sequence_terms(
+        stats,
+        aligned,
+        cu_seqlens=cu_seqlens,
+        average_log_prob=options.average_log_prob,
+        ignore_index=ignore_index,
+    )
+    losses = pair_loss(
+        margin,
+        seq_kl,
+        beta=options.beta,
+        alpha=options.alpha,
+        variant=options.variant,
+        label_smoothing=options.label_smoothing,
+    )
+    chosen_rewards, rejected_rewards = (options.beta * (margin + seq_kl)).detach().chunk(2)
+    chosen_dpo_rewards, rejected_dpo_rewards = (options.beta * margin).detach().chunk(2)
+    chosen_logps, rejected_logps = logps.detach().chunk(2)
+    chosen_kl, rejected_kl = seq_kl.detach().chunk(2)
+    return TDPOOutput(
+        loss=_reduced(losses, options.reduction),
+        losses=losses.detach(),
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        chosen_kl=chosen_kl,
+        rejected_kl=rejected_kl,
+        chosen_dpo_rewards=chosen_dpo_rewards,
+        rejected_dpo_rewards=rejected_dpo_rewards,
+    )
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
+    if reduction == "mean":
+        return losses.mean()
+    return losses.sum() if reduction == "sum" else losses

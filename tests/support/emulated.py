@@ -1,0 +1,185 @@
+"""The CUDA kernels on the CPU: their own source, compiled by the C++ compiler.
+
+What CUDA gives them is in cuda_on_cpu beside this file. ``EmulatedCore`` stands in for
+``tdpo_ext.token_statistics.kernels.core``. There are two builds, which differ in rounding. "plain"
+rounds each product and each sum; "fma" rounds a * b + c once wherever the source allows it, as nvcc
+does. Environment variables, for tests that start other test runs: TDPO_EXT_TEST_CSRC, another
+folder of sources; TDPO_EXT_TEST_SANITIZE, to compile with the address and undefined-behaviour
+sanitizers (libasan must be preloaded then).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int64, c_long, c_void_p
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+EMULATION = Path(__file__).parent / "cuda_on_cpu"
+CSRC = Path(os.environ.get("TDPO_EXT_TEST_CSRC", ROOT / "csrc"))
+SANITIZED = "TDPO_EXT_TEST_SANITIZE" in os.environ
+SOURCES = [
+    CSRC / "cuda" / "token_stats_forward.cu",
+    CSRC / "cuda" / "token_stats_backward.cu",
+    EMULATION / "harness.cpp",
+]
+FLAGS = ["-x", "c++", "-std=c++17", "-O1" if SANITIZED else "-O2", "-fPIC", "-fno-strict-aliasing"]
+FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{EMULATION}", f"-I{CSRC}"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+ON_X86 = platform.machine() in ("x86_64", "AMD64")
+ROUNDINGS = {
+    "plain": ["-ffp-contract=off"],
+    "fma": ["-ffp-contract=fast", *(["-mfma"] if ON_X86 else [])],
+}
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+@functools.cache
+def roundings() -> list[str]:
+    """Those that this machine can run."""
+    if compiler() is None:
+        return []
+    listed = Path("/proc/cpuinfo")
+    fused = not ON_X86 or (listed.exists() and " fma " in listed.read_text())
+    return list(ROUNDINGS) if fused else ["plain"]
+
+
+def backend_name(rounding: str) -> str:
+    return "cuda-on-cpu" if rounding == "plain" else f"cuda-on-cpu-{rounding}"
+
+
+def _compile(folder: Path, rounding: str) -> Path:
+    tool, extra = compiler(), ROUNDINGS[rounding] + (SANITIZERS if SANITIZED else [])
+    assert tool is not None
+
+    def one(source: Path) -> str:
+        target = str(folder / f"{source.stem}.o")
+        subprocess.run([tool, *FLAGS, *extra, "-c", str(source), "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(one, SOURCES))
+    library = folder / "cuda_on_cpu.so"
+    subprocess.run([tool, *extra, "-shared", *objects, "-o", str(library)], check=True)
+    return library
+
+
+@functools.cache
+def library(rounding: str = "plain") -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory(prefix="cuda_on_cpu") as folder:
+        loaded = ctypes.CDLL(str(_compile(Path(folder), rounding)))
+    for name in ("forward", "tile", "finish", "backward", "path", "rounding", "description"):
+        getattr(loaded, f"emulated_{name}").restype = c_char_p
+    loaded.emulated_launches.restype = c_long
+    return loaded
+
+
+def described(text: str) -> dict[str, Any]:
+    """What ``csrc/description.h`` describes: a ctypes structure for each struct, the constants, and
+    DTYPES."""
+    types: dict[str, Any] = {"int": c_int, "int64": c_int64, "int64[4]": c_int64 * 4}
+    types["pointer"] = c_void_p
+    exported: dict[str, Any] = {"DTYPES": {}}
+    fields: list[list[str]] = []
+    for kind, name, *rest in map(str.split, text.splitlines()):
+        if kind == "field":
+            fields.append([name, *rest])
+        elif kind == "struct":
+            members = {"_fields_": [(field, types[of_type]) for field, of_type, _ in fields]}
+            made: Any = type(name, (Struct,), members)
+            assert ctypes.sizeof(made) == int(rest[0]), name
+            assert all(getattr(made, field).offset == int(offset) for field, _, offset in fields)
+            exported[name] = types[name] = made
+            fields = []
+        elif kind == "constant":
+            exported[name] = int(rest[0])
+        else:
+            assert kind == "dtype", kind
+            exported["DTYPES"][name] = int(rest[0])
+    return exported
+
+
+class Struct(Structure):
+    """Made as the compiled core's: with all fields, by name."""
+
+    def __init__(self, **values: Any):
+        assert list(values) == [field[0] for field in self._fields_], values
+        super().__init__(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class StandIn:
+    """The structs and constants of a library that stands in for the compiled core."""
+
+    def description(self) -> str:
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        exported = _exported(self.description())
+        if name not in exported:
+            raise AttributeError(f"the description of the core has no {name}")
+        return exported[name]
+
+
+_exported = functools.cache(described)
+
+
+def _run(function, work: Structure) -> None:
+    message = function(byref(work)).decode()
+    if message:
+        raise RuntimeError(message)
+
+
+class EmulatedCore(StandIn):
+    """The compiled core's functions for the CPU, done by the CUDA kernels."""
+
+    def __init__(self, rounding: str = "plain", *, check_labels: bool = True):
+        self.rounding, self.check_labels = rounding, check_labels
+
+    @property
+    def library(self) -> ctypes.CDLL:
+        return library(self.rounding)
+
+    def description(self) -> str:
+        return self.library.emulated_description().decode()
+
+    def instruction_sets(self) -> list[str]:
+        return [backend_name(self.rounding)]
+
+    def run_warps_backwards(self, backwards: int) -> None:
+        self.library.emulated_run_warps_backwards(backwards)
+
+    def token_stats_forward(self, _instruction_set, _threads, work) -> int:
+        wrong = _first_wrong_label(work.problem) if self.check_labels else -1
+        if wrong < 0:
+            _run(self.library.emulated_forward, work)
+        return wrong
+
+    def token_stats_tile(self, _instruction_set, _threads, work) -> None:
+        _run(self.library.emulated_tile, work)
+
+    def token_stats_finish(self, _instruction_set, _threads, work) -> None:
+        _run(self.library.emulated_finish, work)
+
+    def token_stats_backward(self, _instruction_set, _threads, work) -> None:
+        _run(self.library.emulated_backward, work)
+
+
+def _first_wrong_label(problem: Any) -> int:
+    """The check that the op makes on the CPU; the kernels do not make it on a card."""
+    labels = ctypes.cast(problem.labels, POINTER(c_int64))
+    for row in range(problem.rows):
+        label = labels[row]
+        if label != problem.ignore_index and not 0 <= label < problem.vocabulary:
+            return row
+    return -1

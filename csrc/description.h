@@ -24,7 +24,8 @@ struct Constant {
 constexpr Constant kConstants[] = {{"NORMALIZERS", kNormalizers},
                                    {"RECORD", kRecord},
                                    {"CUDA_BLOCK_WARPS", cuda::kBlockWarps},
-                                   {"LARGEST_CUDA_VOCABULARY", cuda::kMaxVocabulary}};
+                                   {"LARGEST_CUDA_VOCABULARY", cuda::kMaxVocabulary},
+                                   {"MOST_LEADING_DIMENSIONS", RowLayout::kMaxDims}};
 
 inline std::string type_name(const int&) { return "int"; }
 inline std::string type_name(const DType&) { return "int"; }

@@ -15,6 +15,8 @@ CUDA_BLOCK_WARPS: int
 """Warps in a block of the CUDA kernels."""
 LARGEST_CUDA_VOCABULARY: int
 """The most vocabulary entries that the CUDA kernels take."""
+MOST_LEADING_DIMENSIONS: int
+"""The most dimensions of a RowLayout."""
 DTYPES: dict[str, int]
 """The values of ``dtype`` and ``gradient_dtype`` by PyTorch's names."""
 

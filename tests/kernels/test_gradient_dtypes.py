@@ -62,7 +62,7 @@ def test_what_is_not_finite_stays_so(backend, dtype):
 
 @pytest.mark.parametrize("side", ["policy", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocabulary", [1, 7, 101, 5000, 20011])
+@pytest.mark.parametrize("vocabulary", [7, 101, 20011])
 def test_the_gradient_may_lie_over_the_logits_of_either_side(backend, dtype, vocabulary, side):
     """With any upstream gradients, bit for bit, wherever the rows of the other side begin."""
     policy, reference = pair_of_logits(8, vocabulary, dtype=dtype)

@@ -47,7 +47,7 @@ def compiler() -> str | None:
 
 @functools.cache
 def roundings() -> list[str]:
-    """Those that this machine can run."""
+    """The builds that this machine can run."""
     if compiler() is None:
         return []
     listed = Path("/proc/cpuinfo")
@@ -85,9 +85,18 @@ def library(rounding: str = "plain") -> ctypes.CDLL:
     return loaded
 
 
+class Struct(Structure):
+    """Takes all of its fields by name, as the compiled core's structs do."""
+
+    def __init__(self, **values: Any):
+        assert list(values) == [field[0] for field in self._fields_], values
+        super().__init__(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@functools.cache
 def described(text: str) -> dict[str, Any]:
-    """What ``csrc/description.h`` describes: a ctypes structure for each struct, the constants, and
-    DTYPES."""
+    """What a text of ``csrc/description.h`` describes: a ctypes structure for each struct, the
+    constants, and DTYPES."""
     types: dict[str, Any] = {"int": c_int, "int64": c_int64, "int64[4]": c_int64 * 4}
     types["pointer"] = c_void_p
     exported: dict[str, Any] = {"DTYPES": {}}
@@ -110,14 +119,6 @@ def described(text: str) -> dict[str, Any]:
     return exported
 
 
-class Struct(Structure):
-    """Made as the compiled core's: with all fields, by name."""
-
-    def __init__(self, **values: Any):
-        assert list(values) == [field[0] for field in self._fields_], values
-        super().__init__(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
 class StandIn:
     """The structs and constants of a library that stands in for the compiled core."""
 
@@ -125,13 +126,10 @@ class StandIn:
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
-        exported = _exported(self.description())
+        exported = described(self.description())
         if name not in exported:
             raise AttributeError(f"the description of the core has no {name}")
         return exported[name]
-
-
-_exported = functools.cache(described)
 
 
 def _run(function, work: Structure) -> None:
@@ -141,7 +139,7 @@ def _run(function, work: Structure) -> None:
 
 
 class EmulatedCore(StandIn):
-    """The compiled core's functions for the CPU, done by the CUDA kernels."""
+    """The compiled core's functions for tensors on the CPU, which here call the CUDA kernels."""
 
     def __init__(self, rounding: str = "plain", *, check_labels: bool = True):
         self.rounding, self.check_labels = rounding, check_labels

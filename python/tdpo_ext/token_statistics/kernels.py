@@ -75,10 +75,11 @@ def _row_layout(logits: Tensor) -> Any:
         else:
             sizes.append(size)
             strides.append(stride)
-    if len(sizes) > 4:
+    if len(sizes) > core.MOST_LEADING_DIMENSIONS:
         raise ValueError(
-            "logits may have at most 4 leading dimensions that strides keep apart, got shape "
-            f"{list(logits.shape)} with strides {list(logits.stride())}; call .contiguous()"
+            f"logits may have at most {core.MOST_LEADING_DIMENSIONS} leading dimensions that "
+            f"strides keep apart, got shape {list(logits.shape)} with strides "
+            f"{list(logits.stride())}; call .contiguous()"
         )
     return core.RowLayout(dims=len(sizes), sizes=sizes, strides=strides)
 

@@ -26,9 +26,6 @@ from typing import NamedTuple
 from tdpo_ext.token_statistics import native
 
 REGISTERS_OF_A_PARTITION = 16384  # a multiprocessor has four, each with a quarter of the warps
-WARPS_OF_A_BLOCK = 7  # kBlockWarps in csrc/cuda/team.cuh
-
-
 MOST_STACK = 64  # bytes of registers spilled outside hot loops
 SIXTEENS = {"BFloat16": 8, "Float16": 8, "If": 4, "Id": 2}  # entries in 16 bytes
 
@@ -192,7 +189,7 @@ def faults(
     kernel: str, registers: int, stack: int, code: list[Instruction], loop: Loop | None
 ) -> list[str]:
     promised = expected(kernel)
-    warps = -(-promised.blocks * WARPS_OF_A_BLOCK // 4)
+    warps = -(-promised.blocks * native.core.CUDA_BLOCK_WARPS // 4)
     limit = min(255, REGISTERS_OF_A_PARTITION // (warps * 32) // 8 * 8)
     found = []
     if stack > (MOST_STACK if promised.loads else 0):
@@ -225,8 +222,8 @@ def short(kernel: str) -> str:
 
 
 def main() -> int:
-    if len(sys.argv) < 2 and (native.core is None or not native.core.build_info()["cuda"]):
-        print("the build has no CUDA kernels: nothing to check")
+    if native.core is None or (len(sys.argv) < 2 and not native.core.build_info()["cuda"]):
+        print("the extension is not built, or it has no CUDA kernels: nothing to check")
         return 0
     if disassembler() is None:
         print("nvidia-cuda-cuobjdump has no wheel for this platform: nothing checked")

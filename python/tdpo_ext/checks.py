@@ -94,15 +94,11 @@ def check_logits(policy_logits: Tensor, reference_logits: Tensor) -> None:
         )
 
 
-CUDA_VOCABULARY = 2**30
-"""The most vocabulary entries on CUDA, whose kernels count them in 32 bits (kMaxVocabulary in
-csrc/token_stats.h)."""
-
-
-def check_cuda_vocabulary(policy_logits: Tensor) -> None:
-    if policy_logits.shape[-1] > CUDA_VOCABULARY:
+def check_cuda_vocabulary(policy_logits: Tensor, largest: int) -> None:
+    """The kernels count the entries of a row in 32 bits; the core says how many it takes."""
+    if policy_logits.shape[-1] > largest:
         raise ValueError(
-            f"policy_logits may have at most 2^30 vocabulary entries on CUDA, got "
+            f"policy_logits may have at most {largest} vocabulary entries on CUDA, got "
             f"{policy_logits.shape[-1]}; use tdpo_ext.reference"
         )
 

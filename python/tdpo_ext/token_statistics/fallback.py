@@ -135,7 +135,8 @@ def backward(
 ) -> None:
     """Write dz = g_m (onehot(y) - p) + g_k (p - q) to ``gradient``.
 
-    g_m and g_k are ``grad_logps`` and ``grad_kl``. ``gradient`` may be ``policy_logits``.
+    g_m and g_k are ``grad_logps`` and ``grad_kl``. ``gradient`` may be ``policy_logits`` or
+    ``reference_logits``.
     """
     for rows in _row_blocks(labels.shape, policy_logits.shape[-1]):
         z = policy_logits[rows].to(normalizers.dtype)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import IterableDataset
 
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
@@ -186,8 +185,8 @@ class PreferenceCollator:
         if empty and not self.warned:
             self.warned = True
             warnings.warn(
-                f"{empty} of the {len(examples)} examples of a batch {_EMPTY} "
-                f"{_limit(self)}, so their loss is a constant; leave them out, raise max_length, "
+                f"{empty} of the {len(examples)} examples of a batch {EMPTY} "
+                f"{limit_of(self)}, so their loss is a constant; leave them out, raise max_length, "
                 'or cut prompts instead with truncation_mode="keep_end"',
                 stacklevel=1,
             )
@@ -208,82 +207,8 @@ class PreferenceCollator:
         return torch.cat([padded, padded.new_full(shape, value)], dim=1)
 
 
-_EMPTY = "keep no token of a response to score within"
+EMPTY = "keep no token of a response to score within"
 
 
-def _limit(collator: Any) -> str:
+def limit_of(collator: Any) -> str:
     return f'max_length={collator.max_length}, truncation_mode="{collator.truncation_mode}"'
-
-
-# --- data sets without empty pairs ----------------------------------------------------------------
-
-
-def without_empty_pairs(dataset: Any, collator: Any, name: str) -> Any:
-    """The data set without examples of which ``collator`` would leave nothing to score.
-
-    Lists, ``datasets.Dataset`` and iterable data sets, and dictionaries of these. A map-style data
-    set of another kind is left alone: looking at it may cost as much as an epoch.
-    """
-    if isinstance(dataset, dict):
-        return {
-            key: without_empty_pairs(each, collator, f"{name}[{key!r}]")
-            for key, each in dataset.items()
-        }
-    if getattr(collator, "max_length", None) is None or not hasattr(collator, "leaves_labels"):
-        return dataset
-    columns = getattr(dataset, "column_names", None)
-    if columns is not None and not set(COLUMNS) <= set(columns):
-        return dataset  # the collator will say so
-    if isinstance(dataset, (list, tuple)):
-        kept: Any = [each for each in dataset if _leaves_labels(collator, each)]
-    elif hasattr(dataset, "filter") and hasattr(dataset, "__len__"):
-        kept = dataset.filter(collator.leaves_labels, input_columns=COLUMNS)
-    elif hasattr(dataset, "filter") or isinstance(dataset, IterableDataset):
-        return _filtered_stream(dataset, collator, name)
-    else:
-        return dataset
-    if len(kept) == len(dataset):
-        return dataset
-    count = len(dataset)
-    if not len(kept):
-        raise ValueError(
-            f"all {count} examples of {name} {_EMPTY} {_limit(collator)}: raise max_length"
-        )
-    warnings.warn(
-        f"{count - len(kept)} of the {count} examples of {name} are left out: they {_EMPTY} "
-        f"{_limit(collator)}",
-        stacklevel=1,
-    )
-    return kept
-
-
-def _leaves_labels(collator: Any, example: Mapping[str, Any]) -> bool:
-    if not all(name in example for name in COLUMNS):
-        return True  # the collator will say so
-    return bool(collator.leaves_labels(*(example[name] for name in COLUMNS)))
-
-
-def _filtered_stream(stream: Any, collator: Any, name: str) -> Any:
-    said: list[bool] = []
-
-    def kept(example: Mapping[str, Any]) -> bool:
-        keep = _leaves_labels(collator, example)
-        if not keep and not said:
-            said.append(True)
-            warnings.warn(
-                f"examples of {name} that {_EMPTY} {_limit(collator)} are left out", stacklevel=1
-            )
-        return keep
-
-    return stream.filter(kept) if hasattr(stream, "filter") else FilteredStream(stream, kept)
-
-
-class FilteredStream(IterableDataset):  # type: ignore[type-arg]
-    def __init__(self, stream: Any, kept: Callable[[Any], bool]) -> None:
-        self.stream, self.kept = stream, kept
-
-    def __iter__(self) -> Iterator[Any]:
-        return filter(self.kept, self.stream)
-
-    def __getattr__(self, name: str) -> Any:  # set_epoch, generator
-        return getattr(self.__dict__["stream"], name)

@@ -2,64 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.data_loader import IterableDatasetShard  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
-from tdpo_ext.integrations.hidden import language_model
+from tdpo_ext.integrations.evaluation import CountedStream
+from tdpo_ext.integrations.metrics import PairMetrics
 from tdpo_ext.outputs import TDPOOutput
-
-
-class PairMetrics:
-    """Means over pairs and batches; nothing waits for a device until asked."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.sums: Tensor | None = None
-        """One for each name."""
-        self.pairs = 0
-
-    def add(self, names: list[str], values: Tensor) -> None:
-        """``[pairs, names]``"""
-        wide = torch.float32 if values.device.type == "mps" else torch.float64
-        sums = values.sum(0, dtype=wide)
-        self.names, self.sums = names, sums if self.sums is None else self.sums + sums
-        self.pairs += len(values)
-
-    def take(self, accelerator: Any = None) -> dict[str, float]:
-        """Means since the last time; of all processes together, if each passes its accelerator."""
-        sums, pairs = self.sums, self.pairs
-        self.sums, self.pairs = None, 0
-        if sums is None:
-            return {}
-        sums = torch.cat([sums, sums.new_tensor([pairs])])
-        if accelerator is not None:
-            sums = accelerator.gather(sums[None]).sum(0)
-        *means, pairs = sums.tolist()
-        return {name: value / pairs for name, value in zip(self.names, means, strict=True)}
-
-
-class CountedStream(IterableDataset):  # type: ignore[type-arg]
-    """An iterable data set that knows how many examples its last iteration gave."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        self.count = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        self.count = 0
-        for example in self.stream:
-            self.count += 1
-            yield example
-
-    def __getattr__(self, name: str) -> Any:  # set_epoch, generator
-        return getattr(self.__dict__["stream"], name)
 
 
 class RouterLoss(NamedTuple):
@@ -292,141 +245,3 @@ def pairs_of(batch: Mapping[str, Any]) -> int:
             "nothing may cut its batches (accelerate does with dispatch_batches=True)"
         )
     return len(ids) // 2
-
-
-def unwrapped(model: nn.Module) -> Any:
-    """The Hugging Face model inside PEFT, DDP, DeepSpeed and torch.compile."""
-    inner: Any = model
-    while hasattr(inner, "module") or hasattr(inner, "_orig_mod"):
-        inner = inner.module if hasattr(inner, "module") else inner._orig_mod
-    return inner
-
-
-def text_config(model: nn.Module) -> Any:
-    return language_model(unwrapped(model)).config.get_text_config()
-
-
-_ROUTER_NOISE = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    """Every dropout of the model off, in training too, and every noise of a router: TDPO compares
-    two models token by token."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():  # attention keeps its own as a number
-            random = "drop" in name or name in _ROUTER_NOISE
-            if random and isinstance(value, float):
-                setattr(module, name, 0.0)
-    return model
-
-
-class ReferenceAdapter:
-    """Within it, a PEFT model is its own reference: adapter "ref" if it has one, else none.
-
-    It changes only what adapter layers read in their forward, and puts that back, errors or not.
-    PEFT's own ways to switch (``set_adapter``, ``disable_adapter``) also set requires_grad, know a
-    single active adapter, and do not merge again what they have unmerged.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.undo = ExitStack()
-        try:
-            self._switch("ref" if "ref" in self.model.peft_config else None)
-        except BaseException:
-            self.undo.close()
-            raise
-
-    def __exit__(self, *error: Any) -> None:
-        self.undo.close()
-
-    def _switch(self, adapter: str | None) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
-
-        self._switch_whole_model(adapter)
-        for module in [*self.model.modules()]:
-            if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                continue
-            if module.merged_adapters:
-                self._unmerge(module)
-            self._set(module, "_disable_adapters", adapter is None)
-            if adapter is not None:
-                # A module trained whole has one for some adapters, and is itself for the others.
-                has = isinstance(module, BaseTunerLayer) or adapter in module._adapters
-                self._set(module, "_active_adapter", [adapter] if has else [])
-
-    def _switch_whole_model(self, adapter: str | None) -> None:
-        """What PEFT keeps beside the layers, and adapters that have no layers."""
-        configs = self.model.peft_config
-        tuner = getattr(self.model, "base_model", None)
-        if any(getattr(config, "is_adaption_prompt", False) for config in configs.values()):
-            self._swap_attention(tuner, adapter)
-        if adapter is None:
-            _warn_of_biases(configs)
-        if adapter is None and any(c.is_prompt_learning for c in configs.values()):
-            self._set(self.model, "forward", tuner.forward)  # type: ignore[union-attr]
-        for module in (self.model, tuner):
-            known = {} if module is None else vars(module)
-            if adapter is not None and "active_adapter" in known:
-                self._set(module, "active_adapter", adapter)
-            for name in ("_adapters_disabled", "disabled"):  # PEFT's wrapper; X-LoRA
-                if name in known:
-                    self._set(module, name, adapter is None)
-
-    def _swap_attention(self, tuner: Any, adapter: str | None) -> None:
-        """Adaption prompts replace whole attention modules, so PEFT's own way is the only one."""
-        enabled, before = tuner._enabled, tuner._active_adapter
-        if adapter is None and enabled:
-            tuner.disable_adapter_layers()
-            self.undo.callback(tuner.enable_adapter_layers)
-        if adapter is not None and not enabled:
-            tuner.enable_adapter_layers()
-            self.undo.callback(tuner.disable_adapter_layers)
-        if adapter is not None:
-            tuner.set_adapter(adapter)
-            self.undo.callback(tuner.set_adapter, before)
-
-    def _set(self, module: Any, name: str, value: Any) -> None:
-        if name in vars(module):
-            self.undo.callback(setattr, module, name, vars(module)[name])
-        else:
-            self.undo.callback(delattr, module, name)
-        setattr(module, name, value)
-
-    def _unmerge(self, layer: Any) -> None:
-        """Adding and subtracting rounds, so what was merged is kept and put back."""
-        for module in [*layer.modules()]:
-            for held in vars(module).values():  # parameters, buffers, modules, names, caches
-                if isinstance(held, (dict, list)):
-                    self.undo.callback(_refill, held, held.copy())
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    self.undo.callback(_rewrite, tensor, tensor.data, tensor.data.clone())
-        layer.unmerge()
-
-
-def _warn_of_biases(configs: Mapping[str, Any]) -> None:
-    for name, config in configs.items():
-        bias = getattr(config, "bias", "none")
-        if bias != "none":
-            warnings.warn(
-                f"adapter {name!r} has bias={bias!r}: it trains biases of the base model, so the "
-                "model without adapters does not stay the reference that it was; use "
-                'bias="none", or pass a reference of its own',
-                stacklevel=2,
-            )
-
-
-def _refill(container: Any, contents: Any) -> None:
-    container.clear()
-    (container.update if isinstance(container, dict) else container.extend)(contents)
-
-
-def _rewrite(tensor: Tensor, data: Tensor, contents: Tensor) -> None:
-    tensor.data = data
-    data.copy_(contents)

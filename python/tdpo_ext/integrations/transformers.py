@@ -13,32 +13,23 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tdpo_ext.integrations.attach import (
-    HEAD_INPUTS,
-    TDPOTargets,
-    attach_tdpo,
-    detach_tdpo,
-)
-from tdpo_ext.integrations.cached_reference import CachedReference, cache_reference_of_trainer
-from tdpo_ext.integrations.hidden import (
-    HeadInputs,
+from tdpo_ext.integrations.adapters import ReferenceAdapter
+from tdpo_ext.integrations.attach import attach_tdpo, detach_tdpo
+from tdpo_ext.integrations.cached_reference.reference import CachedReference
+from tdpo_ext.integrations.cached_reference.trainers import cache_reference_of_trainer
+from tdpo_ext.integrations.empty_pairs import without_empty_pairs
+from tdpo_ext.integrations.hidden import HeadInputs
+from tdpo_ext.integrations.models import (
     decoder_inputs,
     language_model,
     router_coefficient,
-)
-from tdpo_ext.integrations.preferences import (
-    PreferenceBatch,
-    PreferenceCollator,
-    without_empty_pairs,
-)
-from tdpo_ext.integrations.steps import (
-    ReferenceAdapter,
-    RouterLoss,
-    TDPOSteps,
     text_config,
     unwrapped,
     without_dropout,
 )
+from tdpo_ext.integrations.preferences import PreferenceBatch, PreferenceCollator
+from tdpo_ext.integrations.steps import RouterLoss, TDPOSteps
+from tdpo_ext.integrations.targets import HEAD_INPUTS, TDPOTargets
 from tdpo_ext.modules import LinearTDPOLoss
 from tdpo_ext.outputs import TDPOOutput
 
@@ -95,7 +86,7 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
     ) -> None:
         loss = LinearTDPOLoss() if loss is None else loss
         args = transformers.TrainingArguments() if args is None else args
-        _check_options(args, loss, others)
+        check_options(args, loss, others)
         args.remove_unused_columns = False  # the collator uses what forward does not take
         collator = others.get("data_collator")
         if collator is None:
@@ -204,7 +195,7 @@ def _check_copyable(model: nn.Module) -> None:
         )
 
 
-def _check_options(
+def check_options(
     args: transformers.TrainingArguments, loss: LinearTDPOLoss, others: dict[str, Any]
 ) -> None:
     if loss.reduction != "mean":

@@ -5,68 +5,30 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import trl
-from packaging.version import Version
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from tdpo_ext.integrations.attach import HEAD_INPUTS, TDPOTargets, attach_tdpo
-from tdpo_ext.integrations.cached_reference import (
-    CachedReference,
+from tdpo_ext.integrations.adapters import ReferenceAdapter
+from tdpo_ext.integrations.attach import attach_tdpo
+from tdpo_ext.integrations.cached_reference.reference import CachedReference
+from tdpo_ext.integrations.cached_reference.trainers import (
     cache_reference_of_trainer,
     separate_reference_of_trl,
     without_precomputing,
 )
-from tdpo_ext.integrations.hidden import parameter_of
-from tdpo_ext.integrations.steps import (
-    ReferenceAdapter,
-    RouterLoss,
-    TDPOSteps,
-    text_config,
-    unwrapped,
-    without_dropout,
-)
+from tdpo_ext.integrations.evaluation import GatheredPairs
+from tdpo_ext.integrations.heads import parameter_of
+from tdpo_ext.integrations.models import text_config, unwrapped, without_dropout
+from tdpo_ext.integrations.steps import RouterLoss, TDPOSteps
+from tdpo_ext.integrations.targets import HEAD_INPUTS, TDPOTargets
+from tdpo_ext.integrations.trl_options import TDPOConfig, check_options
 from tdpo_ext.modules import LinearTDPOLoss, TDPOLoss
 from tdpo_ext.outputs import TDPOOutput
 
 __all__ = ["TDPOConfig", "TDPOTrainer"]
-
-
-@dataclass
-class TDPOConfig(trl.DPOConfig):
-    """``DPOConfig`` and the options of TDPO; ``beta`` and ``label_smoothing`` are those of TDPO."""
-
-    tdpo_variant: str = field(default="tdpo2", metadata={"help": '"tdpo2" or "tdpo1"'})
-    tdpo_alpha: float = field(
-        default=0.5, metadata={"help": "Weight of the sequential KL in TDPO2; 0 is DPO."}
-    )
-    tdpo_average_log_prob: bool = field(
-        default=False,
-        metadata={"help": "Means over the tokens of a response instead of sums, of margin and KL."},
-    )
-    tdpo_fused_head: bool = field(
-        default=True,
-        metadata={"help": "Compute the loss from hidden states; False: from the logits."},
-    )
-    tdpo_chunk_bytes: int | None = field(
-        default=None,
-        metadata={"help": "Memory of the fused head beyond its inputs and gradients."},
-    )
-    tdpo_inplace_backward: bool = field(
-        default=False,
-        metadata={"help": "From logits: write their gradient over them, which saves their size."},
-    )
-    tdpo_reference_cache: str | None = field(
-        default=None,
-        metadata={
-            "help": "With precompute_ref_log_probs=True: the folder of the reference's hidden "
-            "states; None: _reference_cache in output_dir."
-        },
-    )
 
 
 class TDPOTrainer(TDPOSteps, trl.DPOTrainer):
@@ -129,7 +91,7 @@ Jun Wang},
             "compute_metrics": given.arguments.get("compute_metrics"),
             "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
         }
-        _check_options(args, functions)
+        check_options(args, functions)
         _check_vocabularies(model, ref_model)  # before TRL tokenises the data
         options = {
             "beta": args.beta,
@@ -240,7 +202,7 @@ Jun Wang},
         if prediction_loss_only or logits is None:
             self.gather_function = self.accelerator.gather_for_metrics
             return loss, None, None
-        self.gather_function = _GatheredPairs(self.accelerator, len(logits))
+        self.gather_function = GatheredPairs(self.accelerator, len(logits))
         return loss, logits, inputs["input_ids"].to(logits.device)
 
     def evaluation_loop(
@@ -269,96 +231,6 @@ Jun Wang},
             logs.update(self.last_evaluation)
             self.last_evaluation = {}
         super().log(logs, *args, **kwargs)
-
-
-class _GatheredPairs:
-    """``gather_for_metrics`` for rows of which the first half are chosen, the second rejected.
-
-    At the end of a data set accelerate drops the examples that it has repeated, and takes a row for
-    an example: it would drop half of the last batch. Here a pair is one.
-    """
-
-    def __init__(self, accelerator: Any, rows: int) -> None:
-        self.accelerator = accelerator
-        self.rows = rows
-        self.loss_comes = True
-
-    def __call__(self, data: Any) -> Any:
-        if self.loss_comes:  # the Trainer gathers it first, as one number for each example
-            self.loss_comes = False
-            return self.accelerator.gather_for_metrics(data)
-        return tree_map_only(Tensor, self._gathered, data)
-
-    def _gathered(self, values: Tensor) -> Any:
-        if len(values) != self.rows:  # what preprocess_logits_for_metrics has made of them
-            return self.accelerator.gather_for_metrics(values)
-        pairs = torch.stack(values.chunk(2), dim=1)
-        return self.accelerator.gather_for_metrics(pairs).transpose(0, 1).flatten(0, 1)
-
-
-class Only(NamedTuple):
-    """An option of DPO, what TDPO can honour of it, and why not more."""
-
-    name: str
-    allowed: tuple[Any, ...]
-    why: str
-
-    def shown(self) -> str:
-        """What is allowed, as the documentation has it."""
-        return ", ".join(f"`{value!r}`" for value in self.allowed)
-
-
-_OTHER_LOSS = "it belongs to another loss than TDPO"
-
-ONLY = (
-    Only("loss_type", ("sigmoid", ["sigmoid"]), _OTHER_LOSS),
-    Only("loss_weights", (None, [1.0]), "there is one loss to weigh"),
-    Only("ld_alpha", (None,), _OTHER_LOSS),
-    Only("use_weighting", (False,), _OTHER_LOSS),
-    Only(
-        "f_divergence_type",
-        ("reverse_kl",),
-        "from it follows the margin log pi(y) - log pi_ref(y) that TDPO is made of; TDPO's own "
-        "forward KL is added to that margin and is always there",
-    ),
-    Only(
-        "use_liger_kernel",
-        (False,),
-        "before version 1.15 TRL replaces the loss with it, later only layers",
-    ),
-    Only(
-        "label_smoothing_factor",
-        (0,),
-        "it smooths the labels of tokens; label_smoothing is that of preferences",
-    ),
-)
-"""All other options of ``DPOConfig`` are TRL's own business."""
-
-_OF_ONE_ROUTE = (
-    Only("tdpo_chunk_bytes", (None,), "the logits are whole; it is for tdpo_fused_head=True"),
-    Only("tdpo_inplace_backward", (False,), "there are no logits; it is for tdpo_fused_head=False"),
-)
-
-
-def _check_options(args: Any, functions: dict[str, Any]) -> None:
-    if not isinstance(args, TDPOConfig):
-        raise TypeError(f"args must be a TDPOConfig, got {type(args).__name__}")
-    layers_only = Version(trl.__version__) >= Version("1.15")
-    for option in (*ONLY, _OF_ONE_ROUTE[args.tdpo_fused_head]):
-        value = getattr(args, option.name, option.allowed[0])
-        value = getattr(value, "value", value)  # an enum in some versions
-        if option.name == "use_liger_kernel" and layers_only:
-            continue
-        if value not in option.allowed:
-            raise ValueError(
-                f"{option.name} must be {option.allowed[0]!r}, got {value!r}: {option.why}"
-            )
-    for name, function in functions.items():
-        if function is not None and args.tdpo_fused_head:
-            raise ValueError(
-                f"{name} needs logits, which the fused head never makes; set "
-                "tdpo_fused_head=False, or read the logged rewards/*, tdpo_rewards/*, logps/*, kl/*"
-            )
 
 
 def _output_folder(model: Any) -> str:

@@ -1,23 +1,41 @@
-"""PEFT's adapters: a policy as its own reference, and the virtual tokens of prompt tuning."""
+"""PEFT: a policy as its own reference, and the virtual tokens of prompt tuning."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from tdpo_ext.integrations.models import language_model
+from tdpo_ext.integrations.models import is_encoder_decoder, unwrapped
+
+
+@contextmanager
+def reference_model(policy: nn.Module, reference: nn.Module | None) -> Iterator[nn.Module]:
+    """The module to call as the reference: ``reference``, or the PEFT policy as its own reference.
+
+    Args:
+        policy: the trained model, wrapped (DDP, DeepSpeed, torch.compile) or not.
+        reference: a model of its own; None: the policy's adapter "ref" or no adapter.
+    """
+    if reference is not None:
+        yield reference
+    else:
+        with ReferenceAdapter(unwrapped(policy)):
+            yield policy
 
 
 class ReferenceAdapter:
-    """Within it, a PEFT model is its own reference: adapter "ref" if it has one, else none.
+    """Inside it a PEFT model is its own reference: adapter "ref" if it has one, else no adapter.
 
-    It changes only what adapter layers read in their forward, and puts that back, errors or not.
-    PEFT's own ways to switch (``set_adapter``, ``disable_adapter``) also set requires_grad, know a
-    single active adapter, and do not merge again what they have unmerged.
+    It changes only what adapter layers read in their forward, and restores that after errors too.
+    PEFT's own functions (``set_adapter``, ``disable_adapter``) also set requires_grad, know one
+    active adapter alone, and do not merge again what they have unmerged.
+
+    Args:
+        model: a PEFT model that nothing wraps.
     """
 
     def __init__(self, model: Any) -> None:
@@ -46,12 +64,12 @@ class ReferenceAdapter:
                 self._unmerge(module)
             self._set(module, "_disable_adapters", adapter is None)
             if adapter is not None:
-                # A module trained whole has one for some adapters, and is itself for the others.
+                # A module of modules_to_save has a copy for some adapters; for others it is itself.
                 has = isinstance(module, BaseTunerLayer) or adapter in module._adapters
                 self._set(module, "_active_adapter", [adapter] if has else [])
 
     def _switch_whole_model(self, adapter: str | None) -> None:
-        """What PEFT keeps beside the layers, and adapters that have no layers."""
+        """Switch what PEFT keeps outside the layers, and adapters that have no layers."""
         configs = self.model.peft_config
         tuner = getattr(self.model, "base_model", None)
         if any(getattr(config, "is_adaption_prompt", False) for config in configs.values()):
@@ -69,7 +87,7 @@ class ReferenceAdapter:
                     self._set(module, name, adapter is None)
 
     def _swap_attention(self, tuner: Any, adapter: str | None) -> None:
-        """Adaption prompts replace whole attention modules, so PEFT's own way is the only one."""
+        """Adaption prompts replace whole attention modules, so only PEFT's functions can switch."""
         enabled, before = tuner._enabled, tuner._active_adapter
         if adapter is None and enabled:
             tuner.disable_adapter_layers()
@@ -82,6 +100,7 @@ class ReferenceAdapter:
             self.undo.callback(tuner.set_adapter, before)
 
     def _set(self, module: Any, name: str, value: Any) -> None:
+        """Set an attribute until the end; one that the class has is not touched."""
         if name in vars(module):
             self.undo.callback(setattr, module, name, vars(module)[name])
         else:
@@ -89,7 +108,7 @@ class ReferenceAdapter:
         setattr(module, name, value)
 
     def _unmerge(self, layer: Any) -> None:
-        """Adding and subtracting rounds, so what was merged is kept and put back."""
+        """Unmerge, and restore the merged layer at the end: merging again would round otherwise."""
         for module in [*layer.modules()]:
             for held in vars(module).values():  # parameters, buffers, modules, names, caches
                 if isinstance(held, (dict, list)):
@@ -107,7 +126,7 @@ def _warn_of_biases(configs: Mapping[str, Any]) -> None:
             warnings.warn(
                 f"adapter {name!r} has bias={bias!r}: it trains biases of the base model, so the "
                 "model without adapters does not stay the reference that it was; use "
-                'bias="none", or pass a reference of its own',
+                'bias="none", or pass a separate reference model',
                 stacklevel=2,
             )
 
@@ -123,12 +142,12 @@ def _rewrite(tensor: Tensor, data: Tensor, contents: Tensor) -> None:
 
 
 def virtual_tokens(model: Any) -> int:
-    """That a PEFT model puts before each sequence that its base model's head sees."""
+    """The number of virtual tokens that a PEFT model puts before each sequence its head sees."""
     config: Any = getattr(model, "active_peft_config", None)
     if not getattr(config, "is_prompt_learning", False):
         return 0
-    # Prefix tuning gives keys and values instead; a decoder sees nothing of an encoder's prompt.
+    # Prefix tuning adds keys and values instead. A prompt for an encoder never reaches the decoder.
     kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind in ("PREFIX_TUNING", "CARTRIDGE") or language_model(model).config.is_encoder_decoder:
+    if kind in ("PREFIX_TUNING", "CARTRIDGE") or is_encoder_decoder(model):
         return 0
     return int(config.num_virtual_tokens)

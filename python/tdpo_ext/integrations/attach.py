@@ -1,10 +1,11 @@
 """The fused head inside a Hugging Face model's own forward.
 
-``attach_tdpo`` gives the model one more argument, ``tdpo``. While it is given, the head's module,
-called where it always was, does not multiply: it returns the loss, made from its input and its
-weight. So whatever gathers, shards or casts that module's weight (DDP, FSDP2, ZeRO-3, PEFT,
-autocast) does it at the usual moments, forward and backward, and the logits never exist. What the
-model then does to the head's result it does to a few numbers, and nobody reads that.
+``attach_tdpo`` gives the model's forward one more argument, ``tdpo``. If a call has it, the head's
+module does not multiply: called where it always was, it computes the loss from its input and its
+weight, and returns a few numbers in place of the logits. So whatever gathers, shards or casts that
+module's weight (DDP, FSDP2, ZeRO-3, PEFT, autocast) does it at the usual moments, forward and
+backward, and the logits never exist. What the model then does to the head's result it does to those
+few numbers; they are not used.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tdpo_ext.integrations.heads import check_head, head_of, missing_values, wei
 from tdpo_ext.integrations.hidden import HeadInputs
 from tdpo_ext.integrations.models import language_model, named
 from tdpo_ext.integrations.probe import logit_options_of
-from tdpo_ext.integrations.targets import HEAD_INPUTS, TDPOModelOutput, TDPOTargets, check_labels
+from tdpo_ext.integrations.targets import HEAD_INPUTS, TDPOModelOutput, TDPOTargets, check_fields
 from tdpo_ext.modules import LinearTDPOLoss
 from tdpo_ext.outputs import TDPOOutput
 
@@ -49,7 +50,7 @@ def _model_forward(call: Any, model: Any, *args: Any, tdpo: Any = None, **kwargs
     try:
         with _last_hook(head_of(model), attachment.keep_numbers):
             outputs = call(*args, **{**kwargs, "return_dict": True})
-    finally:  # also after an error: what is kept would keep the graph alive
+    finally:  # also after an error: a result that stays would keep the graph alive
         attachment.request = None
         result = attachment.take_result()
     if result is None:
@@ -64,13 +65,15 @@ def _model_forward(call: Any, model: Any, *args: Any, tdpo: Any = None, **kwargs
 
 
 def _prompting_forward(call: Any, model: Any, *args: Any, tdpo: Any = None, **kwargs: Any) -> Any:
-    """Of a PEFT model that puts virtual tokens before every sequence. With its adapters disabled
-    PEFT does not call it."""
+    """The forward of a PEFT model that puts virtual tokens before every sequence.
+
+    PEFT does not call it while the adapters are disabled, and then there are no virtual tokens.
+    """
     if tdpo is None:
         return call(*args, **kwargs)
     attachment: Attachment | None = language_model(model).__dict__.get("_tdpo")
     if attachment is None:
-        raise RuntimeError("the model was detached; call attach_tdpo(model) again")
+        raise RuntimeError(_DETACHED)
     attachment.virtual_tokens = virtual_tokens(model)
     try:
         return call(*args, tdpo=tdpo, **kwargs)
@@ -80,8 +83,10 @@ def _prompting_forward(call: Any, model: Any, *args: Any, tdpo: Any = None, **kw
 
 @contextmanager
 def _last_hook(module: nn.Module, hook: Any) -> Iterator[None]:
-    """A forward hook that sees what all others have made of the module's result: DeepSpeed replaces
-    it. Compiled code takes no hooks, and has none of DeepSpeed's."""
+    """Inside, a forward hook that is called after all others, some of which replace the result.
+
+    DeepSpeed's do. Compiled code takes no hooks; DeepSpeed's are not there either.
+    """
     if torch.compiler.is_compiling():
         yield
         return
@@ -92,9 +97,12 @@ def _last_hook(module: nn.Module, hook: Any) -> Iterator[None]:
         handle.remove()
 
 
+_DETACHED = "the model was detached; call attach_tdpo(model) again"
+
+
 def _check_request(model: Any, attachment: Any, tdpo: Any, kwargs: dict[str, Any]) -> None:
     if attachment is None:
-        raise RuntimeError("the model was detached; call attach_tdpo(model) again")
+        raise RuntimeError(_DETACHED)
     if model.__dict__.get("_is_replica"):
         raise RuntimeError(
             "tdpo= does not work under nn.DataParallel, which would split pairs over devices; use "
@@ -109,7 +117,11 @@ def _check_request(model: Any, attachment: Any, tdpo: Any, kwargs: dict[str, Any
     if kwargs.get("return_dict") is False:
         raise ValueError("return_dict=False and tdpo were both given; with tdpo there is no tuple")
     if isinstance(tdpo, TDPOTargets):
-        check_labels(attachment, tdpo)
+        check_fields(
+            tdpo,
+            encoder_decoder=attachment.is_encoder_decoder,
+            statistics=attachment.loss is None,
+        )
     if head_of(model).__dict__.get("_tdpo") is not attachment:
         raise RuntimeError(
             "the model's head has changed since attach_tdpo (adapters added, embeddings resized, "
@@ -129,30 +141,32 @@ def attach_tdpo(
         attach_tdpo(policy, LinearTDPOLoss(beta=0.1))
         attach_tdpo(reference)
         with torch.no_grad():
-            of_reference = reference(**batch, tdpo=HEAD_INPUTS)
-        output = policy(**batch, tdpo=TDPOTargets(of_reference, labels))
+            reference_inputs = reference(**batch, tdpo=HEAD_INPUTS)
+        output = policy(**batch, tdpo=TDPOTargets(reference_inputs, labels))
         output.loss.backward()                     # and output.tdpo.metrics()
 
-    Without ``tdpo=`` the model is what it was: generate, saving and evaluation are untouched.
+    Calls without ``tdpo=`` are what they were: generate, saving and evaluation are untouched.
     Attach after adding adapters, before DDP, FSDP or DeepSpeed.
 
     Args:
         model: a Hugging Face language model, decoder only or encoder-decoder, or a PEFT model of
             one. Changed in place. An encoder-decoder is called with ``decoder_input_ids`` and
             takes ``shift_labels``.
-        loss: the options of the loss (those of the logits are the model's own). None: statistics
-            per token instead, as ``linear_token_stats``, for losses of your own.
-        probe: look at the head's weight, and where the model does not run with stubs for its parts
-            run it as it is. False: do neither. In both cases what the model does to its head's
-            results is measured (``probe.logit_options_of``), for which no weights are needed.
+        loss: the options of the loss; scale and softcap of the logits are the model's own. None:
+            return statistics per token instead, those of ``linear_token_stats``, for losses of your
+            own.
+        probe: read the head's weight to test that the head is a linear layer; and if the model does
+            not run with stubs for its modules, run it as it is. False: do neither. The scale and
+            softcap of its logits are measured in both cases, without reading weights.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: not a Hugging Face language model.
-        ValueError: its logits cannot be rebuilt, or its head cannot be fused; the message says what
+        TypeError: ``model`` is no Hugging Face language model, or ``loss`` no ``LinearTDPOLoss``.
+        ValueError: the logits cannot be rebuilt, or the head cannot be fused; the message says what
             to do instead.
+        RuntimeError: the model's forward does not call its head exactly once.
     """
     if loss is not None and not isinstance(loss, LinearTDPOLoss):
         raise TypeError(
@@ -176,7 +190,17 @@ def attach_tdpo(
 
 
 def detach_tdpo(model: nn.Module) -> nn.Module:
-    """Undo ``attach_tdpo``; a model that is not attached is left alone."""
+    """Undo ``attach_tdpo``; a model that is not attached is left alone.
+
+    Args:
+        model: what ``attach_tdpo`` was called on. Changed in place.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no Hugging Face language model.
+    """
     inner = language_model(model)
     for module in (inner, head_of(inner)):
         module.__dict__.pop("_tdpo", None)

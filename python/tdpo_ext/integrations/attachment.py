@@ -1,4 +1,4 @@
-"""What an attached model remembers, and what its head returns instead of logits."""
+"""What an attached model and its head share: the request of a call, and the result for it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ from tdpo_ext.fused_head.functional import linear_tdpo_loss, linear_token_stats
 from tdpo_ext.integrations.classes import plain_forward
 from tdpo_ext.integrations.heads import parameter_of, weight_and_bias
 from tdpo_ext.integrations.hidden import HeadInputs, LogitOptions
+from tdpo_ext.integrations.parameters import is_dtensor, is_partitioned
 from tdpo_ext.integrations.targets import TDPOTargets, check_targets
 from tdpo_ext.modules import LinearTDPOLoss
 from tdpo_ext.outputs import TDPOOutput, TokenStats
 
 
 class Attachment:
-    """What an attached model remembers, and the way from its forward to its head's and back."""
+    """Carries the request from the model's forward to its head's, and the result back.
+
+    Args:
+        model: the Hugging Face model.
+        head: its head, of ``head_of``.
+        loss: None: the result is ``TokenStats``.
+        logit_options: the scale and softcap that the model applies to its head's results.
+    """
 
     def __init__(
         self,
@@ -39,14 +47,14 @@ class Attachment:
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.request: TDPOTargets | str | None = None
         self.virtual_tokens = 0
-        """That PEFT has put before each sequence in this call, as prompt tuning does."""
+        """The number that PEFT puts before each sequence in this call (prompt tuning)."""
         self.result: Any = None
         self.numbers: Tensor | None = None
-        """What the head has returned, as other people's hooks have left it."""
+        """What the head returned, after other hooks have replaced it."""
         self.has_warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy or a pickle: attached to the copied head, and in no call."""
+        """The state of a copy or a pickle, which is in no call and has the copied head's weight."""
         nothing = {"request": None, "result": None, "numbers": None, "virtual_tokens": 0}
         return {**vars(self), **nothing, "parameter": self.parameter()}
 
@@ -56,7 +64,7 @@ class Attachment:
         self.parameter = _nothing if parameter is None else weakref.ref(parameter)
 
     def answer(self, head: nn.Module, hidden: Tensor) -> Tensor:
-        """What the head returns instead of logits: all that its gradients come back through."""
+        """What the head returns instead of logits; the loss's gradient comes back through it."""
         request = self.request
         if self.result is not None:
             raise RuntimeError(
@@ -73,21 +81,38 @@ class Attachment:
         check_targets(own, request)
         if request.cu_seqlens is not None:
             own = own.replace(hidden=hidden.squeeze(0))
-            of_reference = request.reference.replace(hidden=request.reference.hidden.squeeze(0))
-            request = request._replace(reference=of_reference)
-        if self.loss is None:
-            stats = self.result = self.stats(own, request)
-            self.numbers = torch.stack(stats, dim=-1)
+            packed = request.reference.replace(hidden=request.reference.hidden.squeeze(0))
+            request = request._replace(reference=packed)
+        result = self.result = self.result_for(request, own)
+        if isinstance(result, TokenStats):
+            self.numbers = torch.stack(result, dim=-1)
         else:
-            output = self.result = self.output(self.loss, own, request)
-            # [batch, tokens, vocabulary], as logits have; a vocabulary of 1 survives any broadcast.
-            # A clone, since FSDP2 cannot put its hooks on views.
-            self.numbers = output.loss.reshape(-1, 1, 1).clone()
+            # Three dimensions as logits have; a size of 1 survives any broadcast. A clone, since
+            # FSDP2 cannot put its hooks on views.
+            self.numbers = result.loss.reshape(-1, 1, 1).clone()
         return self.numbers
 
+    def result_for(self, request: TDPOTargets, own: HeadInputs) -> TDPOOutput | TokenStats:
+        """The loss, or the statistics, of the policy's head inputs against the reference's."""
+        reference = _as_constant(request.reference, own)
+        tensors = own.hidden, own.weight, reference.hidden, reference.weight
+        options = _logit_arguments(own, reference)
+        if self.loss is None:
+            assert request.shift_labels is not None
+            labels = request.shift_labels.view(own.hidden.shape[:-1])
+            return linear_token_stats(*tensors, labels, **options)
+        return linear_tdpo_loss(
+            *tensors,
+            request.labels,
+            shift_labels=request.shift_labels,
+            cu_seqlens=request.cu_seqlens,
+            **{**self.loss.options(), **options},
+        )
+
     def inputs_of(self, head: nn.Module, hidden: Tensor) -> HeadInputs:
+        """The head inputs of this call."""
         weight, bias = weight_and_bias(head)
-        if type(weight).__name__ == "DTensor":
+        if is_dtensor(weight):
             raise ValueError(
                 "the head's weight is a DTensor inside forward (tensor parallel): attach_tdpo "
                 "needs all of it; leave the head out of the tensor-parallel plan"
@@ -97,7 +122,7 @@ class Attachment:
         return HeadInputs(hidden, weight, bias, options, autocast=autocast, model=self.model_name)
 
     def compare_autocast(self, own: HeadInputs, reference: HeadInputs) -> None:
-        """Warn once: under another autocast the same model gives other hidden states."""
+        """Warn once if they differ: the same model then has other hidden states."""
         if torch.compiler.is_compiling() or self.has_warned or not reference.model:
             return
         if own.autocast != reference.autocast:
@@ -112,12 +137,15 @@ class Attachment:
             )
 
     def keep_numbers(self, head: nn.Module, arguments: Any, numbers: Tensor) -> None:
-        """A forward hook of the head."""
+        """A forward hook of the head, called after all others."""
         self.numbers = numbers
 
     def take_result(self) -> Any:
-        """The answer, whose gradient passes through the head's module on its way back: there ZeRO-3
-        and FSDP2 gather the weight for it. None if the head was not called."""
+        """The result, and forget it; None if the head was not called.
+
+        Its gradient passes through the head's module in backward, where ZeRO-3 and FSDP2 gather the
+        weight for it.
+        """
         result, numbers = self.result, self.numbers
         self.result = self.numbers = None
         if isinstance(result, TDPOOutput):
@@ -129,52 +157,30 @@ class Attachment:
         return result
 
     def kept(self, own: HeadInputs, head: nn.Module) -> HeadInputs:
-        """To be used after forward, when the gathered weight of a sharded head is gone."""
+        """The head inputs that forward returns; a weight that is gathered only in it is copied."""
         if torch.compiler.is_compiling():
             sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
         else:  # FSDP2 replaces the parameter that was there, ZeRO-3 marks it
             parameter = parameter_of(head)
-            sharded = parameter is not self.parameter() or hasattr(parameter, "ds_id")
-            # What accelerate brings for one call is new in each, and ours to keep.
+            sharded = parameter is not self.parameter() or is_partitioned(parameter)
+            # The weight that accelerate's offloading brings is new in each call, and may be kept.
             sharded = sharded and not hasattr(head, "_hf_hook")
         if not sharded:
             return own
         bias = None if own.bias is None else own.bias.clone()
         return own.replace(weight=own.weight.clone(), bias=bias)
 
-    def stats(self, own: HeadInputs, request: TDPOTargets) -> TokenStats:
-        assert request.shift_labels is not None
-        reference = _as_constant(request.reference, own)
-        return linear_token_stats(
-            own.hidden,
-            own.weight,
-            reference.hidden,
-            reference.weight,
-            request.shift_labels.view(own.hidden.shape[:-1]),
-            **_logit_arguments(own, reference),
-        )
-
-    def output(self, loss: LinearTDPOLoss, own: HeadInputs, request: TDPOTargets) -> TDPOOutput:
-        reference = _as_constant(request.reference, own)
-        options = {**loss.options(), **_logit_arguments(own, reference)}
-        return linear_tdpo_loss(
-            own.hidden,
-            own.weight,
-            reference.hidden,
-            reference.weight,
-            request.labels,
-            shift_labels=request.shift_labels,
-            cu_seqlens=request.cu_seqlens,
-            **options,
-        )
-
 
 def _as_constant(reference: HeadInputs, own: HeadInputs) -> HeadInputs:
-    """Detached. The head stays as it is; what is small gets the type of the head's weight, unless
-    autocast gives all of it one: a second rounding would tell it from the policy's."""
+    """The reference detached, in dtypes that the fused head takes.
+
+    Hidden states and bias get the dtype of the head's weight, which stays as it is. Autocast gives
+    all of them its own dtype later: a rounding before that would make a reference that equals the
+    policy differ from it.
+    """
     reference = reference.detached()
     if own.hidden.dtype == torch.float64:
-        return reference.to(torch.float64)  # loses nothing, and float64 goes with float64 alone
+        return reference.to(torch.float64)  # float64 goes with float64 alone
     if own.autocast is not None:
         return reference
     dtype = reference.weight.dtype
@@ -183,7 +189,7 @@ def _as_constant(reference: HeadInputs, own: HeadInputs) -> HeadInputs:
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
-    """Of the autocast in force; None without one."""
+    """The dtype of the autocast in force; None if there is none."""
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
@@ -210,4 +216,4 @@ def _named(autocast: torch.dtype | None) -> str:
 
 
 def _nothing() -> None:
-    """As a weak reference to what is gone."""
+    """Stands for a weak reference whose object is gone."""

@@ -10,10 +10,22 @@ from torch import Tensor, nn
 
 from tdpo_ext.integrations.classes import plain_forward
 from tdpo_ext.integrations.models import evaluating, language_model
+from tdpo_ext.integrations.parameters import where_values_are
+
+INSTEAD = (
+    "call tdpo_ext.linear_tdpo_loss with your own hidden states, scale and softcap, or use the "
+    "logits (tdpo_ext.TDPOLoss)"
+)
 
 
 def head_of(model: nn.Module) -> nn.Module:
-    """The module that turns hidden states into logits: inside what only wraps it, as a cast."""
+    """The linear module that turns hidden states into logits.
+
+    A module around it that has no parameters, such as one that casts the logits, is taken off.
+
+    Raises:
+        ValueError: the model has no head over tokens, or one of several modules.
+    """
     head = language_model(model).get_output_embeddings()
     if head is None:
         raise ValueError(
@@ -41,26 +53,28 @@ def _listed(modules: list[nn.Module]) -> str:
 
 
 def parameter_of(head: Any) -> Any:
-    """The weight that the head owns, whatever adapters add to it."""
+    """The weight that the head owns, without what adapters add to it."""
     return getattr(head, "base_layer", head).weight
 
 
 def missing_values(head: nn.Module) -> str:
-    """Where the values of the head's weight are, if not in it; else empty."""
-    parameter = parameter_of(head)
-    if hasattr(parameter, "ds_id") and parameter.numel() == 0:
-        return "partitioned (ZeRO-3)"
-    if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-        return "sharded (a DTensor)"
-    if getattr(parameter, "is_meta", False):
-        return "offloaded" if hasattr(head, "_hf_hook") else "on the meta device"
-    return ""
+    """Where the values of the head's weight are if it does not hold them; else empty."""
+    where = where_values_are(parameter_of(head))
+    return "offloaded" if where == "on the meta device" and hasattr(head, "_hf_hook") else where
 
 
 def weight_and_bias(head: Any) -> tuple[Tensor, Tensor | None]:
-    """Those the head multiplies with at the moment: with its adapters, if it has and uses any."""
-    if not hasattr(head, "base_layer"):  # else PEFT's: its ``weight`` leaves the adapters out
+    """What the head multiplies with and adds at the moment, its active adapters included.
+
+    Returns:
+        The weight ``[V, H]`` and the bias ``[V]`` or None.
+
+    Raises:
+        ValueError: the weight is no floating matrix, or an adapter is no plain LoRA.
+    """
+    if not hasattr(head, "base_layer"):
         return _matrix(head.weight, head), getattr(head, "bias", None)
+    # PEFT's layers: their own ``weight`` leaves the adapters out.
     weight, bias = _matrix(head.base_layer.weight, head), getattr(head.base_layer, "bias", None)
     if getattr(head, "disable_adapters", False) or getattr(head, "merged", False):
         return weight, bias
@@ -97,14 +111,16 @@ def _refusal(head: nn.Module, why: str) -> str:
     )
 
 
-INSTEAD = (
-    "call tdpo_ext.linear_tdpo_loss with your own hidden states, scale and softcap, or use the "
-    "logits (tdpo_ext.TDPOLoss)"
-)
-
-
 def check_head(head: nn.Module, name: str) -> None:
-    """Raise ValueError unless the head multiplies with its weight and adds its bias."""
+    """Compare the head with a plain linear layer on four random rows.
+
+    Args:
+        head: of ``head_of``.
+        name: the model's class, for messages.
+
+    Raises:
+        ValueError: the head does not multiply with its weight and add its bias alone.
+    """
     if missing_values(head):
         if plain_forward(head) is not nn.Linear.forward:
             warnings.warn(
@@ -118,25 +134,30 @@ def check_head(head: nn.Module, name: str) -> None:
         generator = torch.Generator().manual_seed(0)
         rows = torch.randn(4, weight.shape[1], generator=generator)
         rows = rows.to(weight.device, weight.dtype)
-        wanted = nn.functional.linear(rows, weight, bias)
+        expected = nn.functional.linear(rows, weight, bias)
         try:
-            made = head.forward(rows)
+            found = head.forward(rows)
         except Exception as error:
             why = f"it fails on {tuple(rows.shape)}: {error}"
-            raise ValueError(_no_linear(head, name, why)) from error
-    if not isinstance(made, Tensor) or made.shape != wanted.shape:
-        what = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
-        raise ValueError(_no_linear(head, name, f"it returns {what}, not {tuple(wanted.shape)}"))
-    size = wanted.float().abs().amax().clamp(min=1e-6)
-    worst = ((made - wanted).float().abs().amax() / size).item()
-    # Adapters add their part after the product, rounded once more.
+            raise ValueError(_not_linear(head, name, why)) from error
+    if why := _difference(head, found, expected):
+        raise ValueError(_not_linear(head, name, why))
+
+
+def _difference(head: nn.Module, found: Any, expected: Tensor) -> str:
+    """How the head's results differ from a linear layer's, for a message; empty if they do not."""
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        return f"it returns {what}, not {tuple(expected.shape)}"
+    size = expected.float().abs().amax().clamp(min=1e-6)
+    worst = ((found - expected).float().abs().amax() / size).item()
+    # An adapter adds its part after the product, rounded once more.
     roundings = 4 if hasattr(head, "base_layer") else 1
-    if not worst <= max(roundings * torch.finfo(wanted.dtype).eps, 1e-5):
-        why = f"the results differ by {worst:.2g} of the largest"
-        raise ValueError(_no_linear(head, name, why))
+    allowed = max(roundings * torch.finfo(expected.dtype).eps, 1e-5)
+    return "" if worst <= allowed else f"the results differ by {worst:.2g} of the largest"
 
 
-def _no_linear(head: nn.Module, name: str, why: str) -> str:
+def _not_linear(head: nn.Module, name: str, why: str) -> str:
     return (
         f"the head of {name} ({type(head).__name__}) does not multiply its input with its weight "
         f"alone: {why}; {INSTEAD}"

@@ -1,10 +1,10 @@
-"""What a model does to its head's results, measured without the model's numbers.
+"""The scale and softcap that a model applies to its head's results, measured.
 
-No config says everything, and what one says is not always done after the head: MiniCPM3 divides
-the hidden states by its ``logits_scaling``, Granite the logits. So the model's forward is run once
-with a stub for its head, which returns known numbers, and with stubs for all that comes before it.
-No weight is read: a model may be on the meta device, partitioned, offloaded or quantised. That the
-head multiplies with its weight is looked at apart from that.
+A config alone does not tell: MiniCPM3 divides the hidden states by its ``logits_scaling``, Granite
+the logits. So the model's forward runs once with a stub for its head, which returns known numbers,
+and with stubs for all modules before it. No weight is read: a model may be on the meta device,
+partitioned, offloaded or quantised. ``heads.check_head`` tests that the head multiplies with its
+weight.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ from torch import Tensor, nn
 from tdpo_ext.integrations.heads import INSTEAD, head_of, parameter_of
 from tdpo_ext.integrations.hidden import LogitOptions
 from tdpo_ext.integrations.models import evaluating, language_model
+from tdpo_ext.integrations.parameters import full_shape, where_values_are
 from tdpo_ext.integrations.stubs import Stub, Stubs, plain_call, plans_of, replaced
 
 
 def logit_options_of(model: nn.Module, *, run_backbone: bool = True) -> LogitOptions:
-    """Scale and softcap that the model applies to its head's results.
+    """The scale and softcap that the model applies to its head's results.
 
     Args:
-        run_backbone: where the model does not run with stubs, run it as it is, on two sequences of
-            two tokens.
+        model: a Hugging Face language model, or a PEFT model of one.
+        run_backbone: if the model does not run with stubs, run it as it is, on two sequences of two
+            tokens.
 
     Raises:
-        RuntimeError: the model does not call its head, or more than once.
-        ValueError: it does something else to the results, or what it does cannot be measured
-            although its config names a scale or a softcap.
+        RuntimeError: the model does not call its head, or calls it more than once.
+        ValueError: the model does something else to the results; or its config names a scale or a
+            softcap, and it cannot be measured whether that is applied after the head.
     """
     inner = language_model(model)
     head = head_of(inner)
@@ -49,8 +51,8 @@ def logit_options_of(model: nn.Module, *, run_backbone: bool = True) -> LogitOpt
             )
             return candidates[0]
         raise ValueError(
-            f"the config of {type(inner).__name__} names {candidates[0]}, and whether that is "
-            f"applied after the head could not be measured ({error}); {INSTEAD}"
+            f"the config of {type(inner).__name__} names {candidates[0]}, but it could not be "
+            f"measured whether that is applied after the head ({error}); {INSTEAD}"
         ) from error
     if given.shape != made.shape:
         raise ValueError(
@@ -67,19 +69,24 @@ def logit_options_of(model: nn.Module, *, run_backbone: bool = True) -> LogitOpt
 
 
 def _same(expected: Tensor, made: Tensor) -> bool:
+    """True if they are equal but for the rounding of the model's dtype."""
     relative = max(1e-5, 2 * torch.finfo(made.dtype).eps)
     return torch.allclose(made.float(), expected, rtol=relative, atol=1e-6)
 
 
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-"""Cohere; Falcon-H1; Muse. None in MPT: no scale."""
+"""Fields of configs that name a factor: of Cohere, Falcon-H1 and Muse. In MPT it may be None."""
 _DIVISORS = ("logits_scaling",)
 """Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies with it."""
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
 
 
 def options_named(config: Any) -> list[LogitOptions]:
-    """All that the fields of a config can mean, the fullest first; the last is: nothing at all."""
+    """Every scale and softcap that a config can mean, for the probe to choose from.
+
+    Returns:
+        Those that use the most fields come first; the last is no scale and no softcap.
+    """
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
     def numbers(fields: tuple[str, ...]) -> list[float]:
@@ -102,25 +109,25 @@ def options_named(config: Any) -> list[LogitOptions]:
 
 
 class NotRunError(Exception):
-    pass
+    """The model's forward failed with every plan of stubs."""
 
 
 def _run(inner: Any, head: nn.Module, run_backbone: bool) -> tuple[Tensor, Tensor]:
-    """What the head's stub has returned, and the logits that the model has made of it."""
+    """What the head's stub returned, and the logits that the model made of it."""
     inputs = _inputs(inner)
     ramp = _ramp(parameter_of(head), inputs["input_ids"])
     reason: Exception | None = None
     called = []
     plans: list[Stubs] = [*plans_of(inner, head, ramp)]
-    whole = missing_values_of(inner)
-    if run_backbone and not whole:
-        plans.append([])
+    refusal = _why_not_to_run(inner)
+    if run_backbone and not refusal:
+        plans.append([])  # no stub but the head's
     for plan in plans:
         stub = Stub(head, lambda _: ramp)
         try:
             with evaluating(inner), replaced(inner, [(head, stub), *plan]), torch.no_grad():
                 logits = plain_call(inner, inputs).logits
-        except Exception as error:  # whatever a model makes of stubs
+        except Exception as error:  # of any kind: the stubs are no modules
             reason = reason or error
             continue
         called.append(stub.stub.calls)
@@ -133,22 +140,17 @@ def _run(inner: Any, head: nn.Module, run_backbone: bool) -> tuple[Tensor, Tenso
             "use the logits (tdpo_ext.TDPOLoss)"
         )
     said = f"{type(reason).__name__}: {reason}" if reason else "nothing could be run"
-    raise NotRunError(f"{said}; its parameters are {whole}" if whole else said) from reason
+    raise NotRunError(f"{said}; its parameters are {refusal}" if refusal else said) from reason
 
 
-def missing_values_of(inner: nn.Module) -> str:
-    """Why the model itself must not be run; empty if it may."""
-    for module in inner.modules():
-        for parameter in module.parameters(recurse=False):
-            if hasattr(parameter, "quant_state"):
-                # bitsandbytes packs weights anew at the first forward in evaluation mode.
-                return "quantised to 4 bit"
-            if parameter.is_meta:
-                return "on the meta device"
-            if hasattr(parameter, "ds_id") and parameter.numel() == 0:
-                return "partitioned (ZeRO-3)"
-            if type(parameter.data).__name__ == "DTensor":
-                return "sharded (DTensors)"
+def _why_not_to_run(inner: nn.Module) -> str:
+    """What keeps the model's own modules from being run; empty if nothing does."""
+    for parameter in inner.parameters():
+        if hasattr(parameter, "quant_state"):
+            # bitsandbytes packs weights anew at the first forward in evaluation mode.
+            return "quantised to 4 bit"
+        if where := where_values_are(parameter):
+            return where
     return ""
 
 
@@ -165,8 +167,7 @@ def _inputs(inner: Any) -> dict[str, Any]:
 
 
 def _ramp(weight: Any, ids: Tensor) -> Tensor:
-    """``[batch, tokens, V]``: small and large numbers of both signs, other ones for each token."""
-    vocabulary = getattr(weight, "ds_shape", weight.shape)[0]
-    row = torch.linspace(-1, 1, vocabulary, device=ids.device)
+    """``[batch, tokens, V]``: small and large numbers of both signs, different for each token."""
+    row = torch.linspace(-1, 1, full_shape(weight)[0], device=ids.device)
     sizes = torch.arange(1, ids.numel() + 1, device=ids.device).view(*ids.shape, 1)
     return (40 * row**3 + 0.3 * row + 0.01) * sizes

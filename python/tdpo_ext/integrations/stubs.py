@@ -1,4 +1,4 @@
-"""Stubs for the modules of a model: its forward runs with them and reads no weight."""
+"""Stubs in place of a model's modules, so that its forward runs without reading a weight."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tdpo_ext.integrations.heads import parameter_of
+from tdpo_ext.integrations.parameters import full_shape
 
 
 class _Output:
-    """What a stub returns for a whole model: an output that has everything, most of it None."""
+    """What a stub returns for a whole model: it has every field, and most are None."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -48,8 +49,10 @@ class _Output:
 
 
 class Stub:
-    """Stands for a module: called, it returns the same each time; asked, it is the module, with
-    stubs for the modules inside."""
+    """Stands for a module: a call gives ``result(module)``, other attributes are the module's.
+
+    Modules inside it are stubs with the same result. ``stub.calls`` counts the calls.
+    """
 
     def __init__(self, module: nn.Module, result: Callable[[nn.Module], Any]) -> None:
         self.stub = SimpleNamespace(module=module, result=result, calls=0)
@@ -66,13 +69,20 @@ class Stub:
 
 
 Stubs = list[tuple[nn.Module, Stub]]
+"""Modules, each with the stub that takes its place."""
 
 
-def plans_of(inner: nn.Module, head: nn.Module, ramp: Tensor) -> Iterator[Stubs]:
-    """Stubs in place of all beside the way to the head that has values. None of them is needed."""
-    weight = parameter_of(head)
-    width = getattr(weight, "ds_shape", weight.shape)[-1]
-    hidden = ramp.new_zeros(*ramp.shape[:2], width)
+def plans_of(inner: nn.Module, head: nn.Module, logits: Tensor) -> Iterator[Stubs]:
+    """Stubs for all modules that hold values, but for those that the head is inside of.
+
+    The plans differ in what the stubs return: a forward may take one and fail with another.
+
+    Args:
+        inner: the Hugging Face model.
+        head: its head, which gets a stub of its own elsewhere.
+        logits: ``[batch, tokens, V]``, what that stub returns.
+    """
+    hidden = logits.new_zeros(*logits.shape[:2], full_shape(parameter_of(head))[-1])
     beside = [module for module in _beside(inner, head) if _has_values(module)]
 
     def by_kind(module: nn.Module) -> Any:
@@ -83,11 +93,12 @@ def plans_of(inner: nn.Module, head: nn.Module, ramp: Tensor) -> Iterator[Stubs]
 
 
 def _has_values(module: nn.Module) -> bool:
-    """Unlike a softcap that is a module, and comes after the head."""
+    """True for modules with weights; a softcap that is a module has none, and has to run."""
     return any(True for _ in itertools.chain(module.parameters(), module.buffers()))
 
 
 def _beside(module: nn.Module, head: nn.Module) -> Iterator[nn.Module]:
+    """The largest modules inside that do not hold the head."""
     for child in module.children():
         if child is head:
             continue
@@ -99,7 +110,7 @@ def _beside(module: nn.Module, head: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def replaced(inner: nn.Module, stubs: Stubs) -> Iterator[None]:
-    """Each module's place taken by its stub: nothing that hooks the module is called."""
+    """Inside, each module's place is taken by its stub, so that no hook of the module is called."""
     stub_of = {id(module): stub for module, stub in stubs}
     places = [
         (parent._modules, name, module)
@@ -117,8 +128,8 @@ def replaced(inner: nn.Module, stubs: Stubs) -> Iterator[None]:
 
 
 def plain_call(inner: Any, inputs: dict[str, Any]) -> Any:
-    """Without the hooks of the whole model, as these may gather or move all weights."""
+    """Call the model without the hooks on the whole of it, which may gather or move all weights."""
     inputs = {**inputs, "return_dict": True}
     if "forward" in inner.__dict__ and "_hf_hook" not in inner.__dict__:
-        return inner.forward(**inputs)  # somebody's wrapper
+        return inner.forward(**inputs)  # a wrapper of another library
     return type(inner).forward(inner, **inputs)

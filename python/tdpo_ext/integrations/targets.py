@@ -1,4 +1,4 @@
-"""What an attached model takes as ``tdpo=`` and returns for it, and the checks of it."""
+"""What an attached model takes as ``tdpo=``, what it returns for it, and the checks of both."""
 
 from __future__ import annotations
 
@@ -14,29 +14,35 @@ from tdpo_ext.integrations.models import named
 from tdpo_ext.outputs import TDPOOutput, TokenStats
 
 HEAD_INPUTS = "head_inputs"
-"""As ``tdpo=``: return the ``HeadInputs``, which is what a reference is asked for."""
+"""As ``tdpo=``, the request to a reference: return the ``HeadInputs``."""
 
 
 class TDPOTargets(NamedTuple):
-    """As ``tdpo=``: return the loss against these. Exactly one of the two kinds of labels."""
+    """As ``tdpo=``, the request to the policy: return the loss. Give one of both label fields."""
 
     reference: HeadInputs
-    """What the reference gave for ``tdpo=HEAD_INPUTS``, or the same from a cache."""
+    """What the reference returned for ``tdpo=HEAD_INPUTS``, or the same from a cache."""
     labels: Tensor | None = None
-    """``[2B, T]``, shifted inside; chosen sequences first."""
+    """``[2B, T]`` int64 or int32, the chosen sequences first, -100 where nothing is scored. The
+    loss shifts them."""
     shift_labels: Tensor | None = None
-    """``[2B, T]``, aligned with what the head takes."""
+    """``[2B, T]`` int64 or int32, labels that are shifted already: aligned with what the head
+    takes."""
     cu_seqlens: Tensor | None = None
-    """``[2B + 1]``: boundaries of sequences packed into one row, ``[1, total]``."""
+    """``[2B + 1]`` int64 or int32, the boundaries of sequences packed into one row. The model's
+    inputs are ``[1, total]`` then, and labels ``[total]``."""
 
 
 @dataclass
 class TDPOModelOutput(ModelOutput):
+    """What an attached model returns for ``TDPOTargets``."""
+
     loss: Tensor | None = None
-    """``tdpo.loss``; None if statistics were asked for."""
+    """``tdpo.loss``; None if the model was attached with ``loss=None``."""
     tdpo: TDPOOutput | TokenStats | None = None
+    """The ``TDPOOutput``, or for a model attached with ``loss=None`` the ``TokenStats``."""
     aux_loss: Tensor | None = None
-    """Of a mixture of experts' router, if it was asked for (``output_router_logits=True``)."""
+    """The router's loss of a mixture of experts, if the call had ``output_router_logits=True``."""
 
     def __getattr__(self, name: str) -> Any:
         hint = {
@@ -46,7 +52,18 @@ class TDPOModelOutput(ModelOutput):
         raise AttributeError(f"TDPOModelOutput has no {name}" + (f": {hint}" if hint else ""))
 
 
-def check_labels(attachment: Any, targets: TDPOTargets) -> None:
+def check_fields(targets: TDPOTargets, *, encoder_decoder: bool, statistics: bool) -> None:
+    """Check what can be checked before the model's forward.
+
+    Args:
+        targets: of the call.
+        encoder_decoder: the model is one.
+        statistics: the model was attached with ``loss=None``.
+
+    Raises:
+        TypeError: the reference or the labels are something else than they have to be.
+        ValueError: both label fields, neither, or the one that this model cannot take.
+    """
     if not isinstance(targets.reference, HeadInputs):
         raise TypeError(
             "TDPOTargets.reference must be the HeadInputs that an attached reference returns for "
@@ -60,17 +77,28 @@ def check_labels(attachment: Any, targets: TDPOTargets) -> None:
     labels = getattr(targets, given[0])
     if not isinstance(labels, Tensor):
         raise TypeError(f"TDPOTargets.{given[0]} must be a tensor, got {named(labels)}")
-    if attachment.is_encoder_decoder and given == ["labels"]:
+    if encoder_decoder and given == ["labels"]:
         raise ValueError(
-            "TDPOTargets.labels are shifted inside, but what a decoder takes is shifted already; "
+            "TDPOTargets.labels are shifted inside, but a decoder's inputs are shifted already; "
             "give an encoder-decoder shift_labels"
         )
-    if attachment.loss is None and given == ["labels"]:
-        raise ValueError("statistics need shift_labels, aligned with the hidden states")
+    if statistics and given == ["labels"]:
+        raise ValueError(
+            "TDPOTargets.labels are shifted by the loss, and this model has none (attach_tdpo with "
+            "loss=None): statistics need shift_labels, aligned with the hidden states"
+        )
 
 
 def check_targets(own: HeadInputs, targets: TDPOTargets) -> None:
-    """Raise ValueError unless labels and reference belong to what the policy's head takes."""
+    """Compare labels and reference with what the policy's head takes.
+
+    Args:
+        own: the policy's head inputs.
+        targets: of the call; ``check_fields`` has passed.
+
+    Raises:
+        ValueError: shapes, vocabularies or devices do not belong together.
+    """
     labels = targets.labels if targets.labels is not None else targets.shift_labels
     assert labels is not None
     reference = targets.reference
@@ -79,11 +107,11 @@ def check_targets(own: HeadInputs, targets: TDPOTargets) -> None:
         if labels.shape != rows:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}, but the head takes {tuple(rows)} "
-                f"positions{_why(labels.shape, rows)}"
+                f"positions{_likely_cause(labels.shape, rows)}"
             )
     elif rows[0] != 1 or labels.shape not in (rows[1:], rows):
         raise ValueError(
-            f"with cu_seqlens the model takes one row [1, total] and labels [total], got "
+            "with cu_seqlens the model takes one row [1, total] and labels [total], got "
             f"{tuple(rows)} and {tuple(labels.shape)}"
         )
     if reference.hidden.shape[:-1] != rows:
@@ -104,7 +132,8 @@ def check_targets(own: HeadInputs, targets: TDPOTargets) -> None:
         )
 
 
-def _why(labels: torch.Size, rows: torch.Size) -> str:
+def _likely_cause(labels: torch.Size, rows: torch.Size) -> str:
+    """Why labels have another length than the head's input, for a message."""
     if len(labels) != 2 or labels[0] != rows[0]:
         return ""
     if labels[1] > rows[1]:

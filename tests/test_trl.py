@@ -21,7 +21,7 @@ from tdpo_ext import TDPOLoss, reference
 from tdpo_ext.integrations import transformers as of_transformers
 from tdpo_ext.integrations import trl as of_trl
 from tdpo_ext.integrations.evaluation import GatheredPairs
-from tdpo_ext.integrations.trl_options import ONLY
+from tdpo_ext.integrations.trl_options import RESTRICTED_OPTIONS
 
 PAIRS = 5  # of two each: the last batch has one
 
@@ -242,7 +242,7 @@ def test_image_tokens_cut_off_by_max_length_are_explained(tmp_path: Any) -> None
 def test_every_option_that_is_refused_stands_in_the_documentation() -> None:
     """With what is allowed and why not more, in the code's own words."""
     page = (Path(__file__).parent.parent / "docs" / "trainers.md").read_text()
-    for option in ONLY:
+    for option in RESTRICTED_OPTIONS:
         assert f"| `{option.name}` | {option.shown()} | {option.why} |" in page
 
 

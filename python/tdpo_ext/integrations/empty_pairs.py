@@ -1,21 +1,28 @@
-"""Data sets without pairs of which truncation leaves nothing to score."""
+"""Data sets without the pairs of which truncation leaves nothing to score."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch.utils.data import IterableDataset
 
 from tdpo_ext.integrations.preferences import COLUMNS, EMPTY, limit_of
+from tdpo_ext.integrations.streams import FilteredStream
 
 
 def without_empty_pairs(dataset: Any, collator: Any, name: str) -> Any:
-    """The data set without examples of which ``collator`` would leave nothing to score.
+    """The data set without the examples of which ``collator`` would leave nothing to score.
 
-    Lists, ``datasets.Dataset`` and iterable data sets, and dictionaries of these. A map-style data
-    set of another kind is left alone: looking at it may cost as much as an epoch.
+    Args:
+        dataset: a list, a ``datasets.Dataset``, an iterable data set, or a dictionary of these.
+            Other data sets are returned as they are: reading one may cost as much as an epoch.
+        collator: a ``PreferenceCollator``; with another one the data set is returned as it is.
+        name: of the trainer's argument, for messages.
+
+    Raises:
+        ValueError: no example is left.
     """
     if isinstance(dataset, dict):
         return {
@@ -57,26 +64,15 @@ def _leaves_labels(collator: Any, example: Mapping[str, Any]) -> bool:
 
 
 def _filtered_stream(stream: Any, collator: Any, name: str) -> Any:
-    said: list[bool] = []
+    warned: list[bool] = []
 
-    def kept(example: Mapping[str, Any]) -> bool:
+    def is_kept(example: Mapping[str, Any]) -> bool:
         keep = _leaves_labels(collator, example)
-        if not keep and not said:
-            said.append(True)
+        if not keep and not warned:
+            warned.append(True)
             warnings.warn(
                 f"examples of {name} that {EMPTY} {limit_of(collator)} are left out", stacklevel=1
             )
         return keep
 
-    return stream.filter(kept) if hasattr(stream, "filter") else FilteredStream(stream, kept)
-
-
-class FilteredStream(IterableDataset):  # type: ignore[type-arg]
-    def __init__(self, stream: Any, kept: Callable[[Any], bool]) -> None:
-        self.stream, self.kept = stream, kept
-
-    def __iter__(self) -> Iterator[Any]:
-        return filter(self.kept, self.stream)
-
-    def __getattr__(self, name: str) -> Any:  # set_epoch, generator
-        return getattr(self.__dict__["stream"], name)
+    return stream.filter(is_kept) if hasattr(stream, "filter") else FilteredStream(stream, is_kept)

@@ -1,4 +1,4 @@
-"""``TDPOConfig``, and what TDPO can honour of the options of DPO."""
+"""``TDPOConfig``, and the options of ``DPOConfig`` that TDPO takes with some values only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from packaging.version import Version
 
 @dataclass
 class TDPOConfig(trl.DPOConfig):
-    """``DPOConfig`` and the options of TDPO; ``beta`` and ``label_smoothing`` are those of TDPO."""
+    """``DPOConfig`` with TDPO's options; ``beta`` and ``label_smoothing`` are those of TDPO."""
 
     tdpo_variant: str = field(default="tdpo2", metadata={"help": '"tdpo2" or "tdpo1"'})
     tdpo_alpha: float = field(
@@ -19,7 +19,7 @@ class TDPOConfig(trl.DPOConfig):
     )
     tdpo_average_log_prob: bool = field(
         default=False,
-        metadata={"help": "Means over the tokens of a response instead of sums, of margin and KL."},
+        metadata={"help": "Means over the tokens of a response instead of sums, in margin and KL."},
     )
     tdpo_fused_head: bool = field(
         default=True,
@@ -27,7 +27,10 @@ class TDPOConfig(trl.DPOConfig):
     )
     tdpo_chunk_bytes: int | None = field(
         default=None,
-        metadata={"help": "Memory of the fused head beyond its inputs and gradients."},
+        metadata={
+            "help": "Scratch memory of the fused head in bytes; if the logits of a whole pair fit, "
+            "no product is made twice. None: the default of linear_tdpo_loss."
+        },
     )
     tdpo_inplace_backward: bool = field(
         default=False,
@@ -42,56 +45,79 @@ class TDPOConfig(trl.DPOConfig):
     )
 
 
-class Only(NamedTuple):
-    """An option of DPO, what TDPO can honour of it, and why not more."""
+class RestrictedOption(NamedTuple):
+    """An option that TDPO takes with some values only."""
 
     name: str
+    """Its field in ``TDPOConfig``."""
     allowed: tuple[Any, ...]
+    """The values that are accepted, the default first."""
     why: str
+    """The reason why others are refused."""
 
     def shown(self) -> str:
-        """What is allowed, as the documentation has it."""
+        """The allowed values as the documentation shows them."""
         return ", ".join(f"`{value!r}`" for value in self.allowed)
 
 
-_OTHER_LOSS = "it belongs to another loss than TDPO"
-ONLY = (
-    Only("loss_type", ("sigmoid", ["sigmoid"]), _OTHER_LOSS),
-    Only("loss_weights", (None, [1.0]), "there is one loss to weigh"),
-    Only("ld_alpha", (None,), _OTHER_LOSS),
-    Only("use_weighting", (False,), _OTHER_LOSS),
-    Only(
+_OTHER_LOSS = "other values choose or change another loss than TDPO"
+
+RESTRICTED_OPTIONS = (
+    RestrictedOption("loss_type", ("sigmoid", ["sigmoid"]), _OTHER_LOSS),
+    RestrictedOption("loss_weights", (None, [1.0]), "there is one loss, so nothing to weigh"),
+    RestrictedOption("ld_alpha", (None,), _OTHER_LOSS),
+    RestrictedOption("use_weighting", (False,), _OTHER_LOSS),
+    RestrictedOption(
         "f_divergence_type",
         ("reverse_kl",),
-        "from it follows the margin log pi(y) - log pi_ref(y) that TDPO is made of; TDPO's own "
-        "forward KL is added to that margin and is always there",
+        "TDPO is derived from DPO's margin log pi(y) - log pi_ref(y), which belongs to the reverse "
+        "KL; the forward KL of TDPO is a separate term, always added to that margin",
     ),
-    Only(
+    RestrictedOption(
         "use_liger_kernel",
         (False,),
-        "before version 1.15 TRL replaces the loss with it, later only layers",
+        "before version 1.15 TRL replaces the loss with Liger's; since then it replaces layers "
+        "only, and True is accepted",
     ),
-    Only(
+    RestrictedOption(
         "label_smoothing_factor",
         (0,),
-        "it smooths the labels of tokens; label_smoothing is that of preferences",
+        "it smooths the labels of tokens; label_smoothing smooths preferences",
     ),
 )
-"""All other options of ``DPOConfig`` are TRL's own business."""
-_OF_ONE_ROUTE = (
-    Only("tdpo_chunk_bytes", (None,), "the logits are whole; it is for tdpo_fused_head=True"),
-    Only("tdpo_inplace_backward", (False,), "there are no logits; it is for tdpo_fused_head=False"),
+"""The options of ``DPOConfig`` that TDPO cannot honour in full; TRL handles all others."""
+
+_WITH_FUSED_HEAD = RestrictedOption(
+    "tdpo_inplace_backward",
+    (False,),
+    "the fused head makes no logits to write over; it is for tdpo_fused_head=False",
+)
+_FROM_LOGITS = RestrictedOption(
+    "tdpo_chunk_bytes",
+    (None,),
+    "the logits are whole and not made in chunks; it is for tdpo_fused_head=True",
 )
 
 
 def check_options(args: Any, functions: dict[str, Any]) -> None:
+    """Refuse what TDPO cannot honour.
+
+    Args:
+        args: of the trainer.
+        functions: the trainer's arguments that are called with logits, by name; None if not given.
+
+    Raises:
+        TypeError: ``args`` is no ``TDPOConfig``.
+        ValueError: an option has a value that is not allowed, or a function needs logits that the
+            fused head does not make.
+    """
     if not isinstance(args, TDPOConfig):
         raise TypeError(f"args must be a TDPOConfig, got {type(args).__name__}")
-    layers_only = Version(trl.__version__) >= Version("1.15")
-    for option in (*ONLY, _OF_ONE_ROUTE[args.tdpo_fused_head]):
+    liger_is_for_layers = Version(trl.__version__) >= Version("1.15")
+    for option in (*RESTRICTED_OPTIONS, _WITH_FUSED_HEAD if args.tdpo_fused_head else _FROM_LOGITS):
         value = getattr(args, option.name, option.allowed[0])
         value = getattr(value, "value", value)  # an enum in some versions
-        if option.name == "use_liger_kernel" and layers_only:
+        if option.name == "use_liger_kernel" and liger_is_for_layers:
             continue
         if value not in option.allowed:
             raise ValueError(

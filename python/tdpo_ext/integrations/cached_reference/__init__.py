@@ -1,4 +1,4 @@
-"""A reference that runs once: its hidden states are kept on disk, its head in memory.
+"""A reference that runs once: its hidden states stay on disk, its head in memory.
 
     attach_tdpo(reference)
     cache, cached = precompute_reference(reference, loader, folder)
@@ -6,7 +6,7 @@
     targets = TDPOTargets(cached.with_hidden(batch["reference_hidden"]), batch["labels"])
 
 The trainers do this themselves: ``TDPOConfig(precompute_ref_log_probs=True)`` with TRL,
-``precompute_reference=folder`` with transformers.
+``precompute_reference=folder`` with transformers. The files on disk are ``reference_cache``'s.
 """
 
 from tdpo_ext.integrations.cached_reference.batches import CachedReferenceCollator

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ import transformers
 from torch import Tensor, nn
 
 from tdpo_ext.integrations.cached_reference.run import autocast_of
-from tdpo_ext.integrations.models import language_model, unwrapped
+from tdpo_ext.integrations.models import dtype_name, language_model, unwrapped
+from tdpo_ext.integrations.parameters import gathered
 
 
 def reference_fingerprint(
@@ -21,9 +21,18 @@ def reference_fingerprint(
 ) -> dict[str, str]:
     """All that a reference's hidden states depend on beside the tokens, as strings.
 
-    Parameters enter by the exact sum of their bits and 64 of their values each: two checkpoints do
-    not share that, it is the same on every device, and costs one reading of the parameters where
-    they are. Arguments as those of ``precompute_reference``.
+    A parameter is represented by the exact sum of its bits and 64 of its values. Two checkpoints
+    differ in that, it is the same on every device, and it costs reading the parameters once, where
+    they are.
+
+    Args:
+        model: the reference; a PEFT policy with ``of_policy``.
+        of_policy: leave out the adapters that a policy's own reference does not use.
+        accelerator: the ``Accelerator`` under whose autocast the reference runs; None: the autocast
+            in force.
+
+    Returns:
+        A few names, each with its value.
     """
     inner = language_model(unwrapped(model))
     with autocast_of(accelerator):
@@ -38,15 +47,15 @@ def reference_fingerprint(
         "model": type(inner).__name__,
         "config": hashlib.blake2b(config.encode(), digest_size=16).hexdigest(),
         "parameters": values.hexdigest(),
-        "dtype": ", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in tensors})),
-        "autocast": str(autocast).removeprefix("torch."),
+        "dtype": ", ".join(sorted({dtype_name(x.dtype) for x in tensors})),
+        "autocast": dtype_name(autocast),
         "attention": str(getattr(inner.config, "_attn_implementation", None)),
         "transformers": transformers.__version__,
     }
 
 
 def _lasting(config: Any) -> Any:
-    """A config without what hidden states do not depend on."""
+    """A config without the fields that hidden states do not depend on."""
     if not isinstance(config, dict):
         return config
     return {key: _lasting(x) for key, x in config.items() if key not in _FLEETING}
@@ -67,8 +76,10 @@ _FLEETING = {
 
 
 def _tensors(model: nn.Module, of_policy: bool) -> Iterator[Tensor]:
-    """Parameters and buffers that are saved with the model; of a PEFT policy, those that its
-    reference uses."""
+    """The parameters and buffers that are saved with the model, each once.
+
+    Those of adapters that a policy's own reference does not use are left out.
+    """
     idle = _idle_adapters(model) if of_policy else set[int]()
     seen = set(idle)
     for module in model.modules():
@@ -81,10 +92,10 @@ def _tensors(model: nn.Module, of_policy: bool) -> Iterator[Tensor]:
 
 
 def _idle_adapters(model: Any) -> set[int]:
-    """The ``id`` of what belongs to adapters, but for the adapter "ref"."""
+    """The ``id`` of every tensor that belongs to an adapter other than "ref"."""
     adapters, idle = {*model.peft_config}, set[int]()
     for module in model.modules():
-        # PEFT keeps an adapter's tensors in dictionaries whose keys are names of adapters.
+        # PEFT keeps adapters' tensors in dictionaries whose keys are the names of the adapters.
         children = {**module._modules, **module._parameters, **module._buffers}
         if not isinstance(module, _DICTIONARIES) or not children.keys() <= adapters:
             continue
@@ -101,20 +112,9 @@ _DICTIONARIES = (nn.ModuleDict, nn.ParameterDict)
 
 @torch.no_grad()
 def _summary(tensor: Tensor) -> str:
-    with _gathered(tensor) as whole:
+    """Dtype, shape, the sum of the bits and 64 values; the same on every device."""
+    with gathered(tensor) as whole:
         integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         bits = whole.detach().contiguous().view(integer[whole.element_size()]).flatten()
         some = bits[:: max(1, bits.numel() // 64)]
         return f"{whole.dtype} {[*whole.shape]} {bits.sum(dtype=torch.int64)} {some.tolist()};"
-
-
-@contextmanager
-def _gathered(tensor: Any) -> Iterator[Tensor]:
-    """All of a parameter that FSDP2 or ZeRO-3 has sharded."""
-    if hasattr(tensor, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([tensor]):
-            yield tensor
-    else:
-        yield tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,4 +1,4 @@
-"""A forward of the reference for the cache, on all processes that share the work."""
+"""The reference's forward on a batch, and the processes that share the work."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdpo_ext.integrations.adapters import ReferenceAdapter
+from tdpo_ext.integrations.adapters import reference_model
 from tdpo_ext.integrations.cached_reference.batches import Row
 from tdpo_ext.integrations.hidden import HeadInputs
 from tdpo_ext.integrations.models import (
     decoder_inputs,
     evaluating,
     language_model,
-    text_config,
     unwrapped,
+    without_router_loss,
 )
 from tdpo_ext.integrations.targets import HEAD_INPUTS
 
 
 class ReferenceRun:
-    """A reference and the processes that share it."""
+    """Runs the reference as a training step would, and speaks with the other processes.
+
+    Args:
+        model: an attached model, the reference; or a PEFT policy with ``of_policy``.
+        of_policy: ``model`` is the policy, and the reference its own.
+        accelerator: of Accelerate; None: one process.
+    """
 
     def __init__(self, model: nn.Module, of_policy: bool, accelerator: Any) -> None:
         self.model, self.of_policy, self.accelerator = model, of_policy, accelerator
@@ -35,18 +41,23 @@ class ReferenceRun:
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> HeadInputs:
-        """What the head takes for a batch, as a step of training would ask the reference."""
+        """The head inputs of a batch.
+
+        Raises:
+            ValueError: the reference has not one hidden state for each token.
+        """
         ids, mask = (batch[name].to(self.device) for name in ("input_ids", "attention_mask"))
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if self.encoder_decoder:
             labels = batch["labels"].to(self.device)
             inputs["decoder_input_ids"] = decoder_inputs(self.inner, labels)
-        if hasattr(text_config(self.model), "output_router_logits"):
-            inputs["output_router_logits"] = False
-        adapter = ReferenceAdapter(unwrapped(self.model)) if self.of_policy else nullcontext()
-        with autocast_of(self.accelerator), evaluating(self.model), adapter:
-            result = self.model(**inputs, tdpo=HEAD_INPUTS)
-        torch.clear_autocast_cache()  # of casts made without gradients, under a caller's autocast
+        inputs |= without_router_loss(self.model)
+        separate = None if self.of_policy else self.model
+        context = reference_model(self.model, separate)
+        with autocast_of(self.accelerator), evaluating(self.model), context as reference:
+            result = reference(**inputs, tdpo=HEAD_INPUTS)
+        # A caller's autocast must not go on with casts that were made without gradients.
+        torch.clear_autocast_cache()
         assert isinstance(result, HeadInputs)
         shape = (inputs["decoder_input_ids"] if self.encoder_decoder else ids).shape
         if result.hidden.shape[:2] != shape:
@@ -57,7 +68,16 @@ class ReferenceRun:
         return result
 
     def check_padding(self, batch: Mapping[str, Any], rows: Sequence[Row], hidden: Tensor) -> None:
-        """Raise ValueError unless the batch's shortest sequence has the same states by itself."""
+        """Compare the shortest sequence of a batch with itself alone, without padding.
+
+        Args:
+            batch: given to the reference.
+            rows: its sequences.
+            hidden: ``[2B, T, H]``, what the reference returned.
+
+        Raises:
+            ValueError: the hidden states depend on padding.
+        """
         number = min(range(len(rows)), key=lambda n: rows[n].tokens or batch["input_ids"].numel())
         row, each = rows[number], slice(number, number + 1)
         on = batch["attention_mask"][number] != 0
@@ -69,31 +89,37 @@ class ReferenceRun:
         error = ((padded - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median().item()
         if not error <= _ROUNDING:
             raise ValueError(
-                "the reference's hidden states of a sequence depend on its padding: beside longer "
-                f"ones half of its tokens differ by {error:.1g} or more from those it has alone "
-                "(absolute positions and rows padded on the left?), so they cannot be kept by "
-                "tokens; pad on the right, or use a reference that is not cached"
+                "the reference's hidden states of a sequence depend on its padding: in a batch "
+                f"with longer ones, half of its tokens differ by {error:.1g} or more from those "
+                "without padding (absolute positions and rows padded on the left?), so tokens "
+                "alone do not determine them; pad on the right, or use a reference that is not "
+                "cached"
             )
 
-    def _of_all(self, number: int) -> Tensor:
-        given = torch.tensor([number], device=self.device)
-        gathered: Tensor = given if self.accelerator is None else self.accelerator.gather(given)
-        return gathered
+    def _gathered(self, number: int) -> Tensor:
+        """``[processes]``, the number of each process."""
+        own = torch.tensor([number], device=self.device)
+        numbers: Tensor = own if self.accelerator is None else self.accelerator.gather(own)
+        return numbers
 
     def sum(self, number: int) -> int:
-        return int(self._of_all(number).sum())
+        """The sum over all processes; each has to call."""
+        return int(self._gathered(number).sum())
 
     def max(self, number: int) -> int:
-        return int(self._of_all(number).max())
+        """The largest of all processes; each has to call."""
+        return int(self._gathered(number).max())
 
     def wait(self) -> None:
+        """Return when all processes have called."""
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
 
 
 _ROUNDING = 0.05
-"""bfloat16 through many layers stays below; another position is far above."""
+"""The rounding of bfloat16 through many layers stays below; other positions are far above."""
 
 
 def autocast_of(accelerator: Any) -> Any:
+    """The accelerator's autocast; without an accelerator the one in force."""
     return nullcontext() if accelerator is None else accelerator.autocast()

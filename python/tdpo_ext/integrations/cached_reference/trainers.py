@@ -16,35 +16,36 @@ from torch.utils.data import DataLoader
 from tdpo_ext.integrations.cached_reference.batches import CachedReferenceCollator
 from tdpo_ext.integrations.cached_reference.precompute import precompute_reference
 from tdpo_ext.integrations.cached_reference.reference import CachedReference
-from tdpo_ext.integrations.models import language_model, unwrapped
+from tdpo_ext.integrations.models import is_encoder_decoder
+from tdpo_ext.integrations.parameters import has_partitioned
 
 
 def cache_reference_of_trainer(
     trainer: Any, reference: nn.Module | None, folder: str | Path | None = None
 ) -> CachedReference:
-    """Precompute the reference for all data sets of a trainer, and let its batches have the states.
+    """Precompute the reference for a trainer's data sets, and add its states to the batches.
 
     Args:
         trainer: a ``transformers.Trainer`` after its construction; its ``data_collator`` is
             replaced by a ``CachedReferenceCollator``.
-        reference: attached and on its device. None: the trainer's model is a PEFT policy, and its
-            own reference. The trainer can let go of it afterwards.
-        folder: of the cache; None: ``_reference_cache`` in the trainer's output folder, which is
+        reference: an attached model on its device, which is not needed afterwards. None: the
+            trainer's model is a PEFT policy and its own reference.
+        folder: the cache's folder. None: ``_reference_cache`` in the trainer's output folder; it is
             not pushed to a hub.
 
     Returns:
         The reference to train against.
 
     Raises:
-        ValueError: a data set without a length, a policy that is not whole as yet, and what
-            ``precompute_reference`` raises.
+        ValueError: a data set without a length, a policy that is its own reference and will be
+            sharded, and what ``precompute_reference`` raises.
     """
     model = trainer.model if reference is None else reference
     if reference is None:
         _check_whole(trainer)
         model.to(trainer.accelerator.device)
     else:
-        model.requires_grad_(False)  # so that its head is kept, and not a copy
+        model.requires_grad_(False)  # so that its head is kept instead of a copy
     if folder is None:
         folder = Path(trainer.args.output_dir) / "_reference_cache"
     cache, cached = precompute_reference(
@@ -55,37 +56,44 @@ def cache_reference_of_trainer(
         accelerator=trainer.accelerator,
         progress=not trainer.args.disable_tqdm,
     )
-    encoder_decoder = bool(language_model(unwrapped(model)).config.is_encoder_decoder)
     trainer.data_collator = CachedReferenceCollator(
-        trainer.data_collator, cache, encoder_decoder=encoder_decoder
+        trainer.data_collator, cache, encoder_decoder=is_encoder_decoder(model)
     )
     _release(trainer.accelerator, reference)
     return cached
 
 
 def separate_reference_of_trl(model: Any, ref_model: Any, args: Any, peft_config: Any) -> Any:
-    """The reference with which TRL is to be constructed, if it shall be precomputed.
+    """The ``ref_model`` to construct TRL's trainer with; a copy of the model to precompute it.
 
-    Without one TRL loads it once more from where the model came from; but the reference is the
-    model as it was given, as with TRL's own precomputing.
+    If TRL's trainer gets none, it loads one from where the model came from. But a precomputed
+    reference is the model as it was passed, as with TRL's own precomputing.
+
+    Args:
+        model: of the trainer.
+        ref_model: of the trainer.
+        args: ``TDPOConfig``.
+        peft_config: of the trainer.
+
+    Raises:
+        ValueError: ``sync_ref_model=True``, with ``precompute_ref_log_probs=True``.
     """
     if not args.precompute_ref_log_probs:
         return ref_model
     if args.sync_ref_model:
         raise ValueError(
-            "sync_ref_model=True changes the reference while training; precompute_ref_log_probs "
-            "must be False then"
+            "sync_ref_model=True changes the reference while training, so it cannot be computed "
+            "beforehand; precompute_ref_log_probs must be False then"
         )
     adapters = peft_config is not None or hasattr(model, "peft_config")
     if ref_model is not None or isinstance(model, str) or adapters:
         return ref_model
-    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    return None if partitioned else copy.deepcopy(model)
+    return None if has_partitioned(model) else copy.deepcopy(model)
 
 
 @contextmanager
 def without_precomputing(args: Any) -> Iterator[None]:
-    """TRL's own would keep one number per sequence, which no KL can be made of."""
+    """Inside, TRL does not precompute: it would keep one number per sequence, and no KL."""
     asked, args.precompute_ref_log_probs = args.precompute_ref_log_probs, False
     try:
         yield
@@ -94,23 +102,29 @@ def without_precomputing(args: Any) -> Iterator[None]:
 
 
 def _check_whole(trainer: Any) -> None:
+    """Raise ValueError if the policy's weights are going to be sharded when training starts."""
     zero = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if getattr(trainer, "is_fsdp_enabled", False) or (zero is not None and zero.zero_stage == 3):
         raise ValueError(
             "the policy is its own reference, and FSDP or ZeRO-3 shards it only when training "
             "starts, so the reference cannot be precomputed; pass a reference model, or leave the "
-            "option off: without adapters the policy costs no memory as a reference"
+            "option off: the policy without its adapters costs no memory as a reference"
         )
 
 
 def _release(accelerator: Any, reference: nn.Module | None) -> None:
-    """What the accelerator has prepared it would keep, and save with its state."""
+    """Let the accelerator forget a model that it has prepared, and would save with its state."""
     prepared = getattr(accelerator, "_models", [])
     prepared[:] = [model for model in prepared if model is not reference]
 
 
 class _Batches:
-    """This process's share of the batches of all data sets of a trainer, in their order."""
+    """This process's share of the batches of all data sets of a trainer, in their order.
+
+    Args:
+        trainer: the sizes of its batches are TRL's ``precompute_ref_batch_size``, or those of
+            training and evaluation.
+    """
 
     def __init__(self, trainer: Any) -> None:
         args, accelerator = trainer.args, trainer.accelerator
@@ -136,7 +150,7 @@ class _Batches:
         for _, group in itertools.groupby(self.own, key=lambda pair: id(pair[0])):
             pairs = [*group]
             indices = [[*indices] for _, indices in pairs]
-            # With a generator of its own the loader leaves the order of training as it is.
+            # A generator of its own: the loader must not change the order of training.
             yield from DataLoader(
                 pairs[0][0], batch_sampler=indices, generator=torch.Generator(), **self.options
             )

@@ -17,13 +17,18 @@ from torch import Tensor
 FORMAT = "tdpo_ext reference cache 1"
 DESCRIPTION = "description.json"
 RECORD = struct.Struct("<16sqq")
-"""Key, number of tokens, CRC-32 of these two and of the hidden states."""
+"""A record of an index: key, number of tokens, CRC-32 of these two and of the hidden states."""
 REMOVE = "Remove the folder and write the cache again."
+"""The end of every message about a file that is not as it was written."""
 
 
 def sequence_key(*sides: Sequence[int] | Tensor) -> bytes:
-    """16 bytes that stand for token ids without padding: of a decoder, those of the sequence; of an
-    encoder-decoder, the encoder's and the decoder's."""
+    """16 bytes that stand for a sequence's token ids.
+
+    Args:
+        *sides: the ids without padding, one sequence for a decoder; for an encoder-decoder the
+            encoder's and the decoder's.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for side in sides:
         ids = side.tolist() if isinstance(side, Tensor) else side
@@ -33,19 +38,26 @@ def sequence_key(*sides: Sequence[int] | Tensor) -> bytes:
 
 
 def checksum(key: bytes, tokens: int, data: bytearray | memoryview | bytes) -> int:
+    """CRC-32 over a sequence's key, its number of tokens and its hidden states."""
     return zlib.crc32(data, zlib.crc32(key + struct.pack("<q", tokens)))
 
 
 def records_of(index: bytes) -> Iterable[tuple[bytes, int, int]]:
+    """Key, number of tokens and checksum of every complete record in an index."""
     return RECORD.iter_unpack(index[: len(index) - len(index) % RECORD.size])
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """Without a suffix."""
+    """The paths of a cache's parts, without a suffix."""
     return sorted(path.with_suffix("") for path in folder.glob("part-*.index"))
 
 
 def read_description(folder: Path, fingerprint: Mapping[str, str]) -> dict[str, Any] | None:
+    """The description of the cache in a folder; None if there is none.
+
+    Raises:
+        ValueError: it is of another version, or its fingerprint differs.
+    """
     path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_text())
@@ -70,7 +82,7 @@ def read_description(folder: Path, fingerprint: Mapping[str, str]) -> dict[str, 
 
 
 def replace_description(folder: Path, description: Mapping[str, Any]) -> None:
-    """At once: whoever reads sees the old one or the new one."""
+    """Write the description. Other processes read the old one or the new one, never a part."""
     unfinished = folder / f"{DESCRIPTION}.{os.getpid()}"
     try:
         with unfinished.open("w") as file:

@@ -25,11 +25,11 @@ class ReferenceCache:
 
     Args:
         folder: where it was written.
-        fingerprint: what it must be of, as it was said to the writer.
+        fingerprint: the one that the writer got; it must be the same.
 
     Raises:
-        FileNotFoundError: there is no cache, or its writing has not been finished.
-        ValueError: it is of something else, or its files are not as long as they were.
+        FileNotFoundError: there is no cache, or its writing was not finished.
+        ValueError: the fingerprint differs, or the files are shorter than they were.
     """
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, str]) -> None:
@@ -50,7 +50,14 @@ class ReferenceCache:
         self._first_halves = self._table_by_key[:, 0].contiguous()
 
     def _table(self, number: int, sequences: int, size: int, check: int) -> Tensor:
-        """A part's records, and where their hidden states are."""
+        """``[sequences, 6]``: a part's records, and where their hidden states are.
+
+        Args:
+            number: of the part.
+            sequences: in the part, by the description.
+            size: of its hidden states in bytes, by the description.
+            check: CRC-32 of its index, by the description.
+        """
         path = self.folder / self._parts[number]
         for suffix, expected in ((".index", sequences * RECORD.size), (".hidden", size)):
             found = path.with_suffix(suffix)
@@ -72,7 +79,7 @@ class ReferenceCache:
         return torch.cat([table, torch.full_like(first, number)[:, None], first[:, None]], dim=1)
 
     def __len__(self) -> int:
-        """How many sequences are in it."""
+        """The number of sequences."""
         return len(self._table_by_key)
 
     def __contains__(self, key: bytes) -> bool:
@@ -99,20 +106,19 @@ class ReferenceCache:
         starts: Sequence[int] | None = None,
         length: int | None = None,
     ) -> Tensor:
-        """Hidden states of several sequences, padded with zeros.
+        """The hidden states of several sequences, padded with zeros.
 
         Args:
             keys: of ``sequence_key``.
-            starts: at which position each begins; None: at 0.
-            length: T; None: as long as is needed.
+            starts: the position at which each begins; None: all begin at 0.
+            length: T; None: the smallest that is enough.
 
         Returns:
             ``[len(keys), T, H]`` on the CPU, in the dtype of the cache.
 
         Raises:
             KeyError: a sequence is not in the cache.
-            ValueError: a sequence does not fit into T, or its bytes have changed since they were
-                written.
+            ValueError: a sequence does not fit into T, or its bytes have changed on disk.
         """
         starts = [0] * len(keys) if starts is None else starts
         rows = [self._row(key) for key in keys]
@@ -152,10 +158,10 @@ class ReferenceCache:
             filled += count
 
     def verify(self) -> None:
-        """Read all of it once.
+        """Read everything once.
 
         Raises:
-            ValueError: bytes have changed since they were written.
+            ValueError: bytes have changed on disk.
         """
         for first, second in self._table_by_key[:, :2].tolist():
             self.read([struct.pack("<qq", first, second)])

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from tdpo_ext.integrations.models import dtype_name
 from tdpo_ext.integrations.reference_cache.files import (
     DESCRIPTION,
     FORMAT,
@@ -33,12 +34,13 @@ class ReferenceCacheWriter:
         folder: made if it does not exist.
         fingerprint: all that the hidden states depend on, as strings: model and its parameters,
             precision, tokenizer ...
-        process, processes: which of how many writes here. All must have opened their writers before
-            one of them asks for ``keys``, and closed them before one calls ``finish``.
+        process: the number of this process, from 0.
+        processes: how many processes write. All must have opened their writers before one of them
+            calls ``keys``, and closed them before one calls ``finish``.
 
     Raises:
-        ValueError: an empty fingerprint, a cache of something else, or a finished cache with files
-            that are not as long as they were.
+        ValueError: an empty fingerprint, a cache with another fingerprint, or a finished cache with
+            files that are shorter than they were.
         RuntimeError: another process is writing this part of the cache.
     """
 
@@ -51,23 +53,26 @@ class ReferenceCacheWriter:
         processes: int = 1,
     ) -> None:
         if not fingerprint:
-            raise ValueError("fingerprint must say what the hidden states depend on, got nothing")
+            raise ValueError(
+                "fingerprint must say what the hidden states depend on, got nothing; give at least "
+                "one name with a string, such as the model's"
+            )
         self.folder, self.fingerprint = Path(folder), dict(fingerprint)
         self.folder.mkdir(parents=True, exist_ok=True)
-        read_description(self.folder, self.fingerprint)  # of something else: nothing is touched
+        read_description(self.folder, self.fingerprint)  # raises before anything is changed
         with contextlib.ExitStack() as stack:
             name = f"part-{process:05}"
             self._index = stack.enter_context(_appending(self.folder / f"{name}.index"))
             _lock(self._index)
             self.description = read_description(self.folder, self.fingerprint)
-            for part in parts_of(self.folder):  # also of processes that were more than now
+            for part in parts_of(self.folder):  # there may be parts of more processes than now
                 if int(part.name.removeprefix("part-")) % processes == process:
                     _keep_complete(part, self.description)
             self._hidden = stack.enter_context(_appending(self.folder / f"{name}.hidden"))
             self._stack = stack.pop_all()
 
     def keys(self) -> set[bytes]:
-        """Those of all sequences on disk, of all processes."""
+        """The keys of all sequences on disk, written by any process."""
         indices = (part.with_suffix(".index").read_bytes() for part in parts_of(self.folder))
         return {key for index in indices for key, _, _ in records_of(index)}
 
@@ -76,19 +81,19 @@ class ReferenceCacheWriter:
 
         Args:
             key: of ``sequence_key``.
-            hidden: ``[tokens, H]`` on any device, in the dtype in which they shall be kept.
+            hidden: ``[tokens, H]`` on any device, in the dtype to keep.
 
         Raises:
-            ValueError: not of two dimensions, or of another H or dtype than those before.
+            ValueError: ``hidden`` has not two dimensions, or another H or dtype than those before.
         """
         if hidden.dim() != 2:
             raise ValueError(f"hidden must be [tokens, H], got {tuple(hidden.shape)}")
         tokens, width = hidden.shape
-        dtype = str(hidden.dtype).removeprefix("torch.")
+        dtype = dtype_name(hidden.dtype)
         if self.description is None:
             description = {"format": FORMAT, "fingerprint": self.fingerprint, "finished": False}
             self.description = {**description, "dtype": dtype, "width": width, "parts": {}}
-            if not (self.folder / DESCRIPTION).exists():  # else another process was first
+            if not (self.folder / DESCRIPTION).exists():  # another process may have been first
                 replace_description(self.folder, self.description)
             self.description = read_description(self.folder, self.fingerprint)
             assert self.description is not None
@@ -96,14 +101,14 @@ class ReferenceCacheWriter:
         if (width, dtype) != of_cache:
             raise ValueError(
                 f"hidden must have the width and dtype of the cache, {of_cache}, got "
-                f"{(width, dtype)}"
+                f"{(width, dtype)}; take another folder for a reference in another dtype"
             )
         data = bytearray(hidden.numel() * hidden.element_size())
         if data:
             torch.frombuffer(data, dtype=hidden.dtype).view(hidden.shape).copy_(hidden.detach())
         files = self._hidden, self._index
         sizes = [os.fstat(file.fileno()).st_size for file in files]
-        try:  # the hidden states first: a record is only of what is there
+        try:  # the hidden states first, so that no record is without them
             _write(self._hidden, data)
             _write(self._index, RECORD.pack(key, tokens, checksum(key, tokens, data)))
         except BaseException:  # a full disk, Ctrl-C
@@ -112,7 +117,7 @@ class ReferenceCacheWriter:
             raise
 
     def close(self) -> None:
-        """Everything is on disk then, and others may write; the cache is not marked as finished."""
+        """Flush everything to disk and let others write; the cache is not marked as finished."""
         if self._index.closed:
             return
         with self._stack:
@@ -123,15 +128,18 @@ class ReferenceCacheWriter:
                     Path(file.name).unlink()
 
     def finish(self) -> None:
-        """Mark all that is on disk as a finished cache; by one process, when all have closed.
+        """Mark all that is on disk as a finished cache. One process calls it, when all have closed.
 
         Raises:
-            ValueError: nothing was ever written.
+            ValueError: no sequence was ever written.
         """
         self.close()
         description = read_description(self.folder, self.fingerprint)
         if description is None:
-            raise ValueError(f"a reference cache needs at least one sequence, {self.folder} has 0")
+            raise ValueError(
+                f"a reference cache needs at least one sequence, {self.folder} has 0; add one "
+                "before finish"
+            )
         parts = {}
         for part in parts_of(self.folder):
             index = part.with_suffix(".index").read_bytes()
@@ -158,7 +166,7 @@ def _write(file: BinaryIO, data: bytes | bytearray) -> None:
 
 
 def _lock(file: BinaryIO) -> None:
-    """Until the file is closed, be it because the process died."""
+    """Lock the file until it is closed, which the end of the process does as well."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -169,9 +177,17 @@ def _lock(file: BinaryIO) -> None:
 
 
 def _keep_complete(part: Path, description: Mapping[str, Any] | None) -> None:
-    """Cut off what a process that died has left half written, or a machine that died has lost.
+    """Cut off a part after its last complete record.
 
-    What is finished already is not read: that happens when it is used.
+    The rest is what a process that died left half written, or a machine that died has lost. The
+    hidden states of finished records are not read here: that happens when they are used.
+
+    Args:
+        part: the path of its files without a suffix.
+        description: of the cache; None: there is none.
+
+    Raises:
+        ValueError: finished records are missing, or there are records but no description.
     """
     finished = {} if description is None else description["parts"].get(part.name, {})
     index, hidden = part.with_suffix(".index"), part.with_suffix(".hidden")

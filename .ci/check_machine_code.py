@@ -213,7 +213,7 @@ def short(kernel: str) -> str:
     """_ZN..26row_records_kernelINS0_8BFloat16ELi7ELb0EEEv... -> row_records_kernel BFloat16 7 0"""
     match = re.search(r"\d([a-z_]+_kernel)(?:I(.*?)EEv)?", kernel)
     assert match is not None, kernel
-    parts = re.sub(r"NS\d_\d+|L[ib]", " ", (match[2] or "").replace("E", " ")).split()
+    parts = re.sub(r"NS\d?_\d+|L[ib]", " ", (match[2] or "").replace("E", " ")).split()
     # Two types alike are one letter twice, or a reference to the first.
     names = {"f": "float", "d": "double", "ff": "float", "dd": "double"}
     return " ".join((match[1], *(names.get(x, x) for x in parts if not x.startswith("S"))))

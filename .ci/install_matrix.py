@@ -44,7 +44,7 @@ def tried(row: dict[str, str], python: Path, folder: Path) -> str:
     if built.returncode:
         print(built.stdout, built.stderr)
         return "not built"
-    tests = [str(ROOT / "tests" / name) for name in TESTS]
+    tests = [str(ROOT / "tests" / "kernels" / name) for name in TESTS]
     pytest = [str(python), "-m", "pytest", "-p", "no:cacheprovider", *tests]
     pytest += ["-k", "not cuda and not fallback"]
     done = subprocess.run(

@@ -100,7 +100,7 @@ chosen+=" or (base_follows and 5000) or (outside_the_vocabulary and 40) or (ever
 # Every tensor an allocation of its own, so that what lies just outside it is nobody's.
 sanitize() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" "${@:2}" --error-exitcode 9 \
-    "$python" -m pytest -m cuda -p no:cacheprovider tests/test_cuda_kernels.py -k "$chosen"
+    "$python" -m pytest -m cuda -p no:cacheprovider tests/kernels/test_cuda_kernels.py -k "$chosen"
 }
 
 # In four processes where pytest-xdist is there.

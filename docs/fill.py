@@ -4,9 +4,8 @@ is written from there by benchmarks/render.py instead.
 
     python docs/fill.py
 
-The errors come from the tests: pytest tests/test_attach.py tests/test_architectures.py
-tests/test_trainers.py tests/test_distributed.py tests/test_dpo_side_by_side.py
-tests/test_precision_matrix.py --record benchmarks/results/trainers.json
+The errors come from the tests: pytest tests/trainers tests/distributed --record
+benchmarks/results/trainers.json
 """
 
 from __future__ import annotations

@@ -1,34 +1,20 @@
-"""Which implementation a test runs on, and inputs for it."""
+"""Fixtures: which implementation a test runs on, seeds, numbers of threads."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import emulated
-import numpy as np
 import pytest
 import recording
-import sanitized_core
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from backends import COMPILED, CUDA, EMULATED, INSTRUCTION_SETS, parameters, use_backend
 
-from tdpo_ext.token_statistics import kernels, native
+from tdpo_ext.token_statistics import native
 
-if sanitized_core.chosen():
-    native.core = kernels.core = sanitized_core.SanitizedCore()
-
-INSTRUCTION_SETS = [] if native.core is None else native.core.instruction_sets()
-EMULATED = [] if sanitized_core.chosen() else emulated.roundings()
-EMULATED = {emulated.backend_name(rounding): rounding for rounding in EMULATED}
-CUDA = list(EMULATED)
-if native.backends()["cuda"]["compiled"]:
-    CUDA.append("cuda")
-COMPILED = INSTRUCTION_SETS + CUDA
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# So that a failing comparison in these shows its values.
+pytest.register_assert_rewrite("attached_models", "head_checks", "logit_checks", "trainer_checks")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,7 +27,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 # The files of tests that look at the last digits of numbers, and at where sums overflow.
-OF_NUMBERS = {"test_edges", "test_not_finite", "test_precision", "test_ways"}
+OF_NUMBERS = {
+    "test_shapes_strides_masks",
+    "test_not_finite",
+    "test_precision",
+    "test_rows_that_change_path",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,27 +48,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_report_header() -> str:
     return f"tdpo_ext backends: {native.backends()}"
-
-
-@contextlib.contextmanager
-def use_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[str]:
-    if name == "fallback":
-        monkeypatch.setattr("tdpo_ext.token_statistics.kernels.core", None)
-    elif name in EMULATED:
-        monkeypatch.setattr(
-            "tdpo_ext.token_statistics.kernels.core", emulated.EmulatedCore(EMULATED[name])
-        )
-    elif name != "cuda":
-        monkeypatch.setenv("TDPO_EXT_INSTRUCTION_SET", name)
-    # On a card the tests make their tensors there.
-    with torch.device("cuda") if name == "cuda" else contextlib.nullcontext():
-        yield name
-
-
-def parameters(names: list[str]) -> list[Any]:
-    """The names, with the marker `cuda` on what needs a card."""
-    marked = [pytest.param(x, marks=pytest.mark.cuda) if x == "cuda" else x for x in names]
-    return marked or [pytest.param("", marks=pytest.mark.skip("not built"))]
 
 
 @pytest.fixture(params=parameters([*COMPILED, "fallback"]))
@@ -154,27 +124,3 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-
-
-def pair_of_logits(
-    *shape: int, scale: float = 2.0, gap: float = 1.0, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """Reference logits of a standard deviation, and a policy that differs from them by a gap."""
-    reference = torch.randn(*shape, dtype=torch.float64) * scale
-    policy = reference + torch.randn(*shape, dtype=torch.float64) * gap
-    return policy.to(dtype), reference.to(dtype)
-
-
-def labels_for(logits: Tensor, ignored: float = 0.0) -> Tensor:
-    labels = torch.randint(0, logits.shape[-1], logits.shape[:-1])
-    return labels.masked_fill(torch.rand(labels.shape) < ignored, -100)
-
-
-def numpy64(tensor: Tensor) -> NDArray[np.float64]:
-    return tensor.detach().to(torch.float64).cpu().numpy()
-
-
-def relative_error(ours: Tensor, truth: NDArray[np.float64]) -> float:
-    """||ours - truth|| / ||truth||, and 0 where both are 0."""
-    difference = np.linalg.norm(numpy64(ours) - truth)
-    return 0.0 if difference == 0 else float(difference / np.linalg.norm(truth))

@@ -115,7 +115,10 @@ def _check_request(model: Any, attachment: Any, tdpo: Any, kwargs: dict[str, Any
     if kwargs.get("labels") is not None:
         raise ValueError("labels and tdpo were both given; labels go into TDPOTargets")
     if kwargs.get("return_dict") is False:
-        raise ValueError("return_dict=False and tdpo were both given; with tdpo there is no tuple")
+        raise ValueError(
+            "return_dict=False and tdpo were both given; leave return_dict out, with tdpo there is "
+            "no tuple"
+        )
     if isinstance(tdpo, TDPOTargets):
         check_fields(
             tdpo,

@@ -61,7 +61,7 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         parameter = state["parameter"]
         vars(self).update(state)
-        self.parameter = _nothing if parameter is None else weakref.ref(parameter)
+        self.parameter = _no_parameter if parameter is None else weakref.ref(parameter)
 
     def answer(self, head: nn.Module, hidden: Tensor) -> Tensor:
         """What the head returns instead of logits; the loss's gradient comes back through it."""
@@ -128,10 +128,10 @@ class Attachment:
         if own.autocast != reference.autocast:
             self.has_warned = True
             warnings.warn(
-                f"the policy runs under {_named(own.autocast)}, the reference "
-                f"({reference.model}) ran under {_named(reference.autocast)}: even if both are the "
-                "same model, the loss does not start at log 2. Call the reference under the same "
-                "autocast (with accelerator.autocast(), or after "
+                f"the policy runs under {_autocast_name(own.autocast)}, the reference "
+                f"({reference.model}) ran under {_autocast_name(reference.autocast)}: even if both "
+                "are the same model, the loss does not start at log 2. Call the reference under "
+                "the same autocast (with accelerator.autocast(), or after "
                 "accelerator.prepare_model(reference, evaluation_mode=True))",
                 stacklevel=2,
             )
@@ -196,6 +196,11 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def _logit_arguments(own: HeadInputs, reference: HeadInputs) -> dict[str, Any]:
+    """Biases, scales and softcaps of both models, as arguments of the fused head.
+
+    Raises:
+        ValueError: the policy has a softcap and the reference none.
+    """
     if own.logit_options.softcap and not reference.logit_options.softcap:
         raise ValueError(
             f"the policy caps its logits at {own.logit_options.softcap}, the reference does "
@@ -211,9 +216,9 @@ def _logit_arguments(own: HeadInputs, reference: HeadInputs) -> dict[str, Any]:
     }
 
 
-def _named(autocast: torch.dtype | None) -> str:
+def _autocast_name(autocast: torch.dtype | None) -> str:
     return "no autocast" if autocast is None else f"autocast to {autocast}"
 
 
-def _nothing() -> None:
+def _no_parameter() -> None:
     """Stands for a weak reference whose object is gone."""

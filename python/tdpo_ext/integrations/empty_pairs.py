@@ -33,7 +33,7 @@ def without_empty_pairs(dataset: Any, collator: Any, name: str) -> Any:
         return dataset
     columns = getattr(dataset, "column_names", None)
     if columns is not None and not set(COLUMNS) <= set(columns):
-        return dataset  # the collator will say so
+        return dataset  # the collator raises for these
     if isinstance(dataset, (list, tuple)):
         kept: Any = [each for each in dataset if _leaves_labels(collator, each)]
     elif hasattr(dataset, "filter") and hasattr(dataset, "__len__"):
@@ -59,7 +59,7 @@ def without_empty_pairs(dataset: Any, collator: Any, name: str) -> Any:
 
 def _leaves_labels(collator: Any, example: Mapping[str, Any]) -> bool:
     if not all(name in example for name in COLUMNS):
-        return True  # the collator will say so
+        return True  # the collator raises for these
     return bool(collator.leaves_labels(*(example[name] for name in COLUMNS)))
 
 

@@ -35,7 +35,7 @@ class PreferenceBatch(dict[str, Any]):
 
     def _check_whole(self, ids: Tensor) -> None:
         rows = len(ids)
-        if rows == 1 and _alone():
+        if rows == 1 and _is_single_process():
             return  # a single process's dispatcher sets one row aside and does not use it
         if rows % 2:
             raise ValueError(_CUT.format(f"it has {rows} rows"))
@@ -76,8 +76,7 @@ _CUT = (
 )
 
 
-def _alone() -> bool:
-    """True in a run of one process."""
+def _is_single_process() -> bool:
     distributed = torch.distributed
     return not (
         distributed.is_available()

@@ -72,7 +72,8 @@ def check_fields(targets: TDPOTargets, *, encoder_decoder: bool, statistics: boo
     given = [name for name in ("labels", "shift_labels") if getattr(targets, name) is not None]
     if len(given) != 1:
         raise ValueError(
-            f"TDPOTargets needs labels or shift_labels, got {'both' if given else 'neither'}"
+            f"TDPOTargets needs labels or shift_labels, got {'both' if given else 'neither'}; give "
+            "one of them"
         )
     labels = getattr(targets, given[0])
     if not isinstance(labels, Tensor):

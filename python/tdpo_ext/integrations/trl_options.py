@@ -112,7 +112,10 @@ def check_options(args: Any, functions: dict[str, Any]) -> None:
             fused head does not make.
     """
     if not isinstance(args, TDPOConfig):
-        raise TypeError(f"args must be a TDPOConfig, got {type(args).__name__}")
+        raise TypeError(
+            f"args must be a TDPOConfig, got {type(args).__name__}; TDPOConfig takes all options "
+            "of DPOConfig (from tdpo_ext.integrations.trl import TDPOConfig)"
+        )
     liger_is_for_layers = Version(trl.__version__) >= Version("1.15")
     for option in (*RESTRICTED_OPTIONS, _WITH_FUSED_HEAD if args.tdpo_fused_head else _FROM_LOGITS):
         value = getattr(args, option.name, option.allowed[0])

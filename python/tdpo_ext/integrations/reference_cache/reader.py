@@ -125,7 +125,10 @@ class ReferenceCache:
         longest = max((s + row[2] for s, row in zip(starts, rows, strict=True)), default=0)
         length = longest if length is None else length
         if longest > length:
-            raise ValueError(f"a sequence ends at position {longest}, length is {length}")
+            raise ValueError(
+                f"a sequence ends at position {longest}, length is {length}; it must be at least "
+                "as large"
+            )
         shape = (len(keys), length, self.width)
         buffer = bytearray(len(keys) * length * self._token_bytes)
         if not buffer:

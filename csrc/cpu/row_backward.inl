@@ -2,10 +2,10 @@
 //
 //   dz = g_m (onehot(y) - p) + g_k (p - q),     p = softmax(z), q = softmax(r).
 //
-// Reads [vocabulary] logits z and r of type T, what of them the kind of gradient needs, a label y
-// that may lie outside, the Normalizers<Real> that forward has saved, and the upstream gradients
-// g_m (of log p(y)) and g_k (of KL(q || p)). Writes [vocabulary] entries of type G, which may lie
-// over z if G is T.
+// Reads [vocabulary] logits z and r of type T, only the side that the kind of gradient needs; a
+// label y that may lie outside; the Normalizers<Real> that forward has saved; and the upstream
+// gradients g_m (of log p(y)) and g_k (of KL(q || p)). Writes [vocabulary] entries of type G, which
+// may lie over z if G is T.
 //
 //   choose the kind of gradient from g_m and g_k
 //   for each group or each two vectors of entries:

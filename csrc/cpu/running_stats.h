@@ -13,9 +13,11 @@
 //   mixed   anything else: -inf, entries far above or below the base, a large centre. Two
 //           exponentials and the polynomial, and each entry chooses between the two excesses.
 //
-// Close and far use exponentials that hold in a range around the base. A group of 64 entries on
-// the close path, or a block on the far path, that has an entry out of range adds nothing and goes
-// by again on the mixed path. So does a group that has a large |d|.
+// A block tries the far path if the sums so far allow it, then the close path. Both use
+// exponentials that hold in a range around the base. A block on the far path that has an entry out
+// of range, or too little excess, adds nothing and goes on to the close path. A group of 64 entries
+// on the close path that has a large |d|, or an entry out of range, adds nothing and goes by on the
+// mixed path.
 //
 // The base comes from a row's first 128 entries. It moves only where entries exceed it by more than
 // kHeadroom, so no pass looks for the maximum.

@@ -1,5 +1,5 @@
-// The record of a row's entries while they go by, kept by one warp (VocabStats,
-// csrc/vocab_stats.h).
+// The record of a row's entries while they go by (VocabStats, csrc/vocab_stats.h), kept by one
+// warp.
 //
 // All lanes share the base. Each lane has sums of its own, which `record` adds up at the end. With
 // w = e^(r - reference_max) and d = z - r - centre an entry adds w, w d, w e^d and w (e^d - 1 - d),
@@ -17,14 +17,13 @@
 //
 //   - An entry exceeds it by more than the headroom.
 //   - A lane alone has come to as much of the reference's mass as the whole warp had when the
-//   centre
-//     was last set (reference_limit). The entries that the centre came from may then be a small
-//     part of the mass; if their gaps are not typical, KL is a small difference of two large
-//     numbers.
+//     base was last looked at (reference_limit). The entries that the centre came from may then
+//     be a small part of the mass; if their gaps are not typical, KL is a small difference of two
+//     large numbers.
 //
-// Between these looks the centre comes from at least 1/m of the mass, for some m of about 32. That
-// costs the divergence at most a factor of about m in rounding error: if the rest of the row has
-// other gaps, then the difference of the gaps is itself a divergence, and KL is not small.
+// Between two such looks the centre comes from at least 1/m of the mass, with an m of 64 or less.
+// That costs the divergence at most a factor of about m in rounding error: if the rest of the row
+// has other gaps, then the difference of the gaps is itself a divergence, and KL is not small.
 #pragma once
 
 #include "row_vectors.cuh"

@@ -2,13 +2,13 @@
 //
 //   dz = g_m (onehot(y) - p) + g_k (p - q),     p = softmax(z), q = softmax(r).
 //
-// Reads policy and reference logits z, r [N, V] of type T, what of them the kind of gradient needs;
-// labels y [N] of int64; in Real the 8 Normalizers [N, 8] that forward has saved, and the upstream
-// gradients g_m (of log p(y)) and g_k (of KL(q || p)), [N] each. Writes dz [N, V] of type G, which
-// is T, or half width where T is float.
+// Reads policy and reference logits z, r [N, V] of type T, only the side that the kind of gradient
+// needs; labels y [N] of int64; in Real the 8 Normalizers [N, 8] that forward has saved, and the
+// upstream gradients g_m (of log p(y)) and g_k (of KL(q || p)), [N] each. Writes dz [N, V] of type
+// G, which is T, or half width where T is float.
 //
-//   for each row, by a warp, a block or several blocks: choose the kind of gradient from g_m and
-//   g_k
+//   for each row, by a warp, a block or several blocks:
+//     choose the kind of gradient from g_m and g_k
 //     for each 2 or 4 vectors of each thread:
 //       load what the kind reads of all of them, then for each entry p, q or both, and write
 //     write the label's own gradient, by the thread that wrote its vector
@@ -90,7 +90,7 @@ struct ReferenceOnly {  // g_k = g_m: -g_m p + g_m (p - q) = -g_m q
 };
 
 // (g_k - g_m) p - g_k q as it stands, for g_k between 0 and g_m: both terms have the same sign, so
-// nothing cancels. These are the rejected rows of TDPO2 with alpha < 1.
+// nothing cancels. These are the rejected rows of TDPO2 with 0 < alpha < 1.
 template <class T>
 struct Direct {
   using Real = RealOf<T>;

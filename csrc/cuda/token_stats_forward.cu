@@ -1,7 +1,7 @@
 // Forward of the token statistics.
 //
-//   log p(y) = z_y - lse(z)     log q(y) = r_y - lse(r)     KL(q || p) = sum_v q_v (log q_v - log
-//   p_v)
+//   log p(y) = z_y - lse(z)          log q(y) = r_y - lse(r)
+//   KL(q || p) = sum_v q_v (log q_v - log p_v)
 //
 // Reads policy and reference logits z, r [N, V] of type T, and labels y [N] of int64. Writes, in
 // Real (float, or double for double logits), log p(y), log q(y) and KL [N], and the 8 Normalizers

@@ -657,7 +657,7 @@ def test_a_trainer_that_does_not_ask_for_our_loss_is_found_out(tmp_path: Any) ->
         train_dataset=as_text(examples()),
         processing_class=tokenizer(),
     )
-    with pytest.raises(RuntimeError, match="something else than TDPO"):
+    with pytest.raises(RuntimeError, match="another loss than TDPO"):
         made.train()
 
 

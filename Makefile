@@ -1,11 +1,11 @@
-# make test | test-all | demo | lint | bench | docs: each does its own set-up, in .venv beside this file.
+# make test | test-all | demo | lint | site | bench | docs: each does its own set-up, in .venv beside this file.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 python := .venv/bin/python
 sources := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/*)
 
-.PHONY: test test-all demo lint bench docs clean
+.PHONY: test test-all demo lint site bench docs clean
 .DELETE_ON_ERROR:
 
 # Two test processes: most tests keep one core busy. Threads that wait for work must not spin then.
@@ -23,7 +23,12 @@ lint: .venv/installed .venv/development
 	$(python) -m ruff format --check .
 	$(python) -m mypy
 	$(python) .ci/check_imports.py
+	$(python) .ci/check_links.py
 	.venv/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh')
+
+site: .venv/site # the pages and the docstrings, in build/site
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
+	@echo "== Built: build/site/index.html"
 
 bench: .venv/installed .venv/demo
 	$(python) benchmarks/logits_cpu.py
@@ -31,7 +36,7 @@ bench: .venv/installed .venv/demo
 	$(python) benchmarks/training_step.py benchmarks/results
 	$(python) benchmarks/render.py
 
-docs: # examples and measured errors, put into the pages
+docs: # options, measured errors and figures, put into the pages
 	python3 docs/fill.py
 
 clean:
@@ -54,6 +59,11 @@ clean:
 .venv/development: .venv/torch requirements-development.txt
 	@echo "== Installing what the tests and linters need"
 	$(python) -m pip install --requirement requirements-development.txt
+	@touch $@
+
+.venv/site: .venv/development requirements-site.txt
+	@echo "== Installing what the site needs"
+	$(python) -m pip install --quiet --requirement requirements-site.txt
 	@touch $@
 
 # What the extra names, without building tdpo_ext once more as ".[demo]" would.

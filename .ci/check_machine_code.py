@@ -38,8 +38,8 @@ class Expected(NamedTuple):
     per_entry: float | None = None  # instructions in the hot loop, at most
 
 
-# Loops of backward, by what they read: one side (policy or reference), both with one sign, both.
-# Instructions for each entry, at most; half-width and float32, aligned alike and shifted.
+# The loops of backward: PolicyOnly, ReferenceOnly, Direct, Mixed. Instructions for each entry, at
+# most; half-width and float32, aligned alike ("0") and shifted ("1").
 BACKWARD = {
     ("half", "0"): (7, 7, 13, 30),
     ("half", "1"): (10, 10, 18, 35),
@@ -210,10 +210,10 @@ def faults(
 
 
 def short(kernel: str) -> str:
-    """_ZN..26row_records_kernelINS0_8BFloat16ELi7ELb0EEEv... -> row_records_kernel BFloat16 7 0"""
+    """_ZN..26row_records_kernelINS_8BFloat16ELi7ELb0EEEv... -> row_records_kernel BFloat16 7 0"""
     match = re.search(r"\d([a-z_]+_kernel)(?:I(.*?)EEv)?", kernel)
     assert match is not None, kernel
-    parts = re.sub(r"NS\d_\d+|L[ib]", " ", (match[2] or "").replace("E", " ")).split()
+    parts = re.sub(r"NS\d?_\d+|L[ib]", " ", (match[2] or "").replace("E", " ")).split()
     # Two types alike are one letter twice, or a reference to the first.
     names = {"f": "float", "d": "double", "ff": "float", "dd": "double"}
     return " ".join((match[1], *(names.get(x, x) for x in parts if not x.startswith("S"))))

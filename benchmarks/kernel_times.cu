@@ -61,8 +61,8 @@ __device__ float normal(uint64_t i) {
 }
 
 __device__ float stored(float* to, float x) { return *to = x; }
-__device__ float stored(cuda::BFloat16* to, float x) {
-  to->bits = cuda::bfloat16_of_float(x);
+__device__ float stored(BFloat16* to, float x) {
+  to->bits = cuda::bfloat16_bits_of_float(x);
   return __uint_as_float(uint32_t(to->bits) << 16);
 }
 
@@ -201,7 +201,7 @@ int main(int count, char** arguments) {
   if (count < 2) print_headings();
   const char* build = count < 2 ? "as it stands" : arguments[1];
   for (int vocabulary : {128256, 32000, 50257})
-    time_shape<cuda::BFloat16>(build, DType::kBFloat16, "bfloat16", 8192, vocabulary);
+    time_shape<BFloat16>(build, DType::kBFloat16, "bfloat16", 8192, vocabulary);
   time_shape<float>(build, DType::kFloat32, "float32", 4096, 128256);
   time_shape<float>(build, DType::kFloat32, "float32", 8192, 4096);  // a tile of the fused head
 }

@@ -1,4 +1,5 @@
-"""docs/benchmarks.md from benchmarks/results/*.json: `python benchmarks/render.py`."""
+"""docs/benchmarks.md, its pictures and README's, from benchmarks/results/*.json:
+`python benchmarks/render.py`."""
 
 from __future__ import annotations
 
@@ -6,12 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import render_readme
 from render_gpu import (
     ABOUT_FUSED_TABLE,
     RESULTS,
     fused_table,
     gpu_pictures,
     gpu_section,
+    repeat,
     step_table,
     step_text,
 )
@@ -26,10 +29,10 @@ def fused_section(report: Report) -> list[str]:
     return [
         "## The fused head, CPU",
         "",
-        f"Made by `benchmarks/fused_head.py`: torch {report['torch']}, {report['threads']} "
-        f"threads, medians of {report['rounds']} interleaved rounds. {ABOUT_FUSED_TABLE} What "
-        "takes over 5 seconds ran once, and over 30 not again for its memory or with half of the "
-        "tokens ignored.",
+        f"{repeat('python benchmarks/fused_head.py OUT')} Torch {report['torch']}, "
+        f"{report['threads']} threads, medians of {report['rounds']} interleaved rounds. "
+        f"{ABOUT_FUSED_TABLE} What takes over 5 seconds ran once, and over 30 not again for "
+        "its memory or with half of the tokens ignored.",
         *fused_table(report),
     ]
 
@@ -38,9 +41,9 @@ def step_section(report: Report) -> list[str]:
     return [
         "## A training step of a tiny model, CPU",
         "",
-        "To see that `benchmarks/training_step.py` runs: the model is too small, and the machine "
-        f"was too busy, for its times to mean much. {report['processor']}, commit "
-        f"{report['commit']}, torch {report['torch']}, threads: {report['threads']}. "
+        f"{repeat('python benchmarks/training_step.py OUT')} To see that it runs: the model is too "
+        f"small, and the machine was too busy, for its times to mean much. {report['processor']}, "
+        f"commit {report['commit']}, torch {report['torch']}, threads: {report['threads']}. "
         f"{step_text(report)} Peak memory is beyond both models.",
         *step_table(report),
     ]
@@ -72,7 +75,8 @@ def load(name: str) -> Report | None:
 
 
 HOW = """\
-To repeat them, on a machine that does nothing else:
+All figures of this page come from the reports in `benchmarks/results/`. To repeat them, on a
+machine that does nothing else:
 
 ```bash
 make bench                         # the CPU's, then this page and its pictures
@@ -82,15 +86,14 @@ python benchmarks/render.py        # this page and its pictures, from the report
 make docs                          # the figures of the other pages
 ```
 
-A report of a GPU goes into a folder of its own in `benchmarks/results/`, which `RUN` in
+One table alone: the command that stands before it; it writes a report into the folder OUT. A
+report of a GPU goes into a folder of its own in `benchmarks/results/`, which `RUN` in
 `benchmarks/render_gpu.py` names."""
 
 
 def page() -> str:
     lines = [
         "# Benchmarks",
-        "",
-        "Written by `benchmarks/render.py` from `benchmarks/results/`.",
         "",
         *HOW.splitlines(),
         "",
@@ -109,6 +112,7 @@ def page() -> str:
 
 def write_page() -> None:
     PAGE.write_text(page())
+    render_readme.picture(PAGE.parent / "front.png")
     gpu_pictures(PAGE.parent)
     fused = load("fused-head-cpu.json")
     if fused:

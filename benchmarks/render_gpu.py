@@ -51,6 +51,11 @@ def made_on(report: Report) -> str:
     )
 
 
+def repeat(command: str) -> str:
+    """The line before a table that says how to take it anew."""
+    return f"To repeat: `{command}`."
+
+
 def percent(value: float) -> str:
     return f"{value:.0%}"
 
@@ -135,23 +140,23 @@ def logits_section(report: Report) -> list[str]:
     return [
         "### From logits",
         "",
-        f"{made_on(report)}. Made by `benchmarks/gpu_against_copy.py`: {report['dtype']}, "
-        f"{report['rows']} rows, a policy that lies 0.3 from its reference, medians of "
-        f"{report['rounds']} interleaved rounds. Bandwidth of each pass, bytes counted as the "
-        "algebra needs them, as a share of what a device-to-device copy of one logits tensor "
-        "reaches in the same rounds:",
+        f"{made_on(report)}. {repeat('python benchmarks/gpu_against_copy.py OUT')} "
+        f"{report['dtype']}, {report['rows']} rows, a policy that lies 0.3 from its reference, "
+        f"medians of {report['rounds']} interleaved rounds. Bandwidth of each pass, bytes counted "
+        "as the algebra needs them, as a share of what a device-to-device copy of one logits "
+        "tensor reaches in the same rounds:",
         *table(["V", "ignored", "copy, TB/s", *names], bandwidth_rows(report, passes)),
         "",
         *gap_section(),
-        f"{made_on(report)}. Forward + backward, any upstream gradients: ours in milliseconds; "
-        "for each the time as a multiple of that, and the extra memory at its peak in logits "
-        "tensors. `eager` is the formula in PyTorch (`benchmarks/formula.py`), which "
-        "`torch.compile` compiles. Liger's kernel takes the same two tensors to another number, "
-        "the total variation instead of the KL:",
+        f"{made_on(report)}. From the same run. Forward + backward, any upstream gradients: ours "
+        "in milliseconds; for each the time as a multiple of that, and the extra memory at its "
+        "peak in logits tensors. `eager` is the formula in PyTorch (`benchmarks/formula.py`), "
+        "which `torch.compile` compiles. Liger's kernel takes the same two tensors to another "
+        "number, the total variation instead of the KL:",
         *table(["V", "ignored", "tdpo_ext, ms", *peers], peer_rows(report, peers)),
         "",
-        f"{made_on(report)}. The largest error of 32 rows against float64, relative to the largest "
-        "value:",
+        f"{made_on(report)}. From the same run. The largest error of 32 rows against float64, "
+        "relative to the largest value:",
         *table(["V", "ignored", *of_errors], error_rows(report)),
     ]
 
@@ -164,8 +169,9 @@ def gap_section() -> list[str]:
     return [
         f"{made_on({})}. The same share by how far the policy lies from its reference (standard "
         "deviation of the gap of two logits, which are N(0, 1)) and by the kind of upstream "
-        "gradients. V = 4096 in float32 is a tile of the fused head. Made with a C++ program of "
-        "its own, without PyTorch.",
+        "gradients. V = 4096 in float32 is a tile of the fused head. Made with a C++ program, "
+        "without PyTorch, that was not kept; `benchmarks/kernel_times.cu` takes such a table now. "
+        + repeat("bash benchmarks/gpu_check.sh OUT"),
         *table(["V", "dtype", *gaps, *KINDS.values()], gap_rows(rows)),
         "",
         "![Share of a copy's bandwidth](gpu-copy.png)",
@@ -188,7 +194,7 @@ def bare_products(row: Report, units: list[float]) -> float:
 
 
 def fused_times(row: Report, on_card: bool) -> dict[str, float | None]:
-    """Milliseconds by way; None where a compilation is in them."""
+    """Milliseconds by path; None where a compilation is in them."""
     return {
         name: None if on_card and taken > COMPILING_FROM else taken
         for name, taken in row["milliseconds"].items()
@@ -217,9 +223,10 @@ def fused_table(report: Report) -> list[str]:
     return table([*head, "against tdpo_ext", "extra memory, MiB"], fused_rows(report))
 
 
+CHOICES = "python benchmarks/fused_head.py OUT --device cuda --choices"
 ABOUT_FUSED_TABLE = (
     "Forward and backward of TDPO2 if not said otherwise. Bare products: as many of the same as "
-    "that way has units ([fused-head.md](fused-head.md)), operands cast beforehand. `eager` and "
+    "that path has units ([fused-head.md](fused-head.md)), operands cast beforehand. `eager` and "
     "Liger round bfloat16 logits to bfloat16, ours and TRL's are float32. Liger's is DPO: no KL. "
     "Memory is beyond the batch, gradients included."
 )
@@ -241,14 +248,14 @@ def fused_section(report: Report) -> list[str]:
     return [
         "### The fused head",
         "",
-        f"{made_on(report)}. Made by `benchmarks/fused_head.py`, medians of {report['rounds']} "
-        f"interleaved rounds. {ABOUT_FUSED_TABLE} A dash in the place of a time: it ran once, with "
-        "its compilation.",
+        f"{made_on(report)}. {repeat('python benchmarks/fused_head.py OUT --device cuda')} "
+        f"Medians of {report['rounds']} interleaved rounds. {ABOUT_FUSED_TABLE} A dash in the "
+        "place of a time: it ran once, with its compilation.",
         *fused_table(report),
         "",
         "![Time and memory of the fused head](gpu-fused-head.png)",
         "",
-        f"{made_on(report)}. The bare products of the same rounds, one unit each:",
+        f"{made_on(report)}. From the same run. The bare products, one unit each:",
         *table(["2B x T, H, V", "ignored", *units], unit_rows(report)),
         *chunk_section(),
         *products_section(),
@@ -264,7 +271,7 @@ def chunk_section() -> list[str]:
         "",
         f"{made_on({})}. By `chunk_bytes`, at {shape_of(chunks)}. Only the largest holds a pair's "
         "logits, so that they need not be made again; a step takes "
-        f"{chunks['peak_gib_of_the_last']} GiB then.",
+        f"{chunks['peak_gib_of_the_last']} GiB then. {repeat(CHOICES)}",
         *table(["chunk_bytes, MiB", "full, ms", "frozen head, ms"], rows),
     ]
 
@@ -278,7 +285,8 @@ def products_section() -> list[str]:
     return [
         "",
         f"{made_on({})}. TFLOP/s of products alone by the columns of a tile, "
-        f"{products['rows']} tokens, H = {products['width']}, bfloat16 operands:",
+        f"{products['rows']} tokens, H = {products['width']}, bfloat16 operands. The script was "
+        f"not kept; whole steps by the columns of a tile: `{CHOICES}`.",
         *table(["result", *columns], rows),
     ]
 
@@ -331,8 +339,9 @@ def step_section(report: Report) -> list[str]:
     return [
         "### A whole training step",
         "",
-        f"{made_on(report)}. {step_text(report)} The limit is the two backbones alone, without "
-        "head and loss. Peak memory is all that was allocated, models included.",
+        f"{made_on(report)}. {repeat('python benchmarks/training_step.py OUT --device cuda')} "
+        f"{step_text(report)} The limit is the two backbones alone, without head and loss. Peak "
+        "memory is all that was allocated, models included.",
         *step_table(report),
     ]
 
@@ -355,7 +364,8 @@ def small_section() -> list[str]:
         "### Small calls",
         "",
         f"{made_on({})}. Forward and backward, microseconds by the wall clock: the host's, since a "
-        "GPU has next to nothing to do. `tdpo_ext` is the whole loss.",
+        "GPU has next to nothing to do. `tdpo_ext` is the whole loss. The script was not kept; "
+        "`benchmarks/logits_cpu.py` times small calls on the CPU.",
         *table(["tokens x V", *names], rows),
     ]
 
@@ -402,7 +412,7 @@ def formula_finding(report: Report) -> str:
 
 
 def against_products(report: Report, way: str) -> str:
-    """Times the bare products of a way, all tokens kept."""
+    """Times the bare products of a path, all tokens kept."""
     rows = [row for row in report["measurements"] if row["ignored"] == 0]
     units = report["ways"][way]
     return least_to_most(

@@ -65,11 +65,11 @@ def logits_section(report: Report) -> list[str]:
     return [
         "## From logits, on the CPU",
         "",
-        f"Made by `benchmarks/logits_cpu.py`: {report['processor']}, torch {report['torch']}, "
-        f"commit {report['commit']}, instruction set {report['instruction_set']}, "
-        f"{report['rows']} rows, medians of {report['rounds']} interleaved rounds, nanoseconds "
-        "for each pair (policy logit, reference logit). `eager` is the formula in PyTorch "
-        "(`benchmarks/formula.py`), which `torch.compile` compiles.",
+        f"To repeat: `python benchmarks/logits_cpu.py`. {report['processor']}, torch "
+        f"{report['torch']}, commit {report['commit']}, instruction set "
+        f"{report['instruction_set']}, {report['rows']} rows, medians of {report['rounds']} "
+        "interleaved rounds, nanoseconds for each pair (policy logit, reference logit). `eager` is "
+        "the formula in PyTorch (`benchmarks/formula.py`), which `torch.compile` compiles.",
         "",
         *([report["note"], ""] if report.get("note") else []),
         *(f"{name} is left out: {reason}." for name, reason in report["skipped"].items()),
@@ -81,12 +81,12 @@ def logits_section(report: Report) -> list[str]:
         "![Time against the vocabulary](logits-time.png)",
         "![Times the limit](logits-limit.png)",
         "",
-        "Each pass; `both` is forward and backward. The last columns are multiples of ours, in "
-        "place where there is a backward.",
+        "From the same run, each pass; `both` is forward and backward. The last columns are "
+        "multiples of ours, in place where there is a backward.",
         *table([*head, "pass", *PROVIDERS, "eager", "torch.compile"], by_pass(report)),
         "",
-        "Memory at its peak beyond the batch, in tensors of logits, and the largest error relative "
-        "to float64 on the same logits:",
+        "From the same run, memory at its peak beyond the batch, in tensors of logits, and the "
+        "largest error relative to float64 on the same logits:",
         *table(["V", "dtype", "what", "extra memory", "log p(y)", "KL"], memory_and_error(report)),
         "",
         "A small call (2 rows, V = 32), forward and backward: "

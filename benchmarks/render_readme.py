@@ -1,17 +1,22 @@
-"""The figures of README.md, from benchmarks/results/: docs/fill.py puts them between its marks."""
+"""The figures and the picture of README.md, from benchmarks/results/: docs/fill.py puts the tables
+and sentences between its marks, benchmarks/render.py draws the picture."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import render_gpu
-from render_gpu import Report, bare_products, full_step, fused_times, least_to_most
+from render_gpu import Report, full_step, fused_times, least_to_most
 
 Row = dict[str, str]
 ROW_OF_LOGITS = 128256
 ROW_OF_FUSED_HEAD = [8, 1024, 4096, 151936]
 CPU_VOCABULARIES = (32000, 151936)
+CPU_THREADS = 2
+LIGER, TRL = "Liger DPO (no KL)", "TRL's parts"
 
 
 def load(name: str) -> Report:
@@ -19,15 +24,31 @@ def load(name: str) -> Report:
     return report
 
 
-def row(what: str, ours: str, limit: str, eager: str, compiled: str, memory: str) -> Row:
+def row(
+    what: str,
+    ours: str,
+    eager: str = "-",
+    compiled: str = "-",
+    trl: str = "-",
+    liger: str = "-",
+    memory: str = "-",
+) -> Row:
+    """Times of others are multiples of ours."""
     return {
         "what": what,
         "tdpo_ext": ours,
-        "against its limit": limit,
         "eager PyTorch": eager,
         "torch.compile": compiled,
-        "memory, and eager's": memory,
+        "TRL's parts": trl,
+        "Liger DPO (no KL)": liger,
+        "memory: ours, eager": memory,
     }
+
+
+def multiple(others: float | None, ours: float) -> str:
+    if others is None:
+        return "-"
+    return f"{others / ours:.2f}x" if others < 2 * ours else f"{others / ours:.1f}x"
 
 
 def of_logits(report: Report) -> Iterator[Row]:
@@ -35,110 +56,129 @@ def of_logits(report: Report) -> Iterator[Row]:
     [one] = [r for r in rows if r["vocabulary"] == ROW_OF_LOGITS and r["ignored"] == 0]
     ours, extra = full_step(one, "tdpo_ext"), one["steps_extra_bytes"]
     assert ours is not None
-    needed, copy = one["needed_bytes"], one["passes_ms"]["copy"]["median"]
-    share = (needed["forward"] + needed["backward, any"]) / ours * copy / needed["copy"]
-    others = [full_step(one, peer) or 0.0 for peer in ("eager", "torch.compile")]
     memory = [extra[f"{who}: forward + backward"] / 2**30 for who in ("tdpo_ext", "eager")]
     yield row(
         f"from logits, {report['rows']} tokens, V = {ROW_OF_LOGITS}",
         f"{ours:.2f} ms",
-        f"{share:.0%} of a copy's bandwidth",
-        *(f"{other / ours:.1f}x" for other in others),
-        f"{memory[0]:.1f} GiB, {memory[1]:.1f}",
+        *(multiple(full_step(one, peer), ours) for peer in ("eager", "torch.compile")),
+        memory=f"{memory[0]:.1f} GiB, {memory[1]:.1f}",
     )
 
 
-def of_fused_head(report: Report) -> Iterator[Row]:
-    rows = report["measurements"]
-    [one] = [r for r in rows if r["shape"] == ROW_OF_FUSED_HEAD and r["ignored"] == 0]
-    times, extra = fused_times(one, on_card=True), one["extra_bytes"]
-    sequences, tokens, width, vocabulary = one["shape"]
-    shape = f"{sequences} x {tokens} tokens, H = {width}, V = {vocabulary}"
-    names = {
-        "tdpo_ext": f"from hidden states, {shape}",
-        "tdpo_ext, frozen head": "the same with a frozen head",
-    }
-    for way, name in names.items():
-        ours, eager = times[way], times["eager"] if way == "tdpo_ext" else None
-        assert ours is not None
-        memory = f"{extra[way] / 2**30:.1f} GiB"
-        units = report["ways"][way]
-        yield row(
-            name,
-            f"{ours:.0f} ms",
-            f"{ours / bare_products(one, units):.2f}x its {sum(units)} units of bare products",
-            f"{eager / ours:.1f}x" if eager else "-",
-            "-",
-            memory + (f", {extra['eager'] / 2**30:.1f}" if eager else ""),
+def shape_in_words(shape: list[int]) -> str:
+    sequences, tokens, width, vocabulary = shape
+    return f"{sequences} x {tokens} tokens, H = {width}, V = {vocabulary}"
+
+
+def of_fused_head(
+    report: Report, shape: list[int], dtype: str, ignored: tuple[float, ...]
+) -> Iterator[Row]:
+    on_card = report["device"] != "CPU"
+    unit, size = ("GiB", 2**30) if on_card else ("MiB", 2**20)
+    for share in ignored:
+        one = next(
+            r
+            for r in report["measurements"]
+            if (r["shape"], r["dtype"], r["ignored"]) == (shape, dtype, share)
         )
+        times, extra = fused_times(one, on_card), one["extra_bytes"]
+        ours = times["tdpo_ext"]
+        assert ours is not None
+        memory = "-"
+        if "eager" in extra:
+            of_each = [extra[way] / size for way in ("tdpo_ext", "eager")]
+            memory = f"{of_each[0]:.{int(on_card)}f} {unit}, {of_each[1]:.{int(on_card)}f}"
+        kept = "" if share == 0 else f", {1 - share:.0%} of the tokens kept"
+        yield row(
+            f"fused head, {shape_in_words(shape)}{kept}",
+            f"{ours:.0f} ms",
+            multiple(times["eager"], ours),
+            trl=multiple(times[TRL], ours),
+            liger=multiple(times[LIGER], ours),
+            memory=memory,
+        )
+        if share == 0:
+            frozen = times["tdpo_ext, frozen head"]
+            memory = f"{extra['tdpo_ext, frozen head'] / size:.{int(on_card)}f} {unit}"
+            yield row("the same, head frozen (LoRA)", f"{frozen:.0f} ms", memory=memory)
 
 
 def of_step(report: Report) -> Iterator[Row]:
-    ours, alone, eager = (
-        report["ways"][name] for name in ("attach_tdpo", "backbone alone", "eager formula")
-    )
+    ours, eager = (report["ways"][name] for name in ("attach_tdpo", "eager formula"))
     yield row(
         f"a whole training step, {render_gpu.counted(report['model']['parameters'])} parameters",
         f"{ours['milliseconds']:.0f} ms",
-        f"{ours['milliseconds'] / alone['milliseconds']:.2f}x the backbones alone",
-        f"{eager['milliseconds'] / ours['milliseconds']:.1f}x",
-        "-",
-        f"{ours['peak_gib']:.1f} GiB in all, {eager['peak_gib']:.1f}",
+        multiple(eager["milliseconds"], ours["milliseconds"]),
+        memory=f"{ours['peak_gib']:.1f} GiB in all, {eager['peak_gib']:.1f}",
     )
 
 
-def on_cpu(report: Report) -> Iterator[Row]:
+def small_on_gpu() -> Iterator[Row]:
+    for call in render_gpu.by_hand().get("small_calls", [])[:1]:
+        tokens, vocabulary = call["shape"]
+        ours, eager = (call["ways"][x]["microseconds"] for x in ("tdpo_ext", "eager formula"))
+        name = f"a small call, {tokens} tokens, V = {vocabulary}"
+        yield row(name, f"{ours} us", multiple(eager, ours))
+
+
+def logits_on_cpu(report: Report) -> Iterator[Row]:
+    """float32 and bfloat16 together, where they differ."""
     for vocabulary in CPU_VOCABULARIES:
-        for threads in (1, 2):
-            shape = (vocabulary, threads)
-            rows = [r for r in report["measurements"] if (r["vocabulary"], r["threads"]) == shape]
-            yield of_cpu_shape(
-                f"from logits, {report['rows']} tokens, V = {vocabulary}", rows, threads
-            )
+        shape = (vocabulary, CPU_THREADS)
+        rows = [r for r in report["measurements"] if (r["vocabulary"], r["threads"]) == shape]
+        ours = [r["nanoseconds"]["tdpo_ext in place: both"]["median"] for r in rows]
+        multiples = []
+        for peer in ("eager", "torch.compile"):
+            theirs = [r["nanoseconds"][f"{peer}: both"]["median"] for r in rows]
+            ratios = (a / b for a, b in zip(theirs, ours, strict=True))
+            multiples.append(least_to_most(ratios, "{:.1f}") + "x")
+        pairs = report["rows"] * vocabulary
+        extra = [tensors(rows, who) for who in ("tdpo_ext in place", "eager")]
+        yield row(
+            f"from logits in place, {report['rows']} tokens, V = {vocabulary}",
+            least_to_most((x * pairs / 1e6 for x in ours), "{:.1f}") + " ms",
+            *multiples,
+            memory=f"{extra[0]} tensors of logits, {extra[1]}",
+        )
 
 
-def of_cpu_shape(what: str, rows: list[Report], threads: int) -> Row:
-    """float32 and bfloat16 together."""
-
-    def times(name: str) -> list[float]:
-        return [row["nanoseconds"][name]["median"] for row in rows]
-
-    def multiples(of: list[float], divided_by: list[float]) -> str:
-        return least_to_most((a / b for a, b in zip(of, divided_by, strict=True)), "{:.1f}") + "x"
-
-    ours = times("tdpo_ext in place: both")
-    limits = [sum(pair) for pair in zip(times("read"), times("read + write"), strict=True)]
-    extra = [[r["extra_bytes"][who] for r in rows] for who in ("tdpo_ext in place", "eager")]
-    tensors = [r["tensor_bytes"] for r in rows]
-    memory = "-"
-    if None not in extra[0] + extra[1]:
-        of_all = [
-            least_to_most((x / t for x, t in zip(of, tensors, strict=True)), "{:.0f}")
-            for of in extra
-        ]
-        memory = f"{of_all[0]} tensors of logits, {of_all[1]}"
-    return row(
-        f"{what}, {threads} thread{'s' * (threads > 1)}",
-        least_to_most(ours, "{:.2f}") + " ns a pair",
-        multiples(ours, limits) + " a read and a write",
-        multiples(times("eager: both"), ours),
-        multiples(times("torch.compile: both"), ours),
-        memory,
-    )
+def tensors(rows: list[Report], who: str) -> str:
+    """Extra memory, in tensors of logits."""
+    return least_to_most((r["extra_bytes"][who] / r["tensor_bytes"] for r in rows), "{:.0f}")
 
 
 def small_on_cpu(report: Report) -> Iterator[Row]:
     small = report["small_call_microseconds"]
-    ours = small["tdpo_ext"]
-    others = [f"{small[name] / ours:.2f}x" for name in ("eager", "torch.compile")]
-    yield row("a small call, 2 tokens, V = 32", f"{ours:.0f} us", "-", *others, "-")
+    others = [multiple(small[name], small["tdpo_ext"]) for name in ("eager", "torch.compile")]
+    yield row("a small call, 2 tokens, V = 32", f"{small['tdpo_ext']:.0f} us", *others)
 
 
 def tables() -> dict[str, list[Row]]:
     logits, fused = render_gpu.load(render_gpu.LOGITS), render_gpu.load(render_gpu.FUSED)
-    step, cpu = render_gpu.training_step(), load("logits-cpu.json")
-    on_gpu = [*of_logits(logits), *of_fused_head(fused), *(of_step(step) if step else [])]
-    return {"on_a_gpu": on_gpu, "on_a_cpu": [*on_cpu(cpu), *small_on_cpu(cpu)]}
+    step, cpu, cpu_fused = (
+        render_gpu.training_step(),
+        load("logits-cpu.json"),
+        load("fused-head-cpu.json"),
+    )
+    on_gpu = [
+        *of_logits(logits),
+        *of_fused_head(fused, ROW_OF_FUSED_HEAD, "bfloat16", (0.0, 0.5)),
+        *(of_step(step) if step else []),
+        *small_on_gpu(),
+    ]
+    shape = cpu_fused["measurements"][0]["shape"]
+    on_cpu = [
+        *logits_on_cpu(cpu),
+        *of_fused_head(cpu_fused, shape, "float32", (0.0,)),
+        *small_on_cpu(cpu),
+    ]
+    return {"on_a_gpu": filled(on_gpu), "on_a_cpu": filled(on_cpu)}
+
+
+def filled(rows: list[Row]) -> list[Row]:
+    """Without the columns in which nothing stands."""
+    names = [name for name in rows[0] if any(r[name] != "-" for r in rows)]
+    return [{name: r[name] for name in names} for r in rows]
 
 
 def share(value: float) -> str:
@@ -154,9 +194,9 @@ def memory_of_the_head() -> str:
         share(extra[way] / extra["eager"]) for way in ("tdpo_ext", "tdpo_ext, frozen head")
     )
     return (
-        f"At a vocabulary of {ROW_OF_LOGITS:,} and 512 tokens, on the CPU in float32, that takes "
-        f"about {full} of the memory of the formula in eager PyTorch, the head's gradient "
-        f"included; with a frozen head {frozen} ([how](docs/fused-head.md))."
+        f"At a vocabulary of {ROW_OF_LOGITS:,} and 512 tokens, on the CPU in float32, the fused "
+        f"head takes about {full} of the memory of the formula in eager PyTorch, the head's "
+        f"gradient included; with a frozen head {frozen}."
     )
 
 
@@ -164,32 +204,34 @@ def about_the_gpu() -> str:
     logits, step = render_gpu.load(render_gpu.LOGITS), render_gpu.training_step()
     steps = f" The training step: {render_gpu.step_text(step)}" if step else ""
     notes = render_gpu.by_hand().get("notes", [])
-    return " ".join(
-        [f"{render_gpu.made_on(logits)}; {logits['dtype']}, all tokens kept.{steps}", *notes[:1]]
-    )
+    return " ".join([f"**{render_gpu.made_on(logits)}**, {logits['dtype']}.{steps}", *notes[:1]])
 
 
 def about_the_cpu() -> str:
-    cpu = load("logits-cpu.json")
+    cpu, fused = load("logits-cpu.json"), load("fused-head-cpu.json")
+    assert fused["threads"] == CPU_THREADS
+    isa = fused["backend"]["instruction_set"].upper()
+    unnamed = f" The fused head's report says {isa} and names no processor or commit."
+    if "processor" in fused:
+        unnamed = f" The fused head: {fused['processor']}, commit {fused['commit']}."
     return (
-        f"{cpu['processor']}, {cpu['instruction_set'].upper()}, commit {cpu['commit']}, torch "
-        f"{cpu['torch']}; in place; float32 and bfloat16 where there are two numbers."
+        f"**{cpu['processor']}, {cpu['instruction_set'].upper()}**, {CPU_THREADS} threads, torch "
+        f"{cpu['torch']}, from logits at commit {cpu['commit']}; float32 to bfloat16 where there "
+        f"are two numbers, else float32.{unnamed}"
     )
 
 
-def shortcomings() -> str:
+def where_it_is_slower() -> str:
+    findings = render_gpu.fused_findings(render_gpu.load(render_gpu.FUSED))
+    lines = [line for line in findings if "slower than Liger" in line]
     small = load("logits-cpu.json")["small_call_microseconds"]
-    return "\n".join(
-        [
-            *render_gpu.bandwidth_findings(),
-            *render_gpu.fused_findings(render_gpu.load(render_gpu.FUSED)),
-            *render_gpu.step_findings(),
-            *render_gpu.small_findings(),
-            f"- A call of a few tokens on the CPU is Python's: {small['tdpo_ext']:.0f} us against "
-            f"{small['eager']:.0f} of eager PyTorch and {small['torch.compile']:.0f} of "
-            "`torch.compile`.",
-        ]
-    )
+    if small["tdpo_ext"] > min(small["eager"], small["torch.compile"]):
+        lines.append(
+            f"- A call of a few tokens on the CPU is bound by Python: {small['tdpo_ext']:.0f} us "
+            f"against {small['eager']:.0f} of eager PyTorch and {small['torch.compile']:.0f} of "
+            "`torch.compile`."
+        )
+    return "\n".join(lines)
 
 
 def texts() -> dict[str, str]:
@@ -197,5 +239,92 @@ def texts() -> dict[str, str]:
         "memory_of_the_head": memory_of_the_head(),
         "about_the_gpu": about_the_gpu(),
         "about_the_cpu": about_the_cpu(),
-        "shortcomings": shortcomings(),
+        "where_it_is_slower": where_it_is_slower(),
     }
+
+
+# The picture: reward against KL in the demo, time and memory of the fused head.
+
+METHODS = {"DPO": "#D55E00", "TDPO2": "#0072B2"}  # as examples/sentiment/report.py has them
+MARKERS = ("o", "s", "^")
+PLACES = {  # of the names beside their points
+    "tdpo_ext": (8, 4),
+    "tdpo_ext, frozen head": (8, 2),
+    "eager": (8, -4),
+    TRL: (-8, 8),
+    LIGER: (-4, -14),
+}
+
+
+def picture(path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (reward, head) = pyplot.subplots(1, 2, figsize=(10, 4.1))
+    draw_reward(reward, load("demo.json"))
+    draw_head(head, render_gpu.load(render_gpu.FUSED))
+    figure.tight_layout(w_pad=3)
+    figure.savefig(path, dpi=90)
+
+
+def draw_reward(axes: Any, report: Report) -> None:
+    start = report["start"]
+    rates = sorted({run["learning_rate"] for run in report["runs"]})
+    for run in report["runs"]:
+        points = [start, *run["evaluation"]]
+        axes.plot(
+            [point["on_policy_kl"] for point in points],
+            [point["reward"] for point in points],
+            color=METHODS[run["method"]],
+            marker=MARKERS[rates.index(run["learning_rate"])],
+            markersize=4,
+            linewidth=1,
+            label=f"{run['method']}, learning rate {short(run['learning_rate'])}",
+        )
+    axes.plot(0, start["reward"], "k*", markersize=11, clip_on=False, label="start")
+    axes.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
+    axes.set_xlim(left=0)
+    axes.set_xticks([x for x in (0, 1, 2, 4, 8, 16, 32, 64) if x < axes.get_xlim()[1]])
+    axes.set(
+        title="Demo: reward and KL along training",
+        xlabel="KL(policy || reference) per completion, nats",
+        ylabel="reward on held-out prompts",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=7.5, loc="lower right")
+
+
+def short(rate: float) -> str:
+    return f"{rate:.0e}".replace("e-0", "e-")
+
+
+def draw_head(axes: Any, report: Report) -> None:
+    rows = report["measurements"]
+    [one] = [r for r in rows if r["shape"] == ROW_OF_FUSED_HEAD and r["ignored"] == 0]
+    times = fused_times(one, on_card=True)
+    for name, place in PLACES.items():
+        ours = name.startswith("tdpo_ext")
+        point = (times[name], one["extra_bytes"][name] / 2**30)
+        axes.plot(*point, "o", color="#0072B2" if ours else "#777777", markersize=8)
+        axes.annotate(
+            "eager PyTorch" if name == "eager" else name,
+            point,
+            xytext=place,
+            textcoords="offset points",
+            ha="right" if place[0] < 0 and name == TRL else "left",
+            weight="bold" if ours else "normal",
+            fontsize=9,
+        )
+    axes.set_yscale("log")
+    axes.set_yticks([0.25, 0.5, 1, 2, 4, 8, 16, 32], ["1/4", "1/2", "1", "2", "4", "8", "16", "32"])
+    axes.minorticks_off()
+    axes.set_xlim(0, 210)
+    axes.set(
+        title="Fused head: time and memory of a step",
+        xlabel=f"forward + backward, ms; {report['device']}, {one['dtype']},\n"
+        f"{shape_in_words(ROW_OF_FUSED_HEAD)}, all tokens kept",
+        ylabel="memory beyond the batch, GiB",
+    )
+    axes.grid(alpha=0.3)

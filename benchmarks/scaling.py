@@ -111,7 +111,7 @@ def line(shape: list[int], way: str, units: list[float]) -> dict[str, Any]:
     computed = memory_of(weight, width, frozen=way == FROZEN)
     return {
         "H, V": f"{width}, {vocabulary}",
-        "way": f"{'frozen head' if way == FROZEN else 'full'}, {sum(units):g} units",
+        "path": f"{'frozen head' if way == FROZEN else 'full'}, {sum(units):g} units",
         "products computed, ms": f"{flops / products_per_second() * 1e3:.1f}",
         "products measured, ms": f"{products:.1f}",
         "step measured, ms": f"{taken:.1f}",

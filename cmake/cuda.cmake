@@ -37,7 +37,7 @@ else()
           "$ENV{CUDACXX} could not compile (is it complete, and not too old for the C++ compiler?)")
     elseif(NOT CMAKE_CUDA_COMPILER)
       set(TDPO_NO_CUDA_BECAUSE
-          "no CUDA compiler (nvcc) was found when it was built; set CUDACXX or CUDA_HOME")
+          "no CUDA compiler (nvcc) was found when it was built; docs/installation.md says how to get one")
     endif()
   endif()
 endif()

@@ -1,25 +1,27 @@
-// The algebra of the library: a mergeable record of vocabulary statistics, for host and device.
+// The algebra of the library: a record of vocabulary statistics that merges, for host and device.
 //
 // A row has policy logits z, reference logits r and distributions p = softmax(z), q = softmax(r).
-// Wanted: the log-sum-exps of z and r, and KL(q || p) = sum_v q (log q - log p).
+// The kernels compute the log-sum-exps of z and r, and KL(q || p) = sum_v q_v (log q_v - log p_v).
 //
-// With the gap d = z - r - c measured from any centre c, and E the expectation under q,
+// Let d = z - r - c be the gap of an entry, measured from any centre c, and E the expectation under
+// q. Then
 //
 //   lse(z) - lse(r) = c + log E[e^d]          KL(q || p) = log E[e^d] - E[d].
 //
-// When policy and reference are close both terms of the KL are almost equal, and in float32 their
-// difference keeps no digit. So the record holds E[d] and the excess E[e^d - 1 - d], every term of
-// which is at least 0 and small when d is small:
+// Where policy and reference are close, both terms of the KL are almost equal, and in float32 their
+// difference keeps no digits. So the record holds E[d] and the excess E[e^d - 1 - d]. Each term of
+// the excess is at least 0, and small when d is small:
 //
 //   x = E[d] + E[e^d - 1 - d]                 KL = E[e^d - 1 - d] - (x - log(1 + x)).
 //
 // Sums are kept relative to a base (the largest z, the largest r, the centre), so nothing
-// overflows. `rebase` moves a record to another base; records over disjoint parts of the
-// vocabulary, moved to a common base, add up field by field. SIMD lanes, threads, blocks, tiles of
-// the vocabulary and tensor-parallel ranks all merge with these functions.
+// overflows. `rebase` moves a record to another base. Records of disjoint parts of the vocabulary,
+// moved to a common base, add up field by field. SIMD lanes, threads, blocks, tiles of the
+// vocabulary and tensor-parallel ranks all merge with these functions.
 //
-// The label's entry is left out of a row's record, and `finalise` puts it beside the rest: then
-// log p(y) and 1 - p(y) have all their digits also where the label has almost all of the mass.
+// A row's record leaves the label's entry out, and `finalise` takes the label and the rest as two
+// parts. So log p(y) and 1 - p(y) have all their digits also where the label has almost all of the
+// mass. docs/algebra.md derives all of this.
 #pragma once
 
 #include <math.h>
@@ -30,8 +32,8 @@
 #define TDPO_HOST_DEVICE
 #endif
 
-// Internal linkage: each instruction set's file compiles its own copy with its own flags, and the
-// linker must not keep one of them for all.
+// Functions with internal linkage: each instruction set's file compiles its own copy with its own
+// flags, and the linker must not keep one copy for all.
 #define TDPO_ALGEBRA TDPO_HOST_DEVICE static inline
 
 namespace tdpo {
@@ -39,9 +41,9 @@ namespace tdpo {
 // What the sums of a record are relative to.
 //
 // The centre is lse(z) - lse(r) of a part of the vocabulary (an entry, a block) that has much of
-// q's mass: there E[e^d] = 1, however a single entry may lie. And since that lse(r) is no more than
-// a few nats below reference_max, reference_max + centre is at most policy_max plus the logarithm
-// of the part's size and those nats: no exponential below overflows.
+// q's mass. With this centre E[e^d] = 1 over that part. The part's lse(r) is at most a few nats
+// below reference_max, so reference_max + centre exceeds policy_max by at most these nats and the
+// logarithm of the part's size: no exponential below overflows.
 template <class Real>
 struct Base {
   Real policy_max;     // max z, or a number at most a few nats below it
@@ -59,25 +61,27 @@ struct VocabStats {
                     //   = sum k w (e^d - 1 - d), and it counts policy mass where q = 0 as well
 };
 
-// Words may be masked with the lowest number, -3.4e38 in float32, and a row has up to 2^30 words
-// with weights w up to 2^16. In this unit the sum of their gaps stays finite, as the divergence is;
-// -inf then means one thing only: p = 0 < q. (The excess may overflow to inf or NaN: then it is
-// not small, and `summarise` does without it.)
+// Sums of gaps are in this unit, so that they stay finite: entries may be masked with the lowest
+// number, -3.4e38 in float32, and a row has up to 2^30 entries with weights w up to 2^16. A gap_sum
+// of -inf then has one meaning, p = 0 < q. The excess may still overflow to inf or NaN; `summarise`
+// uses it only where it is small.
 constexpr double kGapUnit = 0x1p48;
 
-// A row over several tiles of the vocabulary, one of which holds the label: the record of all other
-// entries, and the label's logits, -inf until its tile has come.
+// The record of a row whose vocabulary comes in several tiles, one of which holds the label: that
+// of all other entries, and the label's two logits, which are -inf until its tile has come.
 template <class Real>
 struct LabelledStats {
   VocabStats<Real> rest;
   Real label_policy, label_reference;
 };
 
-// What forward saves for backward: eight numbers per row. p = e^(z - policy_max) policy_scale, q
-// likewise, and log p - log q = z - r - log_sum_gap, which keeps its digits when p and q are close.
+// What forward saves for backward: eight numbers for each row. p = e^(z - policy_max) policy_scale,
+// q likewise, and log p - log q = z - r - log_sum_gap, which keeps its digits where p and q are
+// close.
 //
-// The maxima are rounded to whole numbers. Then z - policy_max + policy_max is exact (whole logits
-// from 2^24 on included), so what rounding loses of z - policy_max can be had back.
+// The maxima are rounded to whole numbers, so that (z - policy_max) + policy_max is exact, also for
+// logits from 2^24 on, which are whole numbers themselves. Backward finds from it what the rounding
+// of z - policy_max has lost.
 template <class Real>
 struct Normalizers {
   Real policy_max;
@@ -99,11 +103,11 @@ struct RowSummary {
   Normalizers<Real> normalizers;
 };
 
-// Below this |d| the excess e^d - 1 - d is a series, from it on a difference that keeps its digits.
+// Below this |d| the excess e^d - 1 - d is computed as a series; above, as the plain difference,
+// which keeps its digits there.
 template <class Real>
 struct CloseGap {
   static constexpr Real value = Real(0.5);
-  static constexpr Real squared = value * value;
 };
 
 template <class Real>
@@ -124,7 +128,7 @@ TDPO_ALGEBRA VocabStats<Real> stats_of_one(Real z, Real r) {
   const bool policy_has_mass = z != nothing, reference_has_mass = r != nothing;
   VocabStats<Real> stats = empty_stats<Real>();
   stats.base = {z, r, reference_has_mass ? finite_or_zero(z - r) : Real(0)};
-  if (reference_has_mass && z - r - stats.base.centre != Real(0)) {  // z - r overflowed, or is NaN
+  if (reference_has_mass && z - r - stats.base.centre != Real(0)) {  // z - r overflows, or is NaN
     stats.gap_sum = Real((double(z) - double(r)) / kGapUnit);
   }
   stats.policy_sum = policy_has_mass ? Real(1) : Real(0);
@@ -163,8 +167,8 @@ TDPO_ALGEBRA TwoSum<Real> two_sum(Real a, Real b) {
   return {sum, (a - (sum - back)) + (b - back)};
 }
 
-// e^(reference_max + centre - policy_max). What rounding loses of the sum is put back: where logits
-// are shifted, or masked with numbers such as -1e38, the sum alone would have no digits left.
+// k = e^(reference_max + centre - policy_max). What the rounding of the sum loses is put back:
+// where logits are shifted, or masked with numbers such as -1e38, the sum alone has no digits left.
 template <class Real>
 TDPO_ALGEBRA Real linear_scale(Real reference_max, Real centre, Real policy_max) {
   const TwoSum<Real> apart = two_sum(reference_max, -policy_max);
@@ -174,11 +178,11 @@ TDPO_ALGEBRA Real linear_scale(Real reference_max, Real centre, Real policy_max)
 
 // The same record relative to another base, whose maxima are not smaller.
 //
-// With s = centre - new centre the gaps grow by s: sum w d becomes sum w d + s sum w. The linear
-// mass k w (1 + d) changes as well; what it loses moves into the excess:
+// With s = centre - new centre each gap grows by s, so sum w d becomes sum w d + s sum w. The
+// linear mass k w (1 + d) changes too, and the difference goes into the excess:
 //   e^(reference_max + c' - policy_max') [ (e^s - 1 - s) sum w + (e^s - 1) sum w d ].
-// All of it in double: it is done a few times in a row, and s may be as large as the numbers that
-// words are masked with.
+// It is computed in double, because s may be as large as the numbers that entries are masked with.
+// That costs little: a row is rebased only a few times.
 template <class Real>
 TDPO_ALGEBRA VocabStats<Real> rebase(const VocabStats<Real>& stats, const Base<Real>& base) {
   const Base<Real>& old = stats.base;
@@ -213,26 +217,27 @@ TDPO_ALGEBRA VocabStats<Real> rebase(const VocabStats<Real>& stats, const Base<R
   return moved;
 }
 
-// The base that two parts share: the larger maxima, and of the two centres the one nearer to
-// lse(z) - lse(r) of both together, from where E[e^d] = 1. (Not that of the part with the largest
-// entry or with more of q's mass: the policy may mask those words.)
+// The base that two parts share: the larger maxima, and the centre that is nearer to lse(z) -
+// lse(r) of both parts together, from where E[e^d] = 1. The centre of the part that has more of q's
+// mass would not do, since the policy may mask its entries.
 template <class Real>
 TDPO_ALGEBRA Base<Real> common_base(const VocabStats<Real>& a, const VocabStats<Real>& b) {
-  const Base<Real>&of_a = a.base, &of_b = b.base;
-  const Real policy_max = of_a.policy_max > of_b.policy_max ? of_a.policy_max : of_b.policy_max;
+  const Base<Real>&base_a = a.base, &base_b = b.base;
+  const Real policy_max =
+      base_a.policy_max > base_b.policy_max ? base_a.policy_max : base_b.policy_max;
   const Real reference_max =
-      of_a.reference_max > of_b.reference_max ? of_a.reference_max : of_b.reference_max;
-  const Real policy_sum = a.policy_sum * relative_scale(of_a.policy_max, policy_max) +
-                          b.policy_sum * relative_scale(of_b.policy_max, policy_max);
-  const Real a_sum = a.reference_sum * relative_scale(of_a.reference_max, reference_max);
-  const Real b_sum = b.reference_sum * relative_scale(of_b.reference_max, reference_max);
+      base_a.reference_max > base_b.reference_max ? base_a.reference_max : base_b.reference_max;
+  const Real policy_sum = a.policy_sum * relative_scale(base_a.policy_max, policy_max) +
+                          b.policy_sum * relative_scale(base_b.policy_max, policy_max);
+  const Real a_sum = a.reference_sum * relative_scale(base_a.reference_max, reference_max);
+  const Real b_sum = b.reference_sum * relative_scale(base_b.reference_max, reference_max);
   const double gap = (double(policy_max) - double(reference_max)) +
                      (double(log(policy_sum)) - double(log(a_sum + b_sum)));
   bool as_a = a_sum >= b_sum;  // where there is no gap, or only one side has a centre
   if (a_sum > 0 && b_sum > 0 && fabs(gap) < double(INFINITY)) {
-    as_a = fabs(of_a.centre - gap) <= fabs(of_b.centre - gap);
+    as_a = fabs(base_a.centre - gap) <= fabs(base_b.centre - gap);
   }
-  return {policy_max, reference_max, as_a ? of_a.centre : of_b.centre};
+  return {policy_max, reference_max, as_a ? base_a.centre : base_b.centre};
 }
 
 // The record of two disjoint parts of the vocabulary together.
@@ -253,7 +258,7 @@ TDPO_ALGEBRA LabelledStats<Real> empty_labelled_stats() {
   return {empty_stats<Real>(), -Real(INFINITY), -Real(INFINITY)};
 }
 
-// The same of two disjoint sets of tiles.
+// The record of two disjoint sets of tiles together.
 template <class Real>
 TDPO_ALGEBRA LabelledStats<Real> merge(const LabelledStats<Real>& a, const LabelledStats<Real>& b) {
   const Real nothing = -Real(INFINITY);
@@ -263,7 +268,7 @@ TDPO_ALGEBRA LabelledStats<Real> merge(const LabelledStats<Real>& a, const Label
 
 // ---- from the record to the results: once per row, so it is done in double ----
 
-// A part of the vocabulary as a whole.
+// The results for a part of the vocabulary.
 struct PartSummary {
   double policy_log_sum;     // lse(z)
   double reference_log_sum;  // lse(r)
@@ -284,8 +289,8 @@ TDPO_ALGEBRA PartSummary summarise(const VocabStats<Real>& stats) {
   const double mean_gap = double(stats.gap_sum) / reference_sum * kGapUnit;
   const double excess =
       double(stats.excess_sum) * exp(policy_max - reference_max - centre) / reference_sum;
-  // Huge gaps of words with next to no mass may have cost the excess all digits; then it is not
-  // small, or the plain difference is not.
+  // The excess is exact where it and E[d] are small. It has lost its digits where entries with next
+  // to no mass have huge gaps; then it comes out large itself, or the plain difference does.
   const double plain = part.log_sum_gap - centre - mean_gap;
   if (fabs(mean_gap) < 0.5 && fabs(excess) < 0.5 && !(plain > 1)) {
     const double x = mean_gap + excess;
@@ -293,7 +298,7 @@ TDPO_ALGEBRA PartSummary summarise(const VocabStats<Real>& stats) {
     part.forward_kl = excess - (x - log1p(x));
   } else if (mean_gap == -INFINITY) {
     part.forward_kl = INFINITY;
-  } else {  // far apart, or the excess overflowed: now the plain difference has all its digits
+  } else {  // policy and reference are far apart, so the plain difference keeps its digits
     part.forward_kl = plain;
   }
   return part;
@@ -315,8 +320,8 @@ TDPO_ALGEBRA Shares shares_of(double label, double rest_log_sum) {
   return shares;
 }
 
-// lse(z) - lse(r) of the row, from the gaps z - r of the label and of the rest: both give it, and
-// the one with more of q's mass gives it with the smaller correction.
+// lse(z) - lse(r) of the row, from z - r of the label and lse(z) - lse(r) of the rest. Either one
+// gives it, with a correction that is smaller for the one that has more of q's mass.
 TDPO_ALGEBRA double row_gap(const Shares& p, const Shares& q, double label_gap, double rest_gap) {
   if (q.label == 0) return rest_gap - p.log_rest;
   if (q.rest == 0) return label_gap - p.log_label;
@@ -334,10 +339,10 @@ TDPO_ALGEBRA double mass_excess(double p, double q, double u) {
   return q == 0 ? p : fabs(u) < 0.5 ? q * excess_of(u) : p - q - q * u;
 }
 
-// The row's results from the record of all its entries but the label's, and from that.
+// The row's results, from the label's two logits and the record of all other entries.
 //
-// The divergence follows the chain rule: that between the masses of label and rest, and the
-// reference's share of the rest times the rest's own,
+// By the chain rule KL(q || p) is the divergence between the masses of label and rest, plus the
+// divergence within the rest times the reference's mass of the rest:
 //   KL = sum over {label, rest} of q (e^u - 1 - u) + q(rest) KL(rest),   u = log p - log q,
 // where every term is at least 0.
 template <class Real>
@@ -351,7 +356,7 @@ TDPO_ALGEBRA RowSummary<Real> finalise(const LabelledStats<Real>& stats) {
   const double u_label = (z - r) - gap, u_rest = part.log_sum_gap - gap;
   double kl = mass_excess(p.label, q.label, u_label) + mass_excess(p.rest, q.rest, u_rest);
   const bool excludes_label = z == -INFINITY && r > -INFINITY;  // p(y) = 0 < q(y)
-  if (excludes_label || part.forward_kl == INFINITY) {          // however small q is
+  if (excludes_label || part.forward_kl == INFINITY) {          // also where q underflows to 0
     kl = INFINITY;
   } else {
     kl += q.rest * part.forward_kl;
@@ -361,17 +366,17 @@ TDPO_ALGEBRA RowSummary<Real> finalise(const LabelledStats<Real>& stats) {
   row.policy_logp = Real(p.log_label);
   row.reference_logp = Real(q.log_label);
   row.forward_kl = kl < 0 ? Real(0) : Real(kl);
-  Normalizers<Real>& of = row.normalizers;
-  of.policy_max = rint(base.policy_max > label_policy ? base.policy_max : label_policy);
-  of.policy_scale = Real(exp(double(of.policy_max) - p.log_sum));
-  of.reference_max =
+  Normalizers<Real>& saved = row.normalizers;
+  saved.policy_max = rint(base.policy_max > label_policy ? base.policy_max : label_policy);
+  saved.policy_scale = Real(exp(double(saved.policy_max) - p.log_sum));
+  saved.reference_max =
       rint(base.reference_max > label_reference ? base.reference_max : label_reference);
-  of.reference_scale = Real(exp(double(of.reference_max) - q.log_sum));
-  of.log_sum_gap = Real(gap);
-  of.policy_rest = Real(p.rest);
-  of.reference_rest = Real(q.rest);
-  of.label_gap = Real(q.label < q.rest ? mass_difference(p.label, q.label, u_label)
-                                       : -mass_difference(p.rest, q.rest, u_rest));
+  saved.reference_scale = Real(exp(double(saved.reference_max) - q.log_sum));
+  saved.log_sum_gap = Real(gap);
+  saved.policy_rest = Real(p.rest);
+  saved.reference_rest = Real(q.rest);
+  saved.label_gap = Real(q.label < q.rest ? mass_difference(p.label, q.label, u_label)
+                                          : -mass_difference(p.rest, q.rest, u_rest));
   return row;
 }
 

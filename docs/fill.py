@@ -1,6 +1,6 @@
-"""Put what is made elsewhere between the marks of these pages and of README.md: examples, measured
-errors, and figures of benchmarks/results/ with the sentences that tell them. All of benchmarks.md
-is written from there by benchmarks/render.py instead.
+"""Put what is made elsewhere between the marks of these pages and of README.md: measured errors,
+options of TRL's trainer, and figures of benchmarks/results/ with the sentences that tell them. All
+of benchmarks.md is written from there by benchmarks/render.py instead.
 
     python docs/fill.py
 
@@ -10,6 +10,7 @@ benchmarks/results/trainers.json
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
@@ -25,15 +26,55 @@ import scaling
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 ERRORS = ROOT / "benchmarks" / "results" / "trainers.json"
-EXAMPLE = re.compile(r"<!-- (examples/\w+\.py) -->\n```python\n.*?```\n", re.DOTALL)
+INTEGRATIONS = ROOT / "python" / "tdpo_ext" / "integrations"
 TEXT = re.compile(r"<!-- text (\w+) -->\n(?:.+\n)*")
 TABLE = re.compile(r"<!-- table (\w+) -->\n(?:\|.*\n)*")
 
 
-def example(match: re.Match[str]) -> str:
-    text = (ROOT / match[1]).read_text()
-    body = text.split('"""', 2)[2].strip()
-    return f"<!-- {match[1]} -->\n```python\n{body}\n```\n"
+def known_tables() -> dict[str, list[dict[str, Any]]]:
+    return {
+        **json.loads(ERRORS.read_text()),
+        **scaling.tables(),
+        **render_readme.tables(),
+        **tables_of_options(),
+    }
+
+
+def known_texts() -> dict[str, str]:
+    return {**scaling.texts(), **render_readme.texts()}
+
+
+def tables_of_options() -> dict[str, list[dict[str, Any]]]:
+    """The options of TDPOConfig, and those of DPO that are refused. Read and not imported: TRL need
+    not be installed."""
+    own: list[dict[str, Any]] = []
+    refused: list[dict[str, Any]] = []
+    body = [x for path in INTEGRATIONS.glob("*.py") for x in ast.parse(path.read_text()).body]
+    constants = {
+        node.targets[0].id: node.value
+        for node in body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    [config] = [x for x in body if isinstance(x, ast.ClassDef) and x.name == "TDPOConfig"]
+    for node in config.body:
+        if isinstance(node, ast.AnnAssign):
+            assert isinstance(node.target, ast.Name)
+            assert isinstance(node.value, ast.Call)  # field(default=..., metadata={"help": ...})
+            field = {x.arg: ast.literal_eval(x.value) for x in node.value.keywords}
+            default = field["default"]
+            shown = f'`"{default}"`' if isinstance(default, str) else str(default)
+            meaning = field["metadata"]["help"]
+            own.append({"option": f"`{node.target.id}`", "default": shown, "meaning": meaning})
+    only = constants["ONLY"]
+    assert isinstance(only, ast.Tuple)
+    for call in only.elts:
+        assert isinstance(call, ast.Call)  # Only(name, allowed, why)
+        name, allowed, why = (
+            ast.literal_eval(constants[x.id] if isinstance(x, ast.Name) else x) for x in call.args
+        )
+        values = ", ".join(f"`{value!r}`" for value in allowed)
+        refused.append({"option": f"`{name}`", "allowed": values, "why": why})
+    return {"options_of_tdpo_config": own, "refused_options": refused}
 
 
 def cell(value: Any) -> str:
@@ -43,15 +84,14 @@ def cell(value: Any) -> str:
 
 
 def table(match: re.Match[str]) -> str:
-    known = {**json.loads(ERRORS.read_text()), **scaling.tables(), **render_readme.tables()}
-    rows = known[match[1]]
+    rows = known_tables()[match[1]]
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
     text = "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in lines)
     return f"<!-- table {match[1]} -->\n{text}"
 
 
 def text(match: re.Match[str]) -> str:
-    lines = {**scaling.texts(), **render_readme.texts()}[match[1]].splitlines()
+    lines = known_texts()[match[1]].splitlines()
     wrapped = [
         textwrap.fill(
             line,
@@ -68,7 +108,7 @@ def text(match: re.Match[str]) -> str:
 def pages() -> Iterator[tuple[Path, str]]:
     """Each page, and what it should be."""
     for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))):
-        yield page, TEXT.sub(text, TABLE.sub(table, EXAMPLE.sub(example, page.read_text())))
+        yield page, TEXT.sub(text, TABLE.sub(table, page.read_text()))
 
 
 def main() -> None:

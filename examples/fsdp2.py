@@ -38,8 +38,8 @@ for step, batch in enumerate(batches[rank::processes][:steps]):
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     labels = batch.pop("labels")
     with torch.no_grad():
-        of_reference = reference(**batch, tdpo=HEAD_INPUTS)
-    output = policy(**batch, tdpo=TDPOTargets(of_reference, labels))
+        reference_inputs = reference(**batch, tdpo=HEAD_INPUTS)
+    output = policy(**batch, tdpo=TDPOTargets(reference_inputs, labels))
     output.loss.backward()
     optimizer.step()
     optimizer.zero_grad()

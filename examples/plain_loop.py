@@ -20,8 +20,8 @@ optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
 for step, batch in enumerate(tiny.batches()):
     labels = batch.pop("labels")  # -100 on prompt and padding
     with torch.no_grad():
-        of_reference = reference(**batch, tdpo=HEAD_INPUTS)
-    output = policy(**batch, tdpo=TDPOTargets(of_reference, labels))
+        reference_inputs = reference(**batch, tdpo=HEAD_INPUTS)
+    output = policy(**batch, tdpo=TDPOTargets(reference_inputs, labels))
     output.loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -1,5 +1,5 @@
-// A fresh large buffer costs a page fault for every 4 KiB that is written; backward into one spends
-// more time on those than on the gradient.
+// Huge pages for a fresh gradient. Memory that was never written costs a page fault for every
+// 4 KiB; without huge pages backward spends more time on page faults than on the gradient.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +11,8 @@
 
 namespace tdpo::cpu {
 
-// Asks for pages of 2 MiB, as far as they lie wholly inside a buffer that is about to be written.
-// A hint: it changes no content and no size, and where it is refused nothing is lost.
+// Asks the kernel for pages of 2 MiB where they lie wholly inside the buffer. This is a hint: it
+// changes neither content nor size, and may be refused.
 inline void wish_for_huge_pages(void* buffer, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t(1) << 21;

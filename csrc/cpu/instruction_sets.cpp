@@ -1,4 +1,4 @@
-// Which kernels this processor can run, asked at run time.
+// Finds out at run time which kernels this processor can run.
 #include <stdexcept>
 
 #include "row_kernels.h"
@@ -12,7 +12,7 @@ std::vector<const RowKernels*> available_kernels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  // Every processor with AVX2 and FMA converts float16 too (F16C is older than both).
+  // kernels_avx2.cpp also needs F16C, which every processor with AVX2 and FMA has.
   if (avx2) kernels.push_back(&kAvx2Kernels);
   if (avx2 && avx512) kernels.push_back(&kAvx512Kernels);
 #endif

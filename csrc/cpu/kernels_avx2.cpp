@@ -1,4 +1,5 @@
-// AVX2, FMA and F16C: compiled with those flags, run only where the processor has them.
+// The kernels for AVX2, FMA and F16C: compiled with those flags (cmake/cpu_kernels.cmake), called
+// only where the processor has them.
 #define TDPO_INSTRUCTION_SET avx2
 #define TDPO_VECTOR_BYTES 32
 #include "row_kernels.inl"

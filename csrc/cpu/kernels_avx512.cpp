@@ -1,4 +1,5 @@
-// AVX-512 F, BW, DQ, VL: compiled with those flags, run only where the processor has them.
+// The kernels for AVX-512 F, BW, DQ and VL: compiled with those flags (cmake/cpu_kernels.cmake),
+// called only where the processor has them.
 #define TDPO_INSTRUCTION_SET avx512
 #define TDPO_VECTOR_BYTES 64
 #include "row_kernels.inl"

@@ -1,4 +1,4 @@
-// What every processor of this architecture runs (SSE2 on x86-64, NEON on aarch64).
+// The kernels that every processor of this architecture can run: SSE2 on x86-64, NEON on aarch64.
 #define TDPO_INSTRUCTION_SET baseline
 #define TDPO_VECTOR_BYTES 16
 #include "row_kernels.inl"

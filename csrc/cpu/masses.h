@@ -1,4 +1,4 @@
-// The mass of an entry, times a factor: what gradients are made of.
+// The mass of an entry times a factor, which is what gradients are made of: factor e^(x - max).
 #pragma once
 
 #include <cmath>
@@ -7,17 +7,17 @@
 
 namespace tdpo::cpu::TDPO_INSTRUCTION_SET {
 
-// factor e^(x - largest), for any numbers at all.
+// For any numbers.
 template <class Real>
 struct Mass {
   using Number = Real;
-  Real largest, factor;
+  Real max, factor;
   TDPO_INLINE Vector<Real> operator()(Vector<Real> x) const {
-    return exp_of<Real>(x - largest) * factor;
+    return exp_of<Real>(x - max) * factor;
   }
 };
 
-// The same in fewer instructions: `largest` stands in the rounder, the factor in the polynomial.
+// The same in fewer instructions: `max` is part of the rounder, the factor of the polynomial.
 template <class Real>
 class QuickMass {
   using C = ExpConstants<Real>;
@@ -27,19 +27,19 @@ class QuickMass {
  public:
   using Number = Real;
 
-  // Where a rounder is exact, and coefficients are neither infinite nor subnormal; not for NaN.
+  // Whether the rounder is exact, and no coefficient becomes infinite or subnormal. False for NaN.
   static bool serves(const Mass<Real>& mass) {
     const Real size = std::fabs(mass.factor);
-    return std::fabs(mass.largest) < kExactSteps<Real> &&
+    return std::fabs(mass.max) < kExactSteps<Real> &&
            (size == Real(0) || (size > Real(1e-30) && size < Real(1e8)));
   }
 
   explicit QuickMass(const Mass<Real>& mass) {
     static constexpr ScaledExp<Real> kPower(0);
-    const Steps<Real> steps(mass.largest);
+    const Steps<Real> steps(mass.max);
     lowest = Real(steps.nats() + C::kLowest);
     rounder = steps.rounder(C::kFullExponent);
-    const Real factor = mass.factor * Real(std::exp(steps.nats() - mass.largest));
+    const Real factor = mass.factor * Real(std::exp(steps.nats() - mass.max));
     for (int term = 0; term < kTerms; ++term)
       coefficients[term] = kPower.coefficients[term] * factor;
   }
@@ -49,7 +49,7 @@ class QuickMass {
   }
 };
 
-// Calls body with the masses, quick ones where they serve.
+// Calls body with the masses: all quick if QuickMass serves for each.
 template <class Body, class... Real>
 void with_masses(const Body& body, const Mass<Real>&... masses) {
   if ((QuickMass<Real>::serves(masses) && ...)) {

@@ -1,379 +1,55 @@
-// One row forward, or a part of one, in the vectors of the instruction set whose file includes
-// this: its record (vocab_stats.h).
+// Forward of one row, or of a part of one: its record.
 //
-// Roofline, per pair (z, r) of logits of S bytes: 2 S bytes to read; one exponential and a
-// polynomial, or two exponentials. On AVX2 that is 27 or 29 vector instructions for 8 pairs, 15 or
-// 16 of them multiplications: 8 cycles on a core with two multipliers, in which it could read some
-// 100 bytes. So it is bound by arithmetic wherever memory gives a core more than 8 bytes a cycle.
+//   record += sums over all entries but the label's of
+//             e^(z - policy_max), w, w d, k w (e^d - 1 - d)     (VocabStats, csrc/vocab_stats.h)
 //
-// The base comes from the first entries and seldom moves, so nothing looks for a maximum. A block
-// takes one of three ways:
+// Reads [vocabulary] policy and reference logits z and r of type T, and a label that may lie
+// outside. Adds to one LabelledStats<Real>. token_stats.cpp makes log p(y), log q(y), KL(q || p)
+// and the normalizers of a record, or of the merged records of a row's parts.
 //
-//   close   every |z - r - c| is small: e^z = k w (1 + d + excess) follows from one exponential and
-//           a polynomial, which has the digits of small divergences. A group of entries for which
-//           this does not hold goes the mixed way.
-//   far     two exponentials, and the excess as the difference of their sums. It is exact enough
-//           where the excess so far is a good part of the mass so far.
-//   mixed   both, and each entry chooses; any logits at all, also -inf, and far from the base.
-#include <cmath>
-
-#include "../vocab_stats.h"
+//   base = maxima and centre of the first 128 entries
+//   for each block of 1024 entries, first before the label, then after it:
+//     raise the base if an entry exceeds it too far
+//     add the block on the close, far or mixed path          (running_stats.h says which is which)
+//   store the label's two logits beside the sums
+//
+// Roofline, per pair (z, r) of logits of S bytes: reads 2 S bytes, once; one exponential and a
+// polynomial, or two exponentials. With AVX2 that is 27 or 29 vector instructions for 8 pairs, 15
+// or 16 of them multiplications: 8 cycles on a core with two multipliers (AMD Zen 3), in which it
+// could read some 100 bytes. So arithmetic is the limit wherever memory gives a core more than 8
+// bytes a cycle.
+//
+// Decomposition: one thread has the row or the part. Entries go by in order, two vectors at a time;
+// what does not fill two vectors is padded with -inf.
 #include "row_kernels.h"
-#include "simd.h"
+#include "running_stats.h"
 
 namespace tdpo::cpu::TDPO_INSTRUCTION_SET {
 namespace {
 
-// Few enough that both sides stay in the L1 cache, and that a lane's float32 sum takes in no more
-// than 256 terms before it joins the record, which is kept in double.
-constexpr int64_t kBlock = 1024;
-// From how many entries a row's first base is made.
-constexpr int64_t kSample = 128;
-
+// One entry as a Real.
 template <class T>
-TDPO_INLINE typename Storage<T>::Accumulator element(const T* from) {
-  T copies[kTwo<typename Storage<T>::Accumulator>];
+TDPO_INLINE RealOf<T> value_of(const T* from) {
+  T copies[kPerTwoVectors<RealOf<T>>];
   for (T& copy : copies) copy = *from;
-  return Storage<T>::load_two(copies).first[0];
+  return Storage<T>::unpack(copies).first[0];
 }
-
-template <class Real>
-struct Extremes {
-  Real policy_max, reference_max, policy_min;
-};
-
-template <class T, class Real = typename Storage<T>::Accumulator>
-Extremes<Real> extremes_of(const T* policy, const T* reference, int64_t count) {
-  Vector<Real> policy_max = broadcast(-Real(INFINITY)), reference_max = policy_max;
-  Vector<Real> policy_min = broadcast(Real(INFINITY));
-  for_each_vector(policy, reference, count, [&](Vector<Real> z, Vector<Real> r) {
-    policy_max = max_keeping_nan(policy_max, z);
-    reference_max = max_keeping_nan(reference_max, r);
-    policy_min = policy_min < z ? policy_min : z;
-  });
-  return {max_of_lanes<Real>(policy_max), max_of_lanes<Real>(reference_max),
-          -max_of_lanes<Real>(-policy_min)};
-}
-
-// lse(z) - lse(r) of a few entries.
-template <class T, class Real>
-Real centre_of(const T* policy, const T* reference, int64_t count, const Extremes<Real>& extremes) {
-  const Real policy_max = finite_or_zero(extremes.policy_max);
-  const Real reference_max = finite_or_zero(extremes.reference_max);
-  Vector<Real> policy_sum{}, reference_sum{};
-  for_each_vector(policy, reference, count, [&](Vector<Real> z, Vector<Real> r) {
-    policy_sum += exp_of<Real>(z - policy_max);
-    reference_sum += exp_of<Real>(r - reference_max);
-  });
-  const double ratio = sum_of_lanes<Real>(policy_sum) / sum_of_lanes<Real>(reference_sum);
-  return finite_or_zero((extremes.policy_max - extremes.reference_max) + Real(std::log(ratio)));
-}
-
-// Whether some z is -inf where r is not. The padding of the last vector is -inf on both sides.
-template <class T, class Real = typename Storage<T>::Accumulator>
-bool policy_excludes_an_entry(const T* policy, const T* reference, int64_t count) {
-  typename Lanes<Real>::Mask found{};
-  for_each_vector(policy, reference, count, [&](Vector<Real> z, Vector<Real> r) {
-    found |= (z == -Real(INFINITY)) & (r > -Real(INFINITY));
-  });
-  return any_bit(found);
-}
-
-// The record of a row's entries while they go by.
-template <class T>
-class RowStats {
-  using Real = typename Storage<T>::Accumulator;
-  using C = ExpConstants<Real>;
-
-  // How far above the base an entry may lie: exponentials stay within the range of exp_in_range.
-  static constexpr Real kHeadroom = 10;
-  // Below this size bases have exact steps, and entries up to the headroom above; it leaves out
-  // infinity and NaN.
-  static constexpr double kFar = kExactSteps<Real>;
-  // The excess may come from a difference of masses if it is at least this part of the mass.
-  static constexpr double kFarPart = 1.0 / 12;
-  // From this centre on z - r, rounded, loses digits of both: the mixed way first takes a whole
-  // number near the centre off the larger side, which is exact for all entries that matter.
-  static constexpr Real kLargeCentre = 8;
-  // How many blocks go the mixed way, untried, after one most of whose groups had to.
-  static constexpr int kMixedBlocks = 8;
-
- public:
-  explicit RowStats(const VocabStats<Real>& record)
-      : stats{{record.base.policy_max, record.base.reference_max, record.base.centre},
-              record.policy_sum,
-              record.reference_sum,
-              record.gap_sum,
-              record.excess_sum} {
-    use_base();
-  }
-
-  VocabStats<Real> record() const {
-    return {{Real(stats.base.policy_max), Real(stats.base.reference_max), Real(stats.base.centre)},
-            Real(stats.policy_sum),
-            Real(stats.reference_sum),
-            Real(stats.gap_sum),
-            Real(stats.excess_sum)};
-  }
-
-  void add(const T* policy, const T* reference, int64_t count) {
-    int64_t here = kBlock;
-    if (!base_is_usable) {  // the start of a row: its first entries show which way to take
-      here = kSample;
-      cover(policy, reference, count < kSample ? count : kSample);
-    }
-    for (int64_t at = 0; at < count; at += here, here = kBlock) {
-      const int64_t left = count - at;
-      if (left < here) here = left;
-      const int64_t whole = here - here % kGroup;
-      add_block(policy + at, reference + at, whole);
-      if (here > whole) add_mixed(policy + at + whole, reference + at + whole, here - whole);
-    }
-  }
-
- private:
-  VocabStats<double> stats;
-  // The base as the vectors need it; 0 where a side has no finite maximum yet.
-  Real policy_base, reference_base, centre;
-  double k;  // e^(reference_max + centre - policy_max); 0 where there is none
-  // The same for exp_in_range: rounders, and what is left between base and steps.
-  Real policy_rounder, reference_rounder;
-  double policy_scale, reference_scale;
-  bool base_is_usable;
-  int mixed_blocks = 0;
-
-  void use_base() {
-    const Base<double>& base = stats.base;
-    policy_base = Real(finite_or_zero(base.policy_max));
-    reference_base = Real(finite_or_zero(base.reference_max));
-    centre = Real(base.centre);
-    const double scale = linear_scale(base.reference_max, base.centre, base.policy_max);
-    k = finite_or_zero(Real(scale)) == 0 ? 0 : scale;
-    const bool in_reach = std::fabs(base.policy_max) < kFar && std::fabs(base.reference_max) < kFar;
-    base_is_usable = in_reach && k > 0;
-    if (!base_is_usable) return;
-    const Steps<Real> policy(policy_base), reference(reference_base);
-    policy_rounder = policy.rounder(C::kCheckedBias);
-    reference_rounder = reference.rounder(C::kCheckedBias);
-    policy_scale = std::exp(policy.nats() - base.policy_max);
-    reference_scale = std::exp(reference.nats() - base.reference_max);
-  }
-
-  void move_to(const Base<double>& base) {
-    stats = rebase(stats, base);
-    use_base();
-  }
-
-  // Raises the base if entries lie too far above it.
-  void cover(const T* policy, const T* reference, int64_t count) {
-    cover(policy, reference, count, extremes_of(policy, reference, count));
-  }
-
-  void cover(const T* policy, const T* reference, int64_t count, const Extremes<Real>& extremes) {
-    Base<double> base = stats.base;
-    const bool raise_policy = extremes.policy_max > base.policy_max + kHeadroom;
-    const bool raise_reference = extremes.reference_max > base.reference_max + kHeadroom;
-    if (!raise_policy && !raise_reference) return;
-    if (extremes.policy_max > base.policy_max) base.policy_max = extremes.policy_max;
-    const bool higher = extremes.reference_max > base.reference_max;
-    if (higher) base.reference_max = extremes.reference_max;
-    // And where policies that had next to nothing so far rise: gaps from their centre might
-    // overflow.
-    if (higher || linear_scale(base.reference_max, base.centre, base.policy_max) == 0) {
-      base.centre = centre_of(policy, reference, count, extremes);
-    }
-    move_to(base);
-  }
-
-  static TDPO_INLINE void prefetch(const T* entries) {
-    constexpr int64_t kLine = 64 / sizeof(T);
-#pragma GCC unroll 8
-    for (int64_t at = 0; at < kGroup; at += kLine) prefetch_ahead(entries + at);
-  }
-
-  void add_block(const T* policy, const T* reference, int64_t count) {
-    if (mixed_blocks > 0 || !base_is_usable || std::fabs(centre) >= kLargeCentre) {
-      if (mixed_blocks > 0) --mixed_blocks;
-      return add_mixed(policy, reference, count);
-    }
-    const bool try_far = differences_suffice(0, 0, 0);
-    if (try_far && add_far(policy, reference, count)) return;
-    if (add_close(policy, reference, count)) return;
-    if (try_far || !differences_suffice(0, 0, 0)) mixed_blocks = kMixedBlocks;
-  }
-
-  // Whether a difference of masses will do, with these sums beside those so far: the excess that
-  // is not the doing of a centre off by log(1 + x), x = E[e^d] - 1, is a good part of the mass.
-  bool differences_suffice(double policy_sum, double reference_sum, double excess_sum) const {
-    const double p = stats.policy_sum + policy_sum, w = k * (stats.reference_sum + reference_sum);
-    const double off = p - w;
-    return p > 0 && (stats.excess_sum + excess_sum) * w - off * off / 2 >= kFarPart * p * w;
-  }
-
-  // False, and nothing added, if the excess is too small or entries lie too far from the base.
-  bool add_far(const T* policy, const T* reference, int64_t count) {
-    Vector<Real> policy_sum{}, reference_sum{}, gap_sum{};
-    Bits<Real> seen{};
-    for (int64_t group = 0; group < count; group += kGroup) {
-      prefetch(policy + group);
-      prefetch(reference + group);
-      for_each_vector(policy + group, reference + group, kGroup,
-                      [&](Vector<Real> z, Vector<Real> r) {
-                        policy_sum += exp_in_range<Real>(z, policy_rounder, seen);
-                        const Vector<Real> w = exp_in_range<Real>(r, reference_rounder, seen);
-                        reference_sum += w;
-                        gap_sum += w * ((z - r) - centre);
-                      });
-    }
-    if (any_bit(out_of_range<Real>(seen))) return false;
-    const double p = policy_scale * sum_of_lanes<Real>(policy_sum);
-    const double w = reference_scale * sum_of_lanes<Real>(reference_sum);
-    const double gap = reference_scale * sum_of_lanes<Real>(gap_sum), excess = p - k * (w + gap);
-    if (!differences_suffice(p, w, excess)) return false;
-    stats.policy_sum += p;
-    stats.reference_sum += w;
-    stats.gap_sum += gap / kGapUnit;
-    stats.excess_sum += excess;
-    return true;
-  }
-
-  struct CloseSums {
-    Vector<Real> reference{}, gap{}, excess{};
-  };
-
-  // Adds groups to the sums up to the first that is not close; returns where that starts.
-  int64_t close_groups(CloseSums& sums, const T* policy, const T* reference, int64_t at,
-                       int64_t count) const {
-    for (; at < count; at += kGroup) {
-      prefetch(policy + at);
-      prefetch(reference + at);
-      CloseSums own;
-      Bits<Real> seen{};
-      Vector<Real> largest{};
-      for_each_vector(policy + at, reference + at, kGroup, [&](Vector<Real> z, Vector<Real> r) {
-        const Vector<Real> d = (z - r) - centre;
-        const Vector<Real> w = exp_in_range<Real>(r, reference_rounder, seen);
-        const Vector<Real> weighted_gap = w * d;
-        largest = max_keeping_nan(largest, magnitude<Real>(d));
-        own.reference += w;
-        own.gap += weighted_gap;
-        own.excess += (weighted_gap * d) * excess_over_square<Real>(d);
-      });
-      if (any_bit(out_of_range<Real>(seen) | bit_cast<Bits<Real>>(largest > C::kClose))) break;
-      sums.reference += own.reference;
-      sums.gap += own.gap;
-      sums.excess += own.excess;
-    }
-    return at;
-  }
-
-  // False if most groups had to go the mixed way.
-  bool add_close(const T* policy, const T* reference, int64_t count) {
-    int64_t at = 0, groups_not_close = 0;
-    bool may_recentre = true;
-    while (at < count) {
-      CloseSums sums;
-      const int64_t start = at;
-      at = close_groups(sums, policy, reference, start, count);
-      const double w = reference_scale * sum_of_lanes<Real>(sums.reference);
-      const double gap = reference_scale * sum_of_lanes<Real>(sums.gap);
-      const double excess = reference_scale * sum_of_lanes<Real>(sums.excess);
-      if (may_recentre && recentre(k * (w + gap + excess), w, k * excess)) {
-        may_recentre = false;  // once: each centre makes other groups close
-        at = start;
-        continue;
-      }
-      stats.policy_sum += k * (w + gap + excess);
-      stats.reference_sum += w;
-      stats.gap_sum += gap / kGapUnit;
-      stats.excess_sum += k * excess;
-      if (at < count) {
-        add_mixed(policy + at, reference + at, kGroup);
-        at += kGroup;
-        ++groups_not_close;
-      }
-    }
-    return 2 * groups_not_close * kGroup <= count;
-  }
-
-  // Where the centre is off, most of the excess is its doing, x - log(1 + x) for each of the mass,
-  // x = E[e^d] - 1, and costs the divergence digits. Moves it to that of these sums, if they
-  // matter.
-  bool recentre(double policy_sum, double reference_sum, double excess_sum) {
-    const double mass = k * reference_sum, x = (policy_sum - mass) / mass;
-    if (8 * reference_sum < stats.reference_sum || !(std::fabs(x) > 0.125)) return false;
-    const double shift = std::log1p(x);
-    if (!std::isfinite(shift) || 2 * (x - shift) * mass < excess_sum) return false;
-    Base<double> base = stats.base;
-    base.centre = Real(base.centre + shift);
-    move_to(base);
-    return true;
-  }
-
-  struct Shifts {
-    Real policy, reference;
-  };
-
-  // What is taken off each side; the difference is the whole number.
-  Shifts shifts() const {
-    const Real size = std::fabs(centre);
-    const Real shift = size >= kLargeCentre && size < Real(kFar) ? std::rint(centre) : Real(0);
-    if (std::fabs(policy_base) >= std::fabs(reference_base)) return {shift, Real(0)};
-    return {Real(0), -shift};
-  }
-
-  void add_mixed(const T* policy, const T* reference, int64_t count, bool may_recentre = true) {
-    const Extremes<Real> extremes = extremes_of(policy, reference, count);
-    cover(policy, reference, count, extremes);
-    const Real scale = Real(k);
-    const auto [policy_shift, reference_shift] = shifts();
-    const Real centre_after = centre - (policy_shift - reference_shift);
-    const Vector<Real> far_gap = broadcast(Real(1e30));
-    Vector<Real> policy_sum{}, reference_sum{}, gap_sum{}, excess_sum{};
-    for_each_vector(policy, reference, count, [&](Vector<Real> z, Vector<Real> r) {
-      const Vector<Real> policy_mass = exp_of<Real>(z - policy_base);
-      const Vector<Real> w = exp_of<Real>(r - reference_base);
-      // Where w = 0 the gap may be infinite or NaN; any large number makes w d = 0 and it far.
-      const Vector<Real> d =
-          w == Real(0) ? far_gap : ((z - policy_shift) - (r - reference_shift)) - centre_after;
-      const Vector<Real> weighted_gap = w * d;
-      const Vector<Real> close = (scale * weighted_gap * d) * excess_over_square<Real>(d);
-      const Vector<Real> far = policy_mass - scale * (w + weighted_gap);
-      policy_sum += policy_mass;
-      reference_sum += w;
-      gap_sum += (w * Real(1 / kGapUnit)) * d;
-      excess_sum += magnitude<Real>(d) < C::kClose ? close : far;
-    });
-    const double p = sum_of_lanes<Real>(policy_sum), w = sum_of_lanes<Real>(reference_sum);
-    const double excess = sum_of_lanes<Real>(excess_sum);
-    if (may_recentre && recentre(p, w, excess)) return add_mixed(policy, reference, count, false);
-    stats.policy_sum += p;
-    stats.reference_sum += w;
-    stats.gap_sum += sum_of_lanes<Real>(gap_sum);  // in kGapUnit already
-    stats.excess_sum += excess;
-    // p = 0 < q makes the KL infinite, also where q is too small for w to show it.
-    const bool infinite_logits = extremes.policy_min == -Real(INFINITY);
-    if (infinite_logits && policy_excludes_an_entry(policy, reference, count)) {
-      stats.gap_sum = -INFINITY;
-    }
-  }
-};
 
 template <class T>
 void forward(const RowForward& row) {
-  using Real = typename Storage<T>::Accumulator;
+  using Real = RealOf<T>;
   const T* policy = static_cast<const T*>(row.policy);
   const T* reference = static_cast<const T*>(row.reference);
   LabelledStats<Real>& record = *static_cast<LabelledStats<Real>*>(row.record);
-  RowStats<T> stats(record.rest);
+  RunningStats<T> stats(record.rest);
   if (row.label < 0 || row.label >= row.vocabulary) {
     stats.add(policy, reference, row.vocabulary);
   } else {
     const int64_t after = row.label + 1;
     stats.add(policy, reference, row.label);
     stats.add(policy + after, reference + after, row.vocabulary - after);
-    record.label_policy = element(policy + row.label);
-    record.label_reference = element(reference + row.label);
+    record.label_policy = value_of(policy + row.label);
+    record.label_reference = value_of(reference + row.label);
   }
   record.rest = stats.record();
 }

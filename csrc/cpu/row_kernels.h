@@ -1,4 +1,5 @@
-// What one instruction set offers: a kernel per dtype for a row forward, and one backward.
+// The table of kernels that each instruction set fills: one row forward and one row backward, for
+// each dtype.
 #pragma once
 
 #include <string>
@@ -8,39 +9,44 @@
 
 namespace tdpo::cpu {
 
-// A row, or a tile of one, whose label may lie outside.
+// The close path is chosen for a group of so many entries at once: a group is seldom spoilt by a
+// single entry with a large gap, and long enough that the test costs little. Parts of a row start
+// at multiples of it.
+constexpr int64_t kGroup = 64;
+
+// A row or a part of it. `label` counts from its first entry and may lie outside of it.
 struct RowForward {
-  const void* policy;
-  const void* reference;
+  const void* policy;     // [vocabulary] of T
+  const void* reference;  // [vocabulary] of T
   int64_t vocabulary;
   int64_t label;
-  void* record;  // a LabelledStats, to which the row is added
+  void* record;  // LabelledStats<Real>, to which the entries are added
 };
 
 struct RowBackward {
-  const void* policy;
-  const void* reference;
+  const void* policy;     // [vocabulary] of T
+  const void* reference;  // [vocabulary] of T
   int64_t vocabulary;
   int64_t label;
-  const void* normalizers;
-  const void* grad_policy_logp;
-  const void* grad_forward_kl;
-  void* gradient;
+  const void* normalizers;       // Normalizers<Real> of the row
+  const void* grad_policy_logp;  // Real, g_m
+  const void* grad_forward_kl;   // Real, g_k
+  void* gradient;                // [vocabulary] of G; may be the policy's logits if G is T
 };
 
 constexpr int kDTypes = 4;
 
 struct RowKernels {
   const char* instruction_set;
-  void (*forward[kDTypes])(const RowForward&);  // indexed by DType
-  // Indexed by the DType of the logits, then by that of the gradient; null: there is none.
+  void (*forward[kDTypes])(const RowForward&);  // [dtype of the logits, T]
+  // [dtype of the logits, T][dtype of the gradient, G]; null where there is no kernel.
   void (*backward[kDTypes][kDTypes])(const RowBackward&);
 };
 
-// Those this processor can run, the best last.
+// The tables that this processor can run, the widest vectors last.
 std::vector<const RowKernels*> available_kernels();
 
-// Throws std::invalid_argument if this processor has none of that name.
+// Throws std::invalid_argument if this processor has no kernels of that name.
 const RowKernels& kernels_of(const std::string& instruction_set);
 
 extern const RowKernels kBaselineKernels;

@@ -1,4 +1,4 @@
-// The kernels of one row in the vectors of the instruction set whose file includes this.
+// The table of kernels of the instruction set whose file includes this: compiled once for each.
 #include "row_backward.inl"
 #include "row_forward.inl"
 

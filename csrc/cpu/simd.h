@@ -1,8 +1,9 @@
-// Vectors of float or double, as wide as the instruction set that includes this file. They are the
-// compiler's vector types (GCC and Clang): one text serves SSE2, AVX2, AVX-512 and NEON.
+// Vectors of float or double: loads and stores of every dtype, and exponentials.
 //
-// Each including file defines TDPO_INSTRUCTION_SET (a namespace) and TDPO_VECTOR_BYTES first.
-// CXXFLAGS (-march=native) may bring more instructions than the width is for.
+// The vectors are the compiler's own types (GCC and Clang), so one text serves SSE2, AVX2, AVX-512
+// and NEON. Each file that includes this one first defines TDPO_INSTRUCTION_SET, a namespace, and
+// TDPO_VECTOR_BYTES, the width of its vectors. Flags such as -march=native may enable wider
+// instructions; the vectors keep their width.
 #pragma once
 
 #include <cmath>
@@ -14,17 +15,11 @@
 #include <immintrin.h>
 #endif
 
+#include "../half_types.h"
+
 #define TDPO_INLINE inline __attribute__((always_inline))
 
 namespace tdpo::cpu::TDPO_INSTRUCTION_SET {
-
-// Bits of the two 16-bit formats; the accumulation type is float.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 template <class Real>
 struct Lanes;
@@ -52,26 +47,18 @@ template <class Real>
 using Bits = typename Lanes<Real>::Bits;
 using HalfBits = Lanes<float>::HalfBits;
 
-template <class To, class From>
-TDPO_INLINE To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
-  To to;
-  std::memcpy(&to, &from, sizeof(To));
-  return to;
-}
-
 template <class Real>
 TDPO_INLINE Vector<Real> broadcast(Real value) {
   return Vector<Real>{} + value;
 }
 
-// The larger; x where either is NaN (x86's max instructions do just that).
+// The larger of the two; x where either is NaN. x86's max instructions do the same.
 template <class V>
 TDPO_INLINE V max_keeping_nan(V floor, V x) {
   return floor > x ? floor : x;
 }
 
-// Logits that will be wanted soon; past the end of a row it asks for nothing that could fail.
+// Asks for the logits 2 KiB ahead. A prefetch past the end of a row does no harm.
 template <class T>
 TDPO_INLINE void prefetch_ahead(const T* entries) {
   constexpr int64_t kAhead = 2048 / sizeof(T);
@@ -80,24 +67,30 @@ TDPO_INLINE void prefetch_ahead(const T* entries) {
 
 // ---- loads and stores: no alignment is assumed ----
 //
-// Two vectors at a time, since two of bfloat16 are best taken apart together. Which entry goes into
-// which lane is the storage's own affair: kernels treat all alike.
+// unpack() reads entries into two vectors of Real, pack() writes two such vectors. They come in
+// twos because a 32-bit lane of memory holds two bfloat16s: the lower halves become one vector, the
+// upper halves the other. So Storage<T> decides which entry goes into which lane. Kernels treat all
+// entries alike, and pack() puts each back in its place.
 
 template <class Real>
-struct Two {
+struct TwoVectors {
   Vector<Real> first, second;
 };
 
 // Entries in two vectors.
 template <class Real>
-constexpr int64_t kTwo = 2 * Lanes<Real>::kCount;
+constexpr int64_t kPerTwoVectors = 2 * Lanes<Real>::kCount;
 
+// How T is stored, and Real, the type that it is computed and added up in.
 template <class T>
 struct Storage;
 
-template <class Real>
+template <class T>
+using RealOf = typename Storage<T>::Real;
+
+template <class Number>
 struct PlainStorage {
-  using Accumulator = Real;
+  using Real = Number;
   static constexpr Real kNegativeInfinity = -__builtin_inf();
   static TDPO_INLINE Vector<Real> load(const Real* from) {
     Vector<Real> value;
@@ -107,10 +100,10 @@ struct PlainStorage {
   static TDPO_INLINE void store(Real* to, Vector<Real> value) {
     std::memcpy(to, &value, sizeof(value));
   }
-  static TDPO_INLINE Two<Real> load_two(const Real* from) {
+  static TDPO_INLINE TwoVectors<Real> unpack(const Real* from) {
     return {load(from), load(from + Lanes<Real>::kCount)};
   }
-  static TDPO_INLINE void store_two(Real* to, const Two<Real>& values) {
+  static TDPO_INLINE void pack(Real* to, const TwoVectors<Real>& values) {
     store(to, values.first);
     store(to + Lanes<Real>::kCount, values.second);
   }
@@ -131,50 +124,47 @@ TDPO_INLINE void store_half_bits(void* to, Bits<float> value) {
   std::memcpy(to, &bits, sizeof(bits));
 }
 
-// A bfloat16 is the upper half of a float. A 32-bit lane holds two of them: one becomes a float by
-// a shift, the other by a mask.
+// A bfloat16 is the upper half of a float. Of the two in a 32-bit lane, one becomes a float by a
+// shift, the other by a mask.
 template <>
 struct Storage<BFloat16> {
-  using Accumulator = float;
+  using Real = float;
   static constexpr BFloat16 kNegativeInfinity = {0xff80};
   static constexpr uint32_t kUpper = 0xffff0000;
-  static TDPO_INLINE Two<float> load_two(const BFloat16* from) {
+  static TDPO_INLINE TwoVectors<float> unpack(const BFloat16* from) {
     Bits<float> both;
     std::memcpy(&both, from, sizeof(both));
     return {bit_cast<Vector<float>>(both << 16), bit_cast<Vector<float>>(both & kUpper)};
   }
-  static TDPO_INLINE void store_two(BFloat16* to, const Two<float>& values) {
+  static TDPO_INLINE void pack(BFloat16* to, const TwoVectors<float>& values) {
     const Bits<float> both = (rounded(values.first) >> 16) | (rounded(values.second) & kUpper);
     std::memcpy(to, &both, sizeof(both));
   }
-  // Takes vectors that another storage has loaded: entries in their order.
-  static TDPO_INLINE void store_in_order(BFloat16* to, const Two<float>& values) {
+  // For vectors that another type's unpack() has filled, where entries are in order.
+  static TDPO_INLINE void pack_in_order(BFloat16* to, const TwoVectors<float>& values) {
     store_half_bits(to, rounded(values.first) >> 16);
     store_half_bits(to + Lanes<float>::kCount, rounded(values.second) >> 16);
   }
 
  private:
-  // Its upper half is the nearest bfloat16, ties to even. NaN stays NaN unless only the lower half
-  // says so; the processor makes no such NaN, nor is there one among bfloat16s.
   static TDPO_INLINE Bits<float> rounded(Vector<float> value) {
-    const Bits<float> bits = bit_cast<Bits<float>>(value);
-    return bits + 0x7fff + ((bits >> 16) & 1);
+    return rounded_to_bfloat16(bit_cast<Bits<float>>(value));
   }
 };
 
 template <>
 struct Storage<Float16> {
-  using Accumulator = float;
+  using Real = float;
   static constexpr Float16 kNegativeInfinity = {0xfc00};
-  static TDPO_INLINE Two<float> load_two(const Float16* from) {
+  static TDPO_INLINE TwoVectors<float> unpack(const Float16* from) {
     return {load(from), load(from + Lanes<float>::kCount)};
   }
-  static TDPO_INLINE void store_two(Float16* to, const Two<float>& values) {
+  static TDPO_INLINE void pack(Float16* to, const TwoVectors<float>& values) {
     store(to, values.first);
     store(to + Lanes<float>::kCount, values.second);
   }
-  static TDPO_INLINE void store_in_order(Float16* to, const Two<float>& values) {
-    store_two(to, values);
+  static TDPO_INLINE void pack_in_order(Float16* to, const TwoVectors<float>& values) {
+    pack(to, values);
   }
 
  private:
@@ -197,72 +187,53 @@ struct Storage<Float16> {
 #else
   static TDPO_INLINE Vector<float> load(const Float16* from) {
     const Bits<float> half = __builtin_convertvector(load_half_bits(from), Bits<float>);
-    const Bits<float> magnitude = (half & 0x7fff) << 13;
-    // Reading float16's exponent as float32's is off by 2^112; the product is exact, subnormals
-    // too.
-    const Vector<float> scaled = bit_cast<Vector<float>>(magnitude) * 0x1p112f;
-    const Bits<float> special = magnitude | 0x7f800000;
-    const Bits<float> bits = magnitude >= 0x0f800000 ? special : bit_cast<Bits<float>>(scaled);
-    return bit_cast<Vector<float>>(bits | ((half & 0x8000) << 16));
+    return float_of_float16<Vector<float>>(half);
   }
-  // Round to nearest, ties to even.
   static TDPO_INLINE void store(Float16* to, Vector<float> value) {
-    const Bits<float> bits = bit_cast<Bits<float>>(value);
-    const Bits<float> magnitude = bits & 0x7fffffff;
-    // Below 2^-14 the sum with 0.5 rounds to a multiple of 2^-24, float16's subnormal step.
-    const Vector<float> sum = bit_cast<Vector<float>>(magnitude) + 0.5f;
-    const Bits<float> subnormal = bit_cast<Bits<float>>(sum) - 0x3f000000;
-    const Bits<float> normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-    const Bits<float> infinite = Bits<float>{} + 0x7c00;
-    Bits<float> half = magnitude < 0x38800000 ? subnormal : normal;
-    half = magnitude > 0x477fefff ? infinite : half;
-    half = magnitude > 0x7f800000 ? infinite | 0x200 : half;
-    store_half_bits(to, half | ((bits >> 16) & 0x8000));
+    store_half_bits(to, float16_of_float<Bits<float>>(value));
   }
 #endif
 };
 
-// The first `count` < kTwo elements; what lies behind them becomes -inf, an entry without mass.
-template <class T, class Real = typename Storage<T>::Accumulator>
-TDPO_INLINE Two<Real> load_some(const T* from, int64_t count) {
-  T padded[kTwo<Real>];
+// The first `count` < kPerTwoVectors entries; the lanes behind them get -inf, which has no mass.
+template <class T, class Real = RealOf<T>>
+TDPO_INLINE TwoVectors<Real> unpack_some(const T* from, int64_t count) {
+  T padded[kPerTwoVectors<Real>];
   for (T& element : padded) element = Storage<T>::kNegativeInfinity;
   std::memcpy(padded, from, static_cast<size_t>(count) * sizeof(T));
-  return Storage<T>::load_two(padded);
+  return Storage<T>::unpack(padded);
 }
 
-// Stores what Storage<T> has loaded, computed on.
+// Writes vectors whose entries are in the lanes where Storage<T>::unpack puts them.
 template <class T, class To, class Real>
-TDPO_INLINE void store_two_of(To* to, const Two<Real>& values) {
+TDPO_INLINE void pack_from(To* to, const TwoVectors<Real>& values) {
   if constexpr (std::is_same_v<T, To>) {
-    Storage<To>::store_two(to, values);
+    Storage<To>::pack(to, values);
   } else {
-    Storage<To>::store_in_order(to, values);
+    Storage<To>::pack_in_order(to, values);
   }
 }
 
 template <class T, class To, class Real>
-TDPO_INLINE void store_some_of(To* to, const Two<Real>& values, int64_t count) {
-  To padded[kTwo<Real>];
-  store_two_of<T>(padded, values);
+TDPO_INLINE void pack_some_from(To* to, const TwoVectors<Real>& values, int64_t count) {
+  To padded[kPerTwoVectors<Real>];
+  pack_from<T>(padded, values);
   std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(To));
 }
-
-// Entries that are close together or not: seldom spoilt by one of them, and worth the question.
-constexpr int64_t kGroup = 64;
 
 // Calls body(z, r) with one vector of each at a time; the last may be padded with -inf.
 template <class T, class Body>
 TDPO_INLINE void for_each_vector(const T* policy, const T* reference, int64_t count, Body body) {
-  constexpr int64_t kStep = kTwo<typename Storage<T>::Accumulator>;
+  constexpr int64_t kStep = kPerTwoVectors<RealOf<T>>;
   int64_t at = 0;
   for (; at + kStep <= count; at += kStep) {
-    const auto z = Storage<T>::load_two(policy + at), r = Storage<T>::load_two(reference + at);
+    const auto z = Storage<T>::unpack(policy + at), r = Storage<T>::unpack(reference + at);
     body(z.first, r.first);
     body(z.second, r.second);
   }
   if (at < count) {
-    const auto z = load_some(policy + at, count - at), r = load_some(reference + at, count - at);
+    const auto z = unpack_some(policy + at, count - at),
+               r = unpack_some(reference + at, count - at);
     body(z.first, r.first);
     body(z.second, r.second);
   }
@@ -270,14 +241,17 @@ TDPO_INLINE void for_each_vector(const T* policy, const T* reference, int64_t co
 
 // ---- exponentials ----
 //
-// 2^(x log2 e - N) = 2^n 2^f, n = round(x log2 e) - N, |f| <= 1/2. Rounding to an integer is the
-// sum
+// e^(x - N ln 2) = 2^(x log2(e) - N) = 2^n 2^f with n = round(x log2(e)) - N and |f| <= 1/2.
 //
-//   t = x log2(e) 2^-s + (3 + (bias - N) 2^-s),
+// One addition rounds to an integer:
 //
-// where 2^-s is the unit in the last place of numbers in [2, 4): the lowest bits of t are n + bias,
-// and f 2^-s is what t has rounded away. A shift makes those bits an exponent. The steps N of a
-// whole power of two stand for the largest x, so that it need not be subtracted from each.
+//   t = x log2(e) 2^-s + rounder,     rounder = 3 + (bias - N) 2^-s,
+//
+// where 2^-s (kUnit) is the unit in the last place of numbers in [2, 4). The lowest bits of t are
+// n + bias, and a shift makes them an exponent. What the addition has rounded away is f 2^-s.
+//
+// N is the base of a sum (its largest x) as a whole number of powers of two. It is part of the
+// rounder, so the base is not subtracted from each x.
 
 template <class Real>
 struct ExpConstants;
@@ -298,7 +272,7 @@ struct ExpConstants<float> {
                                       0.00832747925823f, 0.00138949093043f, 0.000205995459198f,
                                       2.50490478339e-5f};
   static constexpr int kFullExponent = 127;
-  static constexpr float kLowest = -88.1f;  // n = -127: the exponent is 0 and so is 2^n
+  static constexpr float kLowest = -88.1f;  // n = -127: the exponent's bits are 0, and so is 2^n
   static constexpr int kCheckedBits = 7, kCheckedBias = 112;  // -112 <= n < 16
 };
 
@@ -374,12 +348,12 @@ constexpr bool kRoundsOnce = true;  // a * b + c
 constexpr bool kRoundsOnce = false;
 #endif
 
-// A whole number N of powers of two near x.
+// N = round(x log2(e)): a base x as a whole number of powers of two.
 template <class Real>
 struct Steps {
   int count;
   explicit Steps(Real x) : count(static_cast<int>(std::lround(x * ExpConstants<Real>::kLog2E))) {}
-  // N in nats, by the logarithm that remainder() uses.
+  // N powers of two in nats, with the same ln 2 as remainder().
   double nats() const {
     return kRoundsOnce ? count / double(ExpConstants<Real>::kLog2E) : count * 0.6931471805599453;
   }
@@ -387,7 +361,7 @@ struct Steps {
   Real rounder(int bias) const { return Real(3) + Real(bias - count) * ExpConstants<Real>::kUnit; }
 };
 
-// f 2^-s, from x and round(x log2 e) 2^-s.
+// f 2^-s, from x and n = round(x log2(e)) 2^-s.
 template <class Real>
 TDPO_INLINE Vector<Real> remainder(Vector<Real> x, Vector<Real> n) {
   using C = ExpConstants<Real>;
@@ -397,12 +371,13 @@ TDPO_INLINE Vector<Real> remainder(Vector<Real> x, Vector<Real> n) {
          (C::kLog2E * C::kUnit);
 }
 
-// Numbers within this of 0 have exact steps: so has their rounder, and n kLn2High.
+// For |x| below this the rounder of x's Steps is exact, and so is n kLn2High in remainder().
 template <class Real>
 constexpr Real kExactSteps = kRoundsOnce || sizeof(Real) == sizeof(double) ? 65536 : 32000;
 
-// A polynomial in f, times 2^n: e^(x - N in nats) times what has scaled the coefficients of 2^f.
-// The rounder is that of N and kFullExponent. x up to `lowest`, where n = -kFullExponent, give 0.
+// 2^n times a polynomial in f with the given coefficients: e^(x - N ln 2) times the factor that
+// they were scaled by. The rounder is Steps::rounder(kFullExponent). The result is 0 for x <=
+// lowest, where n = -kFullExponent.
 template <class Real, int kTerms>
 TDPO_INLINE Vector<Real> exp_with(Vector<Real> x, Real lowest, Real rounder,
                                   const Real (&coefficients)[kTerms]) {
@@ -414,8 +389,8 @@ TDPO_INLINE Vector<Real> exp_with(Vector<Real> x, Real lowest, Real rounder,
   return polynomial<Real>(coefficients, f) * bit_cast<Vector<Real>>(exponent);
 }
 
-// e^x for x up to the headroom of a base and beyond: exactly 1 at 0, exactly 0 where it would be
-// subnormal, NaN for NaN.
+// e^x for any x below the overflow: exactly 1 at 0, exactly 0 where e^x would be subnormal, NaN for
+// NaN.
 template <class Real>
 TDPO_INLINE Vector<Real> exp_of(Vector<Real> x) {
   using C = ExpConstants<Real>;
@@ -424,10 +399,14 @@ TDPO_INLINE Vector<Real> exp_of(Vector<Real> x) {
   return exp_with<Real>(x, C::kLowest, kRounder, kPower.coefficients);
 }
 
-// e^(x - N in nats) in fewer instructions, for a difference from about -77 to 10, or -665 to 44 in
-// double. The rounder is that of N and kCheckedBias. `seen` gathers the bits of t: if all x were in
-// range they are those of 3 and the lowest kCheckedBits, since among numbers above 0 only those in
-// [2, 4) have no other bits in their exponent. (At t = 0 the result is 2^-kCheckedBias or less.)
+// e^(x - N ln 2) in fewer instructions, where x - N ln 2 is from about -77 to 10, or -665 to 44 in
+// double. The rounder is Steps::rounder(kCheckedBias).
+//
+// `seen` becomes the bitwise or of all t. While every x is in range, t is 3 plus less than
+// 2^kCheckedBits units, so `seen` has no bits but those of 3 and the lowest kCheckedBits;
+// out_of_range() finds the others. Two kinds of t outside the range pass the test: t = 0, where the
+// result is 2^-kCheckedBias or less, and t less than 2^kCheckedBits units above 2, an x about
+// 2.9e6 nats below the base (3.1e15 in double).
 template <class Real>
 TDPO_INLINE Vector<Real> exp_in_range(Vector<Real> x, Real rounder, Bits<Real>& seen) {
   using C = ExpConstants<Real>;
@@ -454,7 +433,7 @@ TDPO_INLINE bool any_bit(V bits) {
 #endif
 }
 
-// The bits that should not have been seen.
+// The bits of `seen` that no t in range has.
 template <class Real>
 TDPO_INLINE Bits<Real> out_of_range(Bits<Real> seen) {
   using C = ExpConstants<Real>;
@@ -469,7 +448,7 @@ TDPO_INLINE Vector<Real> excess_over_square(Vector<Real> d) {
   return polynomial<Real>(ExpConstants<Real>::kExcess, d);
 }
 
-// ---- lanes together ----
+// ---- over the lanes of a vector ----
 
 template <class Real>
 TDPO_INLINE double sum_of_lanes(Vector<Real> value) {

@@ -1,21 +1,21 @@
-// What only a card can decide, with the best guess so far. `benchmarks/gpu_check.sh OUT --choices`
-// times the alternatives.
+// Settings whose best value only a measurement on a card can tell, each with the best known value.
+// `benchmarks/gpu_check.sh OUT --choices` times the alternatives.
 #pragma once
 
-// Blocks of forward that a multiprocessor shall hold: more of them hide more latency, fewer leave
-// each thread more registers.
+// How many blocks of forward a multiprocessor shall hold. More blocks hide more latency; fewer
+// leave each thread more registers.
 #ifndef TDPO_FORWARD_BLOCKS
 #define TDPO_FORWARD_BLOCKS 4
 #endif
 
-// Vectors of 16 bytes that a thread of backward has on their way, where one side is read; half of
-// them of each where both are.
+// How many vectors of 16 bytes a thread of backward asks for before it uses the first. Where both
+// sides are read, half of them are of each.
 #ifndef TDPO_BACKWARD_VECTORS
 #define TDPO_BACKWARD_VECTORS 4
 #endif
 
-// How a row is loaded by forward, and by backward where one side or both are read: __ldcs (what is
-// read once shall be the first to leave the caches) or load_through_l1.
+// The load that forward uses, and backward where it reads one side or both: __ldcs, after which the
+// line is the first to leave the caches, or load_through_l1.
 #ifndef TDPO_FORWARD_LOAD
 #define TDPO_FORWARD_LOAD __ldcs
 #endif

@@ -1,4 +1,5 @@
-// Host side of a launch: the caller's device and stream, rows split over blocks, errors by name.
+// The host's side of a launch: the caller's device and stream, how rows are split over blocks,
+// which alignments are alike, and errors that name the kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,12 +15,12 @@ namespace tdpo::cuda {
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // an error of this call must not show up in the next
+  cudaGetLastError();  // clears the error, so that the next call does not report it
   throw std::runtime_error(std::string(what) + ": CUDA error " + std::to_string(int(status)) +
                            " (" + cudaGetErrorString(status) + ")");
 }
 
-// Makes a device current, and the former one again at the end.
+// Makes a device current as long as it lives.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -70,7 +71,7 @@ inline unsigned blocks_for(int64_t items, int items_of_a_block) {
 
 inline dim3 a_thread_per_row(int64_t rows) { return dim3(blocks_for(rows, kThreads)); }
 
-// A row of at most this many vectors is one warp's; a longer one a block's.
+// One warp takes a row of at most this many vectors; a block takes a longer one.
 constexpr int kVectorsOfAWarp = 512;
 
 template <class T>
@@ -78,10 +79,12 @@ bool one_warp_per_row(const TokenStatsProblem& problem) {
   return problem.vocabulary <= int64_t(kVectorsOfAWarp) * Storage<T>::kPerVector;
 }
 
-// Few rows are split over blocks, so that there are about this many: four for each multiprocessor
-// of the largest cards. It does not depend on the card, and so neither do the bits of the results.
+// Where rows are few, each is split over several blocks, so that there are about this many: four
+// for each of 132 multiprocessors (H100, H200). The number does not depend on the card at hand, so
+// the bits of the results do not either.
 constexpr int64_t kWantedBlocks = 528;
-// And no part is so short that its start and its merge cost more than they gain.
+// A part has at least this many vectors; in a shorter one its start and its merge would cost more
+// than it gains.
 constexpr int64_t kVectorsOfAPart = 4 * kThreads;
 
 template <class T>
@@ -92,14 +95,15 @@ int parts_of_row(const TokenStatsProblem& problem) {
   return static_cast<int>(std::max<int64_t>(1, std::min(wanted, vectors / kVectorsOfAPart)));
 }
 
-// Rows of entries of so many bytes.
+// The rows of one tensor.
 struct Rows {
   const void* data;
   RowLayout layout;
   int64_t entry_bytes;
 };
 
-// Whether each row of one tensor begins as many entries after a whole vector as that of the other.
+// Whether every row of one tensor begins as far after a multiple of 16 bytes as the same row of the
+// other, counted in entries.
 inline bool same_alignment(const Rows& one, const Rows& other, int64_t per_vector) {
   const auto past_vector = [&](const Rows& rows) {
     return static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.data)) / rows.entry_bytes %
@@ -117,19 +121,20 @@ inline bool same_alignment(const Rows& one, const Rows& other, int64_t per_vecto
   return same || aligned;
 }
 
-// Calls body with a T{} of the dtype's storage.
+// Calls body with T{}, where T is the type that a dtype is stored in.
 template <class Body>
 auto with_storage(DType dtype, Body body) {
-  switch (dtype) {
+  switch (dtype) {  // without a default: a new dtype shall be a compiler's warning here
     case DType::kBFloat16:
       return body(BFloat16{});
     case DType::kFloat16:
       return body(Float16{});
     case DType::kFloat64:
       return body(double{});
-    default:
+    case DType::kFloat32:
       return body(float{});
   }
+  throw std::runtime_error("unknown dtype");
 }
 
 }  // namespace tdpo::cuda

@@ -1,13 +1,13 @@
-// The numbers of the kernels: how each dtype is stored, what it accumulates in, and exponentials.
+// Numbers on the device: how each dtype is stored and what it is added up in, and exponentials.
 //
-// Inline PTX has a plain path beside it with the same results; the plain one serves the tests that
-// compile these files for the CPU.
+// Each piece of inline PTX has plain C++ beside it with the same result (but for the last bits of
+// ex2.approx). The tests that compile these files for the CPU use the plain C++.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <stdint.h>
-#include <string.h>
 
+#include "../half_types.h"
 #include "../vocab_stats.h"
 
 #if defined(__CUDA_ARCH__)
@@ -18,79 +18,52 @@
 
 namespace tdpo::cuda {
 
-// Bits of the two 16-bit formats.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
+// ---- one number to and from 16 bits ----
+//
+// NaN becomes 0x7fff, as the card's instructions have it.
 
-template <class To, class From>
-__device__ __forceinline__ To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
-  To to;
-  memcpy(&to, &from, sizeof(To));
-  return to;
-}
-
-// ---- float16, one at a time ----
-
-__device__ __forceinline__ float float_of_half(uint16_t half) {
+__device__ __forceinline__ float float_of_float16_bits(uint16_t half) {
 #if TDPO_INLINE_PTX
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
   return value;
 #else
-  const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = uint32_t(half & 0x7fff) << 13;
-  // Reading float16's exponent as float32's is off by 2^112; the product is exact, subnormals too.
-  const float scaled = bit_cast<float>(magnitude) * 0x1p112f;
-  const bool finite = (half & 0x7c00) != 0x7c00;
-  return bit_cast<float>(sign | (finite ? bit_cast<uint32_t>(scaled) : magnitude | 0x7f800000));
+  return float_of_float16<float>(uint32_t(half));
 #endif
 }
 
-// Round to nearest, ties to even.
-__device__ __forceinline__ uint16_t half_of_float(float value) {
+__device__ __forceinline__ uint16_t float16_bits_of_float(float value) {
 #if TDPO_INLINE_PTX
   uint16_t half;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
   return half;
 #else
-  const uint32_t bits = bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000;
-  const uint32_t magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return 0x7fff;                                 // NaN
-  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // from 65520: inf
-  if (magnitude < 0x38800000) {  // subnormal: adding 1/2 leaves the rounded count of 2^-24 steps
-    const float shifted = bit_cast<float>(magnitude) + 0.5f;
-    return static_cast<uint16_t>(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000));
-  }
-  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23);
-  return static_cast<uint16_t>(sign | rounded >> 13);
+  if (value != value) return 0x7fff;
+  return static_cast<uint16_t>(float16_of_float<uint32_t>(value));
 #endif
 }
 
-__device__ __forceinline__ uint16_t bfloat16_of_float(float value) {
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;  // NaN
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+__device__ __forceinline__ uint16_t bfloat16_bits_of_float(float value) {
+  if (value != value) return 0x7fff;
+  return static_cast<uint16_t>(rounded_to_bfloat16(bit_cast<uint32_t>(value)) >> 16);
 }
 
-// Two values to one word of two bfloat16, the first in the lower half.
+// Two numbers as one word of two bfloat16s, the first in the lower half.
 __device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
 #if TDPO_INLINE_PTX
   uint32_t word;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 #else
-  return bfloat16_of_float(low) | uint32_t(bfloat16_of_float(high)) << 16;
+  return bfloat16_bits_of_float(low) | uint32_t(bfloat16_bits_of_float(high)) << 16;
 #endif
 }
 
 // ---- storage ----
 
-// How T lies in a vector of four 32-bit words. Indices are constants wherever speed matters: a
-// vector then stays in registers.
+// How T is stored in a vector of four 32-bit words, and Real, the type that it is computed and
+// added up in. unpack() turns words into numbers, pack() numbers into words. Where speed matters
+// all indices are constants, so that the words stay in registers.
 template <class T>
 struct Storage;
 
@@ -176,13 +149,14 @@ struct Storage<Float16> : HalfWidthStorage<Float16> {
   static __device__ __forceinline__ void unpack(const uint32_t (&words)[kWords],
                                                 float (&values)[2 * kWords]) {
     for (int i = 0; i < kWords; ++i) {
-      values[2 * i] = float_of_half(static_cast<uint16_t>(words[i]));
-      values[2 * i + 1] = float_of_half(static_cast<uint16_t>(words[i] >> 16));
+      values[2 * i] = float_of_float16_bits(static_cast<uint16_t>(words[i]));
+      values[2 * i + 1] = float_of_float16_bits(static_cast<uint16_t>(words[i] >> 16));
     }
   }
   static __device__ __forceinline__ void pack(const float (&values)[8], uint32_t (&words)[4]) {
     for (int i = 0; i < 4; ++i) {
-      words[i] = half_of_float(values[2 * i]) | uint32_t(half_of_float(values[2 * i + 1])) << 16;
+      words[i] = float16_bits_of_float(values[2 * i]) |
+                 uint32_t(float16_bits_of_float(values[2 * i + 1])) << 16;
     }
   }
 };
@@ -192,8 +166,8 @@ using RealOf = typename Storage<T>::Real;
 
 // ---- exponentials ----
 
-// 2^x, in float one result of the special-function unit, good to 2^-22; 0 below the smallest normal
-// number.
+// 2^x. In float it is one result of the special-function unit, with a relative error of 2^-22, and
+// 0 below the smallest normal number.
 __device__ __forceinline__ float exp2_of(float x) {
 #if TDPO_INLINE_PTX
   float power;
@@ -206,14 +180,14 @@ __device__ __forceinline__ float exp2_of(float x) {
 
 constexpr float kLog2E = 1.44269504f;
 
-// e^x: to the rounding of x log2(e), 6e-8 |x| of the value.
+// e^x. In float its relative error is that of rounding x log2(e), 6e-8 |x|.
 __device__ __forceinline__ float exp_of(float x) { return exp2_of(x * kLog2E); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
 
 __device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 
-// e^(x - base) with all its digits, however far x lies below the base, which is a whole number:
-// what the rounding of x - base loses, and that of the exponent, are put back.
+// e^(x - base) with all its digits, however far x lies below the base, which is a whole number.
+// What the roundings of x - base and of the exponent have lost is put back.
 __device__ __forceinline__ float exp_below(float x, float base) {
   const float apart = x - base;
   const float lost = x - (apart + base);  // exact
@@ -226,8 +200,8 @@ __device__ __forceinline__ float exp_below(float x, float base) {
 
 __device__ __forceinline__ double exp_below(double x, double base) { return exp(x - base); }
 
-// (e^d - 1 - d) / d^2 for |d| <= 1. In float the best polynomial of degree 6, off by 1e-7 of the
-// value; in double the Taylor series.
+// (e^d - 1 - d) / d^2 for |d| <= 1. In float the best polynomial of degree 6, with a relative error
+// of 1e-7; in double the Taylor series.
 __device__ __forceinline__ float excess_over_square(float d) {
   float sum = 2.49608147e-05f;
   sum = sum * d + 2.03254836e-04f;
@@ -238,8 +212,8 @@ __device__ __forceinline__ float excess_over_square(float d) {
   return sum * d + 0.5f;
 }
 
-// (2^d - 1 - d ln 2) / d^2 for |d| <= 1/2: the best polynomial of degree 4, off by 1.3e-7 of the
-// value at most. One of degree 3, off by 1e-6, made the divergences of close policies ten times
+// (2^d - 1 - d ln 2) / d^2 for |d| <= 1/2: the best polynomial of degree 4, with a relative error
+// of at most 1.3e-7. One of degree 3 has 1e-6, and made the divergences of close policies ten times
 // less exact.
 __device__ __forceinline__ float excess_over_square_of_2(float d) {
   float sum = 1.54172783e-04f;

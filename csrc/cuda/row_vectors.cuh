@@ -1,10 +1,13 @@
 // A row of logits as vectors of 16 bytes.
 //
-// Vector i covers the entries [start(i), start(i) + kPerVector). The vectors are aligned in memory
-// whatever the row's own alignment is, so the first may begin before the row and the last may end
-// after it. Those in [inner_begin, inner_end) are read and written whole; the few others entry by
-// entry. Where rows are read side by side and only one of them can be aligned, a vector of another
-// is put together from the two aligned ones that it straddles, so those must be inside as well.
+// Vector i covers the entries [start(i), start(i) + kPerVector). Vectors are aligned in memory
+// wherever the row begins, so the first may begin before the row and the last may end after it. The
+// inner vectors, [inner_begin, inner_end), are read and written whole; the few outer ones entry by
+// entry.
+//
+// Policy and reference are read side by side, and the vectors can be aligned to one side only. If
+// the other side is aligned differently, a vector of it is put together from the two aligned ones
+// that it straddles. Both must lie inside the row, so there is one inner vector less at each end.
 #pragma once
 
 #include "../token_stats.h"
@@ -16,8 +19,8 @@ struct Words {
   uint32_t word[4];
 };
 
-// 16 bytes of global memory through the L1 cache. (Of a plain load the compiler does not know that
-// it is of global memory.)
+// 16 bytes of global memory through the L1 cache. PTX says that the address is global, which the
+// compiler does not know of a plain load.
 __device__ __forceinline__ uint4 load_through_l1(const uint4* address) {
 #if TDPO_INLINE_PTX
   uint4 x;
@@ -31,24 +34,24 @@ __device__ __forceinline__ uint4 load_through_l1(const uint4* address) {
 #endif
 }
 
-// One side of a row, policy or reference.
+// One side of a row: the policy's or the reference's logits.
 template <class T>
 struct Side {
   const uint4* first;  // the aligned address at or below the start of vector 0
   int shift;           // bytes from there to the start of vector 0; 0 where it is aligned
 
-  // `before`: the entries of vector 0 that lie before the row.
+  // `before`: how many entries of vector 0 lie before the row.
   __device__ __forceinline__ Side(const T* row, int before) {
     const uintptr_t start = reinterpret_cast<uintptr_t>(row) - before * sizeof(T);
     shift = static_cast<int>(start % 16);
     first = reinterpret_cast<const uint4*>(start - shift);
   }
-  // A side to which the vectors are aligned.
+  // The side that the vectors are aligned to.
   explicit __device__ __forceinline__ Side(const T* row)
       : first(reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(row) & ~uintptr_t(15))),
         shift(0) {}
 
-  // An inner vector. load_16(address): the 16 bytes there.
+  // An inner vector. load_16(address) loads the 16 bytes there.
   template <class Load>
   __device__ __forceinline__ Words load(int index, const Load& load_16) const {
     const uint4 a = load_16(first + index);
@@ -69,8 +72,8 @@ struct Side {
     return reinterpret_cast<const T*>(reinterpret_cast<const char*>(first + index) + shift)[place];
   }
 
-  // A vector that begins at entry `start` of `end`, and may lie partly or wholly outside: there it
-  // is 0.
+  // A vector that begins at entry `start` of a row of `end` entries, and may lie partly or wholly
+  // outside of it. The entries outside are 0.
   __device__ __forceinline__ Words load_some(int index, int start, int end) const {
     Words words = {};
     for (int i = 0; i < Storage<T>::kPerVector; ++i) {
@@ -80,8 +83,8 @@ struct Side {
     return words;
   }
 
-  // -inf, without mass.
-  static __device__ __forceinline__ Words nothing() {
+  // A vector of -inf, which has no mass.
+  static __device__ __forceinline__ Words without_mass() {
     Words words = {};
     for (int i = 0; i < Storage<T>::kPerVector; ++i) {
       Storage<T>::set(words.word, i, T(Storage<T>::kNegativeInfinity));
@@ -95,14 +98,14 @@ __device__ const T* start_of_row(const Logits& logits, uint32_t row) {
   return static_cast<const T*>(logits.data) + row_offset(logits.rows, row);
 }
 
-// Entries before the first whole vector's place: how far a row's start is past an aligned address.
+// How many entries lie between the last multiple of 16 bytes and the row's start.
 template <class T>
 __device__ __forceinline__ int entries_before(const T* row) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
 }
 
-// Where the vectors of a row lie. Entries and vectors are 32-bit numbers, which kMaxVocabulary
-// keeps far from overflow; rows are 64-bit numbers.
+// Where the vectors of a row lie. Entries and vectors are counted in 32 bits, which kMaxVocabulary
+// keeps from overflow; row offsets have 64 bits.
 template <class T>
 struct RowVectors {
   static constexpr int kPerVector = Storage<T>::kPerVector;
@@ -123,23 +126,24 @@ struct RowVectors {
     return index >= inner_begin && index < inner_end;
   }
 
-  // The vectors beside the inner ones, at most four; `count` after the last.
+  // The n-th outer vector, of at most four; `count` if there are fewer.
   __device__ __forceinline__ int outer(int n) const {
     return n < 4 ? min(n < inner_begin ? n : inner_end + (n - inner_begin), count) : count;
   }
-  // And then one more if it is an inner one, in so many rounds of an entry for each lane.
+  // The outer vectors, then `extra` if that is an inner one. A warp that takes one entry a lane
+  // needs kOuterRounds rounds for these.
   static constexpr int kOuterRounds = (5 * kPerVector + 31) / 32;
   __device__ __forceinline__ int outer(int n, int extra) const {
     return n == 4 && is_inner(extra) ? extra : outer(n);
   }
 
-  // How many vectors after a multiple of 64 bytes this address is. Memory moves in sectors of 32
-  // bytes: warps that begin at such a multiple share none.
+  // How many vectors lie between the last multiple of 64 bytes and this address. Memory moves in
+  // sectors of 32 bytes, and warps that begin at such multiples share no sector.
   static __device__ __forceinline__ int past_sectors(const void* address, int vector_bytes = 16) {
     return static_cast<int>(reinterpret_cast<uintptr_t>(address) % 64) / vector_bytes;
   }
 
-  // Where a part of the inner vectors begins, and the one before it ends.
+  // The inner vector at which a part of the row begins, which is where the part before it ends.
   __device__ __forceinline__ int part_begin(unsigned part, unsigned parts) const {
     const unsigned inner = inner_end - inner_begin, of_part = (inner + parts - 1) / parts;
     return inner_begin + static_cast<int>(min(part * of_part, inner));

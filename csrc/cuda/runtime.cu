@@ -1,4 +1,5 @@
-// What the CUDA runtime says about itself and about this machine.
+// Asks the CUDA runtime for its versions, for the devices of this machine, and whether this build
+// can run on them.
 #include <cuda_runtime.h>
 
 #include "launch.cuh"
@@ -10,7 +11,7 @@
 namespace tdpo::cuda {
 namespace {
 
-// Built for the same architectures as the others.
+// An empty kernel, built for the same architectures as the others.
 __global__ void probe_kernel() {}
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Threads that work on one row together: one warp, or all warps of a block.
+// Teams: the threads that work on one row, or on a part of it, together. A team is one warp, or all
+// seven warps of a block.
 #pragma once
 
 #include "numbers.cuh"
@@ -7,8 +8,8 @@ namespace tdpo::cuda {
 
 constexpr int kLanes = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
-// With four blocks on a multiprocessor each thread has 72 registers, which the kernels need; eight
-// warps would leave it 64.
+// With four blocks of seven warps on a multiprocessor each thread has 72 registers, which the
+// kernels need; with eight warps it would have 64.
 constexpr int kBlockWarps = 7;
 constexpr int kThreads = kBlockWarps * kLanes;
 
@@ -19,31 +20,35 @@ __device__ __forceinline__ bool all_of_warp(bool condition) {
   return __all_sync(kAllLanes, condition);
 }
 
+// A number of each side.
 template <class Real>
-struct Two {
+struct Sides {
   Real policy, reference;
 };
 
-struct Larger {  // of NaN and a number, the number
+struct Larger {  // where one is NaN, the other
   template <class Real>
-  __device__ __forceinline__ Two<Real> operator()(const Two<Real>& a, const Two<Real>& b) const {
+  __device__ __forceinline__ Sides<Real> operator()(const Sides<Real>& a,
+                                                    const Sides<Real>& b) const {
     return {fmax(a.policy, b.policy), fmax(a.reference, b.reference)};
   }
 };
 
 struct Sum {
   template <class Real>
-  __device__ __forceinline__ Two<Real> operator()(const Two<Real>& a, const Two<Real>& b) const {
+  __device__ __forceinline__ Sides<Real> operator()(const Sides<Real>& a,
+                                                    const Sides<Real>& b) const {
     return {a.policy + b.policy, a.reference + b.reference};
   }
 };
 
-// The same in every lane, to the bit: each step adds the same two numbers on both sides.
+// The result is the same in every lane, to the bit: in each step both lanes of a pair combine the
+// same two numbers.
 template <class Real, class Operation>
-__device__ __forceinline__ Two<Real> reduce_lanes(Two<Real> value, Operation operation) {
+__device__ __forceinline__ Sides<Real> reduce_lanes(Sides<Real> value, Operation operation) {
   for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    const Two<Real> other = {__shfl_xor_sync(kAllLanes, value.policy, distance),
-                             __shfl_xor_sync(kAllLanes, value.reference, distance)};
+    const Sides<Real> other = {__shfl_xor_sync(kAllLanes, value.policy, distance),
+                               __shfl_xor_sync(kAllLanes, value.reference, distance)};
     value = operation(value, other);
   }
   return value;
@@ -57,12 +62,12 @@ __device__ __forceinline__ Real sum_lanes(Real value) {
   return value;
 }
 
-// What the warps of a block tell each other. One place for each message: no place is written twice,
-// so one barrier is enough for each.
+// Shared memory through which the warps of a block exchange their results. Each reduction has a
+// place of its own that is written once in a kernel, so one barrier is enough for each.
 template <class Real>
 struct Exchange {
-  Two<Real> largest[kBlockWarps];
-  Two<Real> sum[kBlockWarps];
+  Sides<Real> largest[kBlockWarps];
+  Sides<Real> sum[kBlockWarps];
 };
 
 extern __shared__ unsigned char tdpo_shared_memory[];
@@ -80,11 +85,11 @@ struct Team<1> {
   static __device__ __forceinline__ int rank() { return lane_index(); }
   static __device__ __forceinline__ int size() { return kLanes; }
   template <class Real>
-  static __device__ __forceinline__ Two<Real> largest(Two<Real> value) {
+  static __device__ __forceinline__ Sides<Real> largest(Sides<Real> value) {
     return reduce_lanes(value, Larger());
   }
   template <class Real>
-  static __device__ __forceinline__ Two<Real> sum(Two<Real> value) {
+  static __device__ __forceinline__ Sides<Real> sum(Sides<Real> value) {
     return reduce_lanes(value, Sum());
   }
 };
@@ -104,22 +109,22 @@ struct Team<kBlockWarps> {
     return *reinterpret_cast<Exchange<Real>*>(tdpo_shared_memory);
   }
   template <class Real>
-  static __device__ __forceinline__ Two<Real> largest(Two<Real> value) {
+  static __device__ __forceinline__ Sides<Real> largest(Sides<Real> value) {
     return reduce_block(value, exchange<Real>().largest, Larger());
   }
   template <class Real>
-  static __device__ __forceinline__ Two<Real> sum(Two<Real> value) {
+  static __device__ __forceinline__ Sides<Real> sum(Sides<Real> value) {
     return reduce_block(value, exchange<Real>().sum, Sum());
   }
 
  private:
   template <class Real, class Operation>
-  static __device__ __forceinline__ Two<Real> reduce_block(Two<Real> value, Two<Real>* place,
-                                                           Operation operation) {
-    const Two<Real> of_warp = reduce_lanes(value, operation);
+  static __device__ __forceinline__ Sides<Real> reduce_block(Sides<Real> value, Sides<Real>* place,
+                                                             Operation operation) {
+    const Sides<Real> of_warp = reduce_lanes(value, operation);
     if (lane_index() == 0) place[warp_index()] = of_warp;
     __syncthreads();
-    Two<Real> result = place[0];
+    Sides<Real> result = place[0];
     for (int warp = 1; warp < kBlockWarps; ++warp) result = operation(result, place[warp]);
     return result;
   }

@@ -1,26 +1,32 @@
-// Backward of the token statistics: dz = g_m (onehot(y) - p) + g_k (p - q).
+// Backward of the token statistics: the gradient of the policy's logits,
 //
-// [N, V] policy and reference logits, labels [N], 8 normalizers and upstream g_m, g_k of each row
-// -> gradient [N, V].
+//   dz = g_m (onehot(y) - p) + g_k (p - q),     p = softmax(z), q = softmax(r).
 //
-//   for each row, by a warp, a block or several blocks: its kind, from g_m and g_k
+// Reads policy and reference logits z, r [N, V] of type T, only the side that the kind of gradient
+// needs; labels y [N] of int64; in Real the 8 Normalizers [N, 8] that forward has saved, and the
+// upstream gradients g_m (of log p(y)) and g_k (of KL(q || p)), [N] each. Writes dz [N, V] of type
+// G, which is T, or half width where T is float.
+//
+//   for each row, by a warp, a block or several blocks:
+//     choose the kind of gradient from g_m and g_k
 //     for each 2 or 4 vectors of each thread:
-//       load what the kind reads of all of them, then for each entry p, q or both and write
-//     the label's own gradient, by the thread that wrote its vector
+//       load what the kind reads of all of them, then for each entry p, q or both, and write
+//     write the label's own gradient, by the thread that wrote its vector
 //
-// Roofline, per entry of S bytes: writes S, and reads 2 S where both upstream gradients count, S
-// where one distribution cancels (TDPO1 reads no policy, DPO and the chosen rows of TDPO2 no
-// reference), nothing where both are 0 or the label is ignored. One or two exponentials. A card
-// that moves 4.3 TB/s with 132 multiprocessors at 1.9 GHz leaves a bfloat16 entry that reads both
-// 45 issued instructions and 5.6 results of the special-function unit, of which it takes at most 28
-// and 2; one that reads one side 30 and 3.7, of which it takes 6 and 1. Memory is the limit, as
-// long as enough of it is asked for: at a latency of 650 ns 21 KiB a multiprocessor, of which four
-// blocks of seven warps with four vectors of 16 bytes a thread have 56 on their way at most.
+// Roofline, per entry of S bytes: writes S, and reads 2 S where both sides are needed, S where one
+// distribution cancels (TDPO1 reads no policy; DPO and the chosen rows of TDPO2 no reference),
+// nothing where both upstream gradients are 0 or the label is ignored. One or two exponentials. An
+// H200 (4.3 TB/s in a copy, 132 multiprocessors at 1.9 GHz) leaves a bfloat16 entry that reads both
+// sides 45 issued instructions and 5.6 results of the special-function unit, of which it takes at
+// most 28 and 2; one that reads one side 30 and 3.7, of which it takes 6 and 1. So memory is the
+// limit, as long as enough of it is asked for: at a latency of 650 ns that is 21 KiB a
+// multiprocessor, and four blocks of seven warps with four vectors of 16 bytes a thread ask for up
+// to 56.
 //
-// Decomposition: every entry by itself, since forward has saved all that a row needs. Vectors are
-// aligned where the gradient is written. The gradient may lie over the policy's logits: each thread
-// reads a vector before it writes it, and the two are aligned alike then. A gradient in a narrower
-// type than the logits' takes as many entries a vector as they do, in fewer bytes.
+// Decomposition: every entry stands by itself, since forward has saved all that a row needs.
+// Vectors are aligned where the gradient is written. The gradient may lie over the policy's logits:
+// each thread reads a vector before it writes it, and both are aligned alike then. Where G is
+// narrower than T, a vector has as many entries as one of T, in half the bytes.
 #include <type_traits>
 
 #include "choices.cuh"
@@ -30,18 +36,19 @@
 namespace tdpo::cuda {
 namespace {
 
-// The gradient of the entries but the label's, and of the label, in five kinds. Each reads what its
-// algebra needs and nothing else.
-
-// e^(x - largest): where the gradient is stored in half width its rounding hides that of x log2(e).
+// e^(x - max). Half-width logits have a half-width gradient, whose rounding hides the error of the
+// shorter exponential.
 template <class T>
-__device__ __forceinline__ RealOf<T> mass_of(RealOf<T> x, RealOf<T> largest) {
+__device__ __forceinline__ RealOf<T> mass_of(RealOf<T> x, RealOf<T> max) {
   if constexpr (sizeof(T) == 2) {
-    return exp_of(x - largest);
+    return exp_of(x - max);
   } else {
-    return exp_below(x, largest);
+    return exp_below(x, max);
   }
 }
+
+// The five kinds of gradient: gradient() of all entries but the label's, and label(). Each reads
+// only the logits that its formula needs. The CPU has the same kinds under the same names.
 
 template <class T>
 struct Zero {
@@ -55,88 +62,94 @@ template <class T>
 struct PolicyOnly {  // g_k = 0: -g_m p
   using Real = RealOf<T>;
   static constexpr bool kReadsPolicy = true, kReadsReference = false, kHasLabel = true;
-  const Normalizers<Real>& of;
+  const Normalizers<Real>& saved;
   Real g_m, policy_max, weight;
-  __device__ PolicyOnly(const Normalizers<Real>& of, Real g_m)
-      : of(of), g_m(g_m), policy_max(of.policy_max), weight(-g_m * of.policy_scale) {}
+  __device__ PolicyOnly(const Normalizers<Real>& saved, Real g_m)
+      : saved(saved), g_m(g_m), policy_max(saved.policy_max), weight(-g_m * saved.policy_scale) {}
   __device__ __forceinline__ Real gradient(Real z, Real) const {
     return mass_of<T>(z, policy_max) * weight;
   }
-  __device__ __forceinline__ Real label() const { return g_m * of.policy_rest; }
+  __device__ __forceinline__ Real label() const { return g_m * saved.policy_rest; }
 };
 
 template <class T>
 struct ReferenceOnly {  // g_k = g_m: -g_m p + g_m (p - q) = -g_m q
   using Real = RealOf<T>;
   static constexpr bool kReadsPolicy = false, kReadsReference = true, kHasLabel = true;
-  const Normalizers<Real>& of;
+  const Normalizers<Real>& saved;
   Real g_m, reference_max, weight;
-  __device__ ReferenceOnly(const Normalizers<Real>& of, Real g_m)
-      : of(of), g_m(g_m), reference_max(of.reference_max), weight(-g_m * of.reference_scale) {}
+  __device__ ReferenceOnly(const Normalizers<Real>& saved, Real g_m)
+      : saved(saved),
+        g_m(g_m),
+        reference_max(saved.reference_max),
+        weight(-g_m * saved.reference_scale) {}
   __device__ __forceinline__ Real gradient(Real, Real r) const {
     return mass_of<T>(r, reference_max) * weight;
   }
-  __device__ __forceinline__ Real label() const { return g_m * of.reference_rest; }
+  __device__ __forceinline__ Real label() const { return g_m * saved.reference_rest; }
 };
 
-// (g_k - g_m) p - g_k q, where the two terms have one sign: nothing cancels. All rejected rows of
-// TDPO2 with alpha <= 1.
+// (g_k - g_m) p - g_k q as it stands, for g_k between 0 and g_m: both terms have the same sign, so
+// nothing cancels. These are the rejected rows of TDPO2 with 0 < alpha < 1.
 template <class T>
-struct OneSign {
+struct Direct {
   using Real = RealOf<T>;
   static constexpr bool kReadsPolicy = true, kReadsReference = true, kHasLabel = true;
-  const Normalizers<Real>& of;
+  const Normalizers<Real>& saved;
   Real g_m, g_k, policy_max, policy_weight, reference_max, reference_weight;
-  __device__ OneSign(const Normalizers<Real>& of, Real g_m, Real g_k)
-      : of(of),
+  __device__ Direct(const Normalizers<Real>& saved, Real g_m, Real g_k)
+      : saved(saved),
         g_m(g_m),
         g_k(g_k),
-        policy_max(of.policy_max),
-        policy_weight((g_k - g_m) * of.policy_scale),
-        reference_max(of.reference_max),
-        reference_weight(-g_k * of.reference_scale) {}
+        policy_max(saved.policy_max),
+        policy_weight((g_k - g_m) * saved.policy_scale),
+        reference_max(saved.reference_max),
+        reference_weight(-g_k * saved.reference_scale) {}
   __device__ __forceinline__ Real gradient(Real z, Real r) const {
     return mass_of<T>(z, policy_max) * policy_weight +
            mass_of<T>(r, reference_max) * reference_weight;
   }
   __device__ __forceinline__ Real label() const {
-    return g_k * of.label_gap + g_m * of.policy_rest;
+    return g_k * saved.label_gap + g_m * saved.policy_rest;
   }
 };
 
-// g_k (p - q) - g_m p. Where p and q are close, p - q = q (e^u - 1) with u = log p - log q keeps
-// its digits, provided that u has them: with logits shifted far against each other it has not.
+// g_k (p - q) - g_m p, and each entry chooses. Where p and q are close, p - q = q (e^u - 1) with
+// u = log p - log q keeps all digits, if u has them: not where the logits are shifted far against
+// each other.
 template <class T>
-struct Both {
+struct Mixed {
   using Real = RealOf<T>;
   static constexpr bool kReadsPolicy = true, kReadsReference = true, kHasLabel = true;
-  const Normalizers<Real>& of;
-  Real g_m, g_k, g_p, policy_max, policy_scale, reference_max, reference_scale, gap, close_gap;
-  __device__ Both(const Normalizers<Real>& of, Real g_m, Real g_k)
-      : of(of),
+  const Normalizers<Real>& saved;
+  Real g_m, g_k, g_p, policy_max, policy_scale, reference_max, reference_scale, log_sum_gap,
+      close_gap;
+  __device__ Mixed(const Normalizers<Real>& saved, Real g_m, Real g_k)
+      : saved(saved),
         g_m(g_m),
         g_k(g_k),
         g_p(g_k - g_m),
-        policy_max(of.policy_max),
-        policy_scale(of.policy_scale),
-        reference_max(of.reference_max),
-        reference_scale(of.reference_scale),
-        gap(of.log_sum_gap),
-        close_gap(fabs(gap) < Real(2) ? Real(1) : Real(0)) {}
+        policy_max(saved.policy_max),
+        policy_scale(saved.policy_scale),
+        reference_max(saved.reference_max),
+        reference_scale(saved.reference_scale),
+        log_sum_gap(saved.log_sum_gap),
+        close_gap(fabs(log_sum_gap) < Real(2) ? Real(1) : Real(0)) {}
   __device__ __forceinline__ Real gradient(Real z, Real r) const {
     const Real p = mass_of<T>(z, policy_max) * policy_scale;
     const Real q = mass_of<T>(r, reference_max) * reference_scale;
-    const Real u = (z - r) - gap;
+    const Real u = (z - r) - log_sum_gap;
     const Real close = q * (u + (u * u) * excess_over_square(u));
     return fabs(u) < close_gap ? g_k * close - g_m * p : g_p * p - g_k * q;
   }
   __device__ __forceinline__ Real label() const {
-    return g_k * of.label_gap + g_m * of.policy_rest;
+    return g_k * saved.label_gap + g_m * saved.policy_rest;
   }
 };
 
-// A row, or a part of it, and the team that writes its gradient. T: the type of the logits; G: that
-// of the gradient. kShifted: some rows of the logits are aligned otherwise than the gradient's.
+// A team's work: a row or a part of it, and the loop that writes its gradient. T: type of the
+// logits; G: type of the gradient. kShifted: whether some row of the logits is aligned differently
+// from the gradient's.
 template <class T, class G, int kWarps, bool kShifted>
 struct GradientRow {
   using Real = RealOf<T>;
@@ -172,7 +185,8 @@ struct GradientRow {
     const int first = begin - vectors.past_sectors(start_of_part, kStoredBytes);
     const int size = Scope::size();
     int index = first + Scope::rank();
-    // Rounds begin at whole sectors, so the first may begin before the row.
+    // Rounds, one vector of each thread of the team, begin at whole sectors of the gradient, so the
+    // first may begin before the row.
     if (index < begin) index += size;
     for (; index + (kAtOnce - 1) * size < end; index += kAtOnce * size) {
       Words policy[kAtOnce] = {}, reference[kAtOnce] = {};
@@ -201,7 +215,7 @@ struct GradientRow {
         if (entry >= 0 && entry < vocabulary) gradient[entry] = Storage<G>::get(words.word, i);
       }
     }
-    // Over what the loop has written there, so by the same thread.
+    // The label's gradient overwrites what the loop has written there, so the same thread does it.
     const int64_t label = problem.labels[row];
     if (!Kind::kHasLabel || label < 0 || label >= vocabulary) return;
     const int vector = vectors.of_entry(static_cast<int>(label));
@@ -227,7 +241,7 @@ struct GradientRow {
     return stored(result);
   }
 
-  // As they are stored: in the first kStoredBytes of the words.
+  // Numbers as they are stored, in the first kStoredBytes of the words.
   static __device__ __forceinline__ Words stored(const Real (&values)[kPerVector]) {
     Real padded[Storage<G>::kPerVector] = {};
     for (int i = 0; i < kPerVector; ++i) padded[i] = values[i];
@@ -259,19 +273,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
                                                         static_cast<int>(gridDim.y)};
   const Real g_m = static_cast<const Real*>(work.grad_policy_logps)[row];
   const Real g_k = static_cast<const Real*>(work.grad_forward_kl)[row];
-  // Where the label is outside the vocabulary these are NaN, and so is the gradient.
-  const Normalizers<Real>& of = static_cast<const Normalizers<Real>*>(work.normalizers)[row];
+  // Where the label is outside the vocabulary the normalizers are NaN, and then so is the gradient,
+  // unless g_m and g_k are 0.
+  const Normalizers<Real>& saved = static_cast<const Normalizers<Real>*>(work.normalizers)[row];
   const bool ignored = work.problem.labels[row] == work.problem.ignore_index;
   if (ignored || (g_m == Real(0) && g_k == Real(0))) {
     gradient.write(Zero<T>());
   } else if (g_k == Real(0)) {
-    gradient.write(PolicyOnly<T>(of, g_m));
+    gradient.write(PolicyOnly<T>(saved, g_m));
   } else if (g_k == g_m) {
-    gradient.write(ReferenceOnly<T>(of, g_m));
+    gradient.write(ReferenceOnly<T>(saved, g_m));
   } else if (g_k > Real(0) ? g_k < g_m : g_k > g_m) {
-    gradient.write(OneSign<T>(of, g_m, g_k));
+    gradient.write(Direct<T>(saved, g_m, g_k));
   } else {
-    gradient.write(Both<T>(of, g_m, g_k));
+    gradient.write(Mixed<T>(saved, g_m, g_k));
   }
 }
 

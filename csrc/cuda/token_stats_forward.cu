@@ -1,44 +1,50 @@
 // Forward of the token statistics.
 //
-// [N, V] policy and reference logits, labels [N] -> log p(y), log q(y), KL(q || p), 8 normalizers,
-// [N] each.
+//   log p(y) = z_y - lse(z)          log q(y) = r_y - lse(r)
+//   KL(q || p) = sum_v q_v (log q_v - log p_v)
+//
+// Reads policy and reference logits z, r [N, V] of type T, and labels y [N] of int64. Writes, in
+// Real (float, or double for double logits), log p(y), log q(y) and KL [N], and the 8 Normalizers
+// [N, 8] that backward needs. A tile's forward instead adds to one LabelledStats for each row [N,
+// 9]. The formulas as sums that merge: csrc/vocab_stats.h, docs/algebra.md.
 //
 //   for each row, by a warp, a block or several blocks:
 //     base = maxima and lse(z) - lse(r) of the first vectors
-//     for each turn of two vectors of each thread:     w = 2^(r L - M), D = (z - r) L - C
-//       add up w, w D, w 2^D, w (2^D - 1 - D ln 2)     or, rarely, what the base cannot take
-//     leave a record; a thread per row merges the records and puts the label beside the rest
+//     for each turn of two vectors of each thread:   w = 2^(r L - M), D = (z - r) L - C
+//       add up w, w D, w 2^D, w (2^D - 1 - D ln 2)   or on the mixed path (running_stats.cuh)
+//     leave a record; a thread per row merges the row's records and adds the label
 //
 // Roofline, per pair (z, r) of logits of S bytes: reads 2 S bytes, once. Per row: writes 11
-// numbers, and 7 for each warp that works on it, which are read once. A card that moves 4.3 TB/s
-// with 132 multiprocessors at 1.9 GHz passes 1.07e12 bfloat16 pairs a second, which leaves a pair
-// 31 issued instructions and 3.7 results of the special-function unit. The loop of turns takes 23
-// and 2, whatever the gap between policy and reference is (.ci/check_machine_code.py counts them):
-// memory is the limit. float32 has twice that room. float64 is bound by its arithmetic on cards
-// that have little of it.
+// numbers, and 7 for each warp that works on it, which are read once. An H200 (4.3 TB/s in a copy,
+// 132 multiprocessors at 1.9 GHz) passes 1.07e12 bfloat16 pairs a second, which leaves a pair 31
+// issued instructions and 3.7 results of the special-function unit. The loop of turns takes 23 and
+// 2 for gaps of any size (.ci/check_machine_code.py counts them), so memory is the limit. float32
+// has twice that room. float64 is bound by its arithmetic on cards that have few units for it.
 //
-// Decomposition: a row is one warp's (short rows), one block's, or several blocks' (few long rows).
-// Lanes take vectors of 16 bytes in turn; the next vector is on its way while one is worked on. The
-// base of a block's sums comes from the first vector of each thread, so that it seldom moves.
+// Decomposition: a warp takes a short row, a block a longer one, several blocks one of few long
+// rows. Lanes take vectors of 16 bytes in turn, and load the next while they work on one. The base
+// of a block's sums comes from the first vector of each of its threads, so it seldom moves.
+#include "../row_outputs.h"
 #include "choices.cuh"
 #include "launch.cuh"
-#include "warp_stats.cuh"
+#include "running_stats.cuh"
 
 namespace tdpo::cuda {
 namespace {
 
-// Blocks that a multiprocessor shall hold at least: with four, 28 KiB are on their way, and 4.3
-// TB/s with a latency of 650 ns need 21. Where a side has to be shifted, or a warp is alone with
-// its row, registers allow fewer; float64 is bound by arithmetic.
+// How many blocks a multiprocessor shall hold at least. With four, 28 KiB are in flight, and an
+// H200's 4.3 TB/s at a latency of 650 ns need 21. Where a side has to be shifted, or a warp is
+// alone with its row, registers allow fewer; float64 is bound by arithmetic.
 template <class T, int kWarps, bool kShifted>
 constexpr int kResidentBlocks = sizeof(T) == 8 ? 1
                                 : kWarps == 1  ? 2
                                 : kShifted     ? TDPO_FORWARD_BLOCKS - 1
                                                : TDPO_FORWARD_BLOCKS;
 
-// Rounds that go by one at a time, at most, before the quick way is tried again.
-constexpr int kMostUntried = 16;
+// At most so many rounds go by one at a time before turns are tried again.
+constexpr int kMostSingleRounds = 16;
 
+// One entry as a Real.
 template <class T>
 __device__ RealOf<T> value_of(T entry) {
   Words words = {};
@@ -48,35 +54,10 @@ __device__ RealOf<T> value_of(T entry) {
   return values[0];
 }
 
-enum class LabelKind { kIgnored, kOutside, kEntry };
-
-// Work: what has labels, ignore_index and vocabulary.
-template <class Work>
-__device__ __forceinline__ LabelKind label_kind(const Work& work, uint32_t row) {
-  const int64_t label = work.labels[row];
-  if (label == work.ignore_index) return LabelKind::kIgnored;
-  return label >= 0 && label < work.vocabulary ? LabelKind::kEntry : LabelKind::kOutside;
-}
-
-template <class Real>
-__device__ void write_outputs(const TokenStatsOutputs& outputs, uint32_t row,
-                              const RowSummary<Real>& summary) {
-  static_cast<Real*>(outputs.policy_logps)[row] = summary.policy_logp;
-  static_cast<Real*>(outputs.reference_logps)[row] = summary.reference_logp;
-  static_cast<Real*>(outputs.forward_kl)[row] = summary.forward_kl;
-  static_cast<Normalizers<Real>*>(outputs.normalizers)[row] = summary.normalizers;
-}
-
-// For rows without results: 0 where the label is ignored, NaN where there is no such label.
-template <class Real>
-__device__ void fill_outputs(const TokenStatsOutputs& outputs, uint32_t row, LabelKind kind) {
-  const Real x = kind == LabelKind::kIgnored ? Real(0) : Real(NAN);
-  write_outputs<Real>(outputs, row, {x, x, x, {x, x, x, x, x, x, x, x}});
-}
-
-// Records of everything but the label: one of each warp that has worked on the row.
-// kShifted: some rows of the reference are aligned otherwise than the policy's. `tile`: the rows
-// are those of a tile, of which a label outside leaves nothing out.
+// Leaves a record of all entries but the label's for each warp that works on a row.
+//
+// kShifted: whether some row of the reference is aligned differently from the policy's. `tile`:
+// whether the rows are those of a tile; a row whose label is outside is read then.
 template <class T, int kWarps, bool kShifted>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>)
     row_records_kernel(const TokenStatsProblem problem, bool tile, VocabStats<RealOf<T>>* records) {
@@ -99,39 +80,42 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>
 
   const auto load_16 = [](const uint4* address) { return TDPO_FORWARD_LOAD(address); };
   const auto load_inner = [&](int index) {
-    Pair<T> pair;
-    pair.present = index >= begin && index < end && index != label_vector;
-    if (pair.present) {
-      pair.policy = z.load(index, load_16);
-      pair.reference = r.load(index, load_16);
+    SideVectors<T> loaded;
+    loaded.present = index >= begin && index < end && index != label_vector;
+    if (loaded.present) {
+      loaded.policy = z.load(index, load_16);
+      loaded.reference = r.load(index, load_16);
     }
-    return pair;
+    return loaded;
   };
-  // The entries beside the inner vectors, and those beside the label: one for each lane, since 16
-  // loads at a time would need many registers. `round` counts from the first such round.
+  // The entries of the outer vectors and the others in the label's vector: one for each lane, since
+  // all entries of a vector at once would need many registers. `round` counts from the first such
+  // round.
   const auto load_outer = [&](int round) {
     const int n = round * kLanes + lane_index(), place = n % RowVectors<T>::kPerVector;
     const int index = vectors.outer(n / RowVectors<T>::kPerVector, label_vector);
     const int entry = vectors.start(index) + place;
-    Pair<T> pair = {Side<T>::nothing(), Side<T>::nothing(), true};
+    SideVectors<T> loaded = {Side<T>::without_mass(), Side<T>::without_mass(), true};
     if (entry >= 0 && entry < vocabulary && entry != label) {
-      Storage<T>::set(pair.policy.word, 0, z.entry(index, place));
-      Storage<T>::set(pair.reference.word, 0, r.entry(index, place));
+      Storage<T>::set(loaded.policy.word, 0, z.entry(index, place));
+      Storage<T>::set(loaded.reference.word, 0, r.entry(index, place));
     }
-    return pair;
+    return loaded;
   };
 
-  // A round is a vector of each thread of the team. They go by two at a time, a turn, where all
-  // vectors are there and none is the label's (all lanes of a warp know where that is), else one at
-  // a time. What the quick way does not take goes by in the other one; after several such turns
-  // more at once, untried.
-  // Rounds begin at whole sectors of the policy, so the first, which is never in a turn, may begin
-  // before the row.
+  // A round is one vector of each thread of the team, and a turn is two rounds. Turns go by on the
+  // quick path as long as all their vectors are inner ones and none is the label's; all lanes of a
+  // warp know where that is. All other rounds go by one at a time, with each entry checked. If the
+  // quick path refuses a turn, that turn goes by in single rounds, and after several refusals more
+  // rounds do before turns are tried again.
+  //
+  // Rounds begin at whole sectors of the policy, so the first may begin before the row. It is never
+  // in a turn.
   const int start = begin - vectors.past_sectors(z.first + begin);
-  const int size = Scope::size(), own = start + Scope::rank();
+  const int size = Scope::size(), first_index = start + Scope::rank();
   const int whole_rounds = (end - start) / size;
   const int inner_rounds = max(1, (end - start + size - 1) / size);
-  const bool takes_outer = part == 0 && Scope::rank() < kLanes;  // the first warp of the row
+  const bool takes_outer = part == 0 && Scope::rank() < kLanes;  // only the row's first warp does
   const int rounds = inner_rounds + (takes_outer ? RowVectors<T>::kOuterRounds : 0);
   const int from_start = label_vector - start, label_rank = from_start % size;
   const bool label_is_here =
@@ -139,31 +123,33 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>
   const int label_round = label_is_here ? from_start / size : rounds;
 
   const auto load = [&](int round) {
-    return round < inner_rounds ? load_inner(own + round * size) : load_outer(round - inner_rounds);
+    return round < inner_rounds ? load_inner(first_index + round * size)
+                                : load_outer(round - inner_rounds);
   };
-  const auto load_whole = [&](int round) -> Pair<T> {
-    const int index = own + round * size;
+  const auto load_whole = [&](int round) -> SideVectors<T> {
+    const int index = first_index + round * size;
     return {z.load(index, load_16), r.load(index, load_16), true};
   };
 
-  Pair<T> pair = load(0);
-  WarpStats<T> stats(WarpStats<T>::template start_of<Scope>(pair).base, whole_rounds >= 2);
-  bool taken = true;  // whether the quick way took the last turn
-  for (int round = 0, last = 1, untried = 1;;) {
-    for (;;) {  // one at a time
-      stats.add(pair, taken && round < inner_rounds);
+  SideVectors<T> loaded = load(0);
+  RunningStats<T> stats(RunningStats<T>::template own_base_of<Scope>(loaded).base,
+                        whole_rounds >= 2);
+  bool taken = true;  // whether the quick path took the last turn
+  for (int round = 0, last = 1, single_rounds = 1;;) {
+    for (;;) {  // single rounds
+      stats.add(loaded, taken && round < inner_rounds);
       if (round == 0) stats.keep_base();
       if (++round == last) break;
-      pair = load(round);
+      loaded = load(round);
     }
     taken = true;
     const int stop = round <= label_round ? min(whole_rounds, label_round) : whole_rounds;
     if (stats.may_be_quick() && round + 2 <= stop) {
-      Pair<T> first = load_whole(round);
+      SideVectors<T> first = load_whole(round);
 #pragma unroll 1
       for (bool more = true; more; round += 2) {
-        const Pair<T> second = load_whole(round + 1);
-        typename WarpStats<T>::QuickSums sums;
+        const SideVectors<T> second = load_whole(round + 1);
+        typename RunningStats<T>::QuickSums sums;
         stats.sum_quickly(first, sums);
         more = round + 4 <= stop;
         if (more) first = load_whole(round + 2);
@@ -173,17 +159,17 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>
       }
     }
     if (round == rounds) break;
-    untried = taken ? 2 : min(2 * untried, kMostUntried);
-    last = min(round + untried, rounds);
-    pair = load(round);
+    single_rounds = taken ? 2 : min(2 * single_rounds, kMostSingleRounds);
+    last = min(round + single_rounds, rounds);
+    loaded = load(round);
   }
-  const VocabStats<RealOf<T>> of_warp = stats.collect();
+  const VocabStats<RealOf<T>> of_warp = stats.record();
   if (lane_index() != 0) return;
   const uint64_t block = uint64_t(blockIdx.x) * gridDim.y + blockIdx.y;
   records[block * kBlockWarps + warp_index()] = of_warp;
 }
 
-// A row's label, and what its warps have left, beside what was there before.
+// `stats`, with the records that a row's warps have left and the row's label added.
 template <class T>
 __device__ LabelledStats<RealOf<T>> labelled_stats(const TokenStatsProblem& problem, uint32_t row,
                                                    LabelledStats<RealOf<T>> stats,
@@ -200,7 +186,7 @@ __device__ LabelledStats<RealOf<T>> labelled_stats(const TokenStatsProblem& prob
   return stats;
 }
 
-// The kernels below take a thread per row.
+// The three kernels below have one thread for each row.
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -215,8 +201,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     fill_outputs<Real>(work.outputs, row, kind);
     return;
   }
-  const LabelledStats<Real> nothing = empty_labelled_stats<Real>();
-  const auto stats = labelled_stats<T>(problem, row, nothing, records, records_of_row);
+  const LabelledStats<Real> empty = empty_labelled_stats<Real>();
+  const auto stats = labelled_stats<T>(problem, row, empty, records, records_of_row);
   write_outputs(work.outputs, row, finalise(stats));
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -11,8 +11,14 @@ from torch.autograd import forward_ad
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32)
-VARIANTS = ("tdpo1", "tdpo2")
-REDUCTIONS = ("none", "mean", "sum")
+Variant = Literal["tdpo1", "tdpo2"]
+"""TDPO1; or TDPO2, which with alpha = 0 is DPO."""
+
+Reduction = Literal["none", "mean", "sum"]
+"""How the losses of the pairs become one: not at all, their mean, or their sum."""
+
+VARIANTS = get_args(Variant)
+REDUCTIONS = get_args(Reduction)
 
 
 def _names(values: tuple[object, ...]) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tdpo_ext import checks
+from tdpo_ext.checks import Reduction, Variant
 from tdpo_ext.distributed import Shard, local_logits, shard_of
 from tdpo_ext.loss import LossOptions, loss_from_stats
 from tdpo_ext.outputs import TDPOOutput, TokenStats
@@ -43,12 +44,13 @@ def token_stats(
     Args:
         policy_logits: ``[..., V]``, float32, bfloat16, float16 or float64; the last dimension
             contiguous, other strides free (a ``[:, :-1]`` slice is not copied).
-        reference_logits: as policy_logits, same shape, dtype and device, not requiring grad.
+        reference_logits: the same of the reference, of one shape, dtype and device with
+            policy_logits, not requiring grad.
         labels: ``[...]`` int64 or int32, aligned with the logits (nothing is shifted).
         ignore_index: rows with this label are never read; their outputs and gradients are 0.
         inplace_backward: let the gradient overwrite ``policy_logits`` instead of allocating. A
             second backward then raises.
-        process_group: of the processes that share the vocabulary (tensor parallel). The logits are
+        process_group: the processes that share the vocabulary (tensor parallel). The logits are
             this process's part, all parts equally wide and in the order of ranks; labels are global
             ids, the same everywhere, and so are the results. DTensors sharded on the vocabulary are
             taken without it, of any width; results are plain tensors.
@@ -105,10 +107,10 @@ def tdpo_loss(
     cu_seqlens: Tensor | None = None,
     beta: float = 0.1,
     alpha: float = 0.5,
-    variant: str = "tdpo2",
+    variant: Variant = "tdpo2",
     label_smoothing: float = 0.0,
     average_log_prob: bool = False,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int = -100,
     inplace_backward: bool = False,
     process_group: ProcessGroup | None = None,
@@ -133,23 +135,27 @@ def tdpo_loss(
         cu_seqlens: ``[2B + 1]`` int32 or int64, ascending from 0 to total: the boundaries of packed
             sequences.
         beta: strength of the KL constraint, positive.
-        alpha: weight of the sequential KL in TDPO2, at least 0. TDPO1 ignores it.
+        alpha: weight of the sequential KL in TDPO2, at least 0; 0 is DPO. TDPO1 ignores it.
         variant: "tdpo2" or "tdpo1".
         label_smoothing: probability, in [0, 0.5), that a preference is the wrong way round.
         average_log_prob: divide log-probabilities, margin and SeqKL by the sequence's kept tokens.
         reduction: "mean", "sum" or "none" over the B pairs.
         ignore_index: the label of tokens that do not count.
-        inplace_backward: let the gradient overwrite ``policy_logits`` instead of allocating.
+        inplace_backward: let the gradient overwrite ``policy_logits`` instead of allocating. A
+            second backward then raises.
         process_group: as ``token_stats``.
 
     Returns:
         ``TDPOOutput``; only ``loss`` carries a gradient.
 
     Raises:
-        TypeError, ValueError, IndexError: as ``token_stats``; and ValueError for an odd number of
-            sequences, both or neither of labels and shift_labels, cu_seqlens that do not ascend
-            from 0 to total (NaN losses on an accelerator), an unknown variant or reduction, or an
-            option outside its range.
+        TypeError: a dtype or an option of the wrong type.
+        ValueError: shapes or devices that do not fit, an odd number of sequences, both or neither
+            of labels and shift_labels, cu_seqlens that do not ascend from 0 to total (NaN losses on
+            an accelerator), an unknown variant or reduction, an option outside its range, a tensor
+            of the reference that requires grad.
+        IndexError: on the CPU, a label outside [0, V) that is not ``ignore_index``. On an
+            accelerator that token's numbers are NaN.
     """
     policy_logits, reference_logits, labels, shift_labels, shard = local_logits(
         policy_logits, reference_logits, labels, shift_labels, process_group=process_group

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpo_ext import checks
+from tdpo_ext.checks import Reduction, Variant
 from tdpo_ext.outputs import TDPOOutput, TokenStats
 from tdpo_ext.sequences import kept_counts, sequence_sums
 
@@ -26,10 +27,10 @@ class LossOptions(NamedTuple):
 
     beta: float
     alpha: float
-    variant: str
+    variant: Variant
     label_smoothing: float
     average_log_prob: bool
-    reduction: str
+    reduction: Reduction
 
     def checked(self) -> LossOptions:
         """Itself, or TypeError or ValueError for an option outside its range."""
@@ -44,7 +45,7 @@ def pair_loss(
     *,
     beta: float = 0.1,
     alpha: float = 0.5,
-    variant: str = "tdpo2",
+    variant: Variant = "tdpo2",
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """The loss of each pair from its sequence sums.
@@ -75,7 +76,7 @@ def pair_loss(
     return losses
 
 
-def pair_difference(logps_margin: Tensor, seq_kl: Tensor, alpha: float, variant: str) -> Tensor:
+def pair_difference(logps_margin: Tensor, seq_kl: Tensor, alpha: float, variant: Variant) -> Tensor:
     """The factor of beta in the loss, ``[B]``: the difference of the margins, less that of the
     sequential KLs."""
     chosen_margin, rejected_margin = logps_margin.chunk(2)
@@ -96,7 +97,7 @@ def pair_slopes(difference: Tensor, beta: float, label_smoothing: float) -> Tens
     return beta * (slopes + label_smoothing * torch.sigmoid(logit))
 
 
-def kl_ratios(alpha: float, variant: str) -> tuple[float, float]:
+def kl_ratios(alpha: float, variant: Variant) -> tuple[float, float]:
     """The loss's derivative by a token's KL over that by its log p(y): of chosen responses, and of
     rejected ones."""
     return (1.0, 1.0) if variant == "tdpo1" else (0.0, float(alpha))

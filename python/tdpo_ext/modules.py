@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tdpo_ext import checks
+from tdpo_ext.checks import Reduction, Variant
 from tdpo_ext.functional import tdpo_loss
 from tdpo_ext.fused_head.functional import linear_tdpo_loss
 from tdpo_ext.loss import LossOptions
@@ -23,11 +24,11 @@ class _LossModule(nn.Module):
         self,
         beta: float,
         alpha: float,
-        variant: str,
+        variant: Variant,
         *,
         label_smoothing: float,
         average_log_prob: bool,
-        reduction: str,
+        reduction: Reduction,
         ignore_index: int,
         process_group: ProcessGroup | None,
     ) -> None:
@@ -44,6 +45,7 @@ class _LossModule(nn.Module):
         self.process_group = process_group
 
     def options(self) -> dict[str, Any]:
+        """The module's options, as keyword arguments of the function."""
         return {
             "beta": self.beta,
             "alpha": self.alpha,
@@ -66,22 +68,31 @@ class TDPOLoss(_LossModule):
     """``tdpo_ext.tdpo_loss`` with its options fixed at construction; it has no parameters.
 
     Args:
-        beta, alpha, variant, label_smoothing, average_log_prob, reduction, ignore_index,
-        inplace_backward, process_group: as ``tdpo_ext.tdpo_loss``.
+        beta: strength of the KL constraint, positive.
+        alpha: weight of the sequential KL in TDPO2, at least 0; 0 is DPO. TDPO1 ignores it.
+        variant: "tdpo2" or "tdpo1".
+        label_smoothing: probability, in [0, 0.5), that a preference is the wrong way round.
+        average_log_prob: divide log-probabilities, margin and SeqKL by the sequence's kept tokens.
+        reduction: "mean", "sum" or "none" over the B pairs.
+        ignore_index: the label of tokens that do not count.
+        inplace_backward: let the gradient overwrite ``policy_logits`` instead of allocating. A
+            second backward then raises.
+        process_group: the processes that share the vocabulary (tensor parallel).
 
     Raises:
-        TypeError, ValueError: an option is of the wrong type or outside its range.
+        TypeError: an option is of the wrong type.
+        ValueError: an option is outside its range.
     """
 
     def __init__(
         self,
         beta: float = 0.1,
         alpha: float = 0.5,
-        variant: str = "tdpo2",
+        variant: Variant = "tdpo2",
         *,
         label_smoothing: float = 0.0,
         average_log_prob: bool = False,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         ignore_index: int = -100,
         inplace_backward: bool = False,
         process_group: ProcessGroup | None = None,
@@ -110,7 +121,7 @@ class TDPOLoss(_LossModule):
         shift_labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> TDPOOutput:
-        """Shapes and errors as ``tdpo_ext.tdpo_loss``."""
+        """``tdpo_ext.tdpo_loss``, whose shapes and errors these are, with the module's options."""
         return tdpo_loss(
             policy_logits,
             reference_logits,
@@ -125,23 +136,36 @@ class LinearTDPOLoss(_LossModule):
     """``tdpo_ext.linear_tdpo_loss`` with its options fixed at construction; it has no parameters.
 
     Args:
-        beta, alpha, variant, label_smoothing, average_log_prob, reduction, ignore_index,
-        logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap, chunk_bytes,
-        process_group: as ``tdpo_ext.linear_tdpo_loss``.
+        beta: strength of the KL constraint, positive.
+        alpha: weight of the sequential KL in TDPO2, at least 0; 0 is DPO. TDPO1 ignores it.
+        variant: "tdpo2" or "tdpo1".
+        label_smoothing: probability, in [0, 0.5), that a preference is the wrong way round.
+        average_log_prob: divide log-probabilities, margin and SeqKL by the sequence's kept tokens.
+        reduction: "mean", "sum" or "none" over the B pairs.
+        ignore_index: the label of tokens that do not count.
+        logit_scale: factor of the policy's logits.
+        logit_softcap: the policy's logits are capped at this, as Gemma 2 does; None: not at all.
+        reference_logit_scale: factor of the reference's logits; None: the policy's.
+        reference_logit_softcap: cap of the reference's logits; None: the policy's.
+        chunk_bytes: scratch memory beyond inputs, outputs and gradients. None: 256 MiB, and on
+            CUDA a 32nd of the card's memory, between 256 MiB and 2 GiB. Results do not depend on
+            it beyond rounding.
+        process_group: the processes that share the vocabulary (tensor parallel).
 
     Raises:
-        TypeError, ValueError: an option is of the wrong type or outside its range.
+        TypeError: an option is of the wrong type.
+        ValueError: an option is outside its range.
     """
 
     def __init__(
         self,
         beta: float = 0.1,
         alpha: float = 0.5,
-        variant: str = "tdpo2",
+        variant: Variant = "tdpo2",
         *,
         label_smoothing: float = 0.0,
         average_log_prob: bool = False,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         ignore_index: int = -100,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
@@ -193,7 +217,8 @@ class LinearTDPOLoss(_LossModule):
         policy_bias: Tensor | None = None,
         reference_bias: Tensor | None = None,
     ) -> TDPOOutput:
-        """Shapes and errors as ``tdpo_ext.linear_tdpo_loss``."""
+        """``tdpo_ext.linear_tdpo_loss``, whose shapes and errors these are, with the module's
+        options."""
         return linear_tdpo_loss(
             policy_hidden,
             policy_weight,

@@ -70,8 +70,10 @@ class TDPOOutput(NamedTuple):
         return {name: values.mean() for name, values in self.metrics_of_pairs().items()}
 
     def metrics_of_pairs(self) -> dict[str, Tensor]:
-        """The same of each pair, ``[B]``. ``kl/margin`` is chosen minus rejected, as in the paper's
-        code."""
+        """The metrics of each pair, ``[B]``, under the names of ``metrics``.
+
+        ``kl/margin`` is chosen minus rejected, as in the paper's code.
+        """
         return {
             **self._rewards("rewards", self.chosen_dpo_rewards, self.rejected_dpo_rewards),
             **self._rewards("tdpo_rewards", self.chosen_rewards, self.rejected_rewards),

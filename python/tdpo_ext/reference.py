@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tdpo_ext import checks
+from tdpo_ext.checks import Reduction, Variant
 from tdpo_ext.loss import LossOptions, loss_from_stats, pair_loss
 from tdpo_ext.outputs import TDPOOutput, TokenStats
 from tdpo_ext.sequences import aligned_labels
@@ -114,10 +115,10 @@ def tdpo_loss(
     cu_seqlens: Tensor | None = None,
     beta: float = 0.1,
     alpha: float = 0.5,
-    variant: str = "tdpo2",
+    variant: Variant = "tdpo2",
     label_smoothing: float = 0.0,
     average_log_prob: bool = False,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int = -100,
     inplace_backward: bool = False,
     process_group: None = None,
@@ -215,10 +216,10 @@ def linear_tdpo_loss(
     reference_logit_softcap: float | None = None,
     beta: float = 0.1,
     alpha: float = 0.5,
-    variant: str = "tdpo2",
+    variant: Variant = "tdpo2",
     label_smoothing: float = 0.0,
     average_log_prob: bool = False,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int = -100,
     chunk_bytes: int | None = None,
     process_group: None = None,

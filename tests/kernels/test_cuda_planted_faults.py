@@ -59,11 +59,11 @@ def test_a_divergent_shuffle(tmp_path):
     assert "threads wait for each other" in output
 
 
-FORWARD, STATS = "token_stats_forward.cu", "warp_stats.cuh"
+FORWARD, STATS = "token_stats_forward.cu", "running_stats.cuh"
 BACKWARD = "token_stats_backward.cu"
 IN_THE_LOOP = {
     "the last vectors of a row left out": (
-        *(FORWARD, "(end - begin + size - 1) / size", "(end - begin) / size"),
+        *(FORWARD, "(end - start + size - 1) / size", "(end - start) / size"),
         *("test_token_stats.py", "many_blocks"),
     ),
     "one vector taken twice": (

@@ -239,13 +239,13 @@ def test_image_tokens_cut_off_by_max_length_are_explained(tmp_path: Any) -> None
 
 def test_every_option_that_is_refused_stands_in_the_documentation() -> None:
     """With what is allowed and why not more, in the code's own words."""
-    page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "usage.md").read_text()
     for option in of_trl.ONLY:
         assert f"| `{option.name}` | {option.shown()} | {option.why} |" in page
 
 
 def test_every_option_of_tdpo_stands_in_the_documentation() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "embedding.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "usage.md").read_text()
     own = set(of_trl.TDPOConfig.__dataclass_fields__) - set(trl.DPOConfig.__dataclass_fields__)
     for name in own:
         default = of_trl.TDPOConfig.__dataclass_fields__[name].default

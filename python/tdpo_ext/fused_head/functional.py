@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tdpo_ext import checks
-from tdpo_ext.checks import Side
+from tdpo_ext.checks import Reduction, Side, Variant
 from tdpo_ext.distributed import Shard, local_head, local_labels, shard_of
 from tdpo_ext.fused_head import ops
 from tdpo_ext.fused_head.ops import Heads, Options
@@ -59,15 +59,18 @@ def linear_token_stats(
         reference_hidden: ``[..., H_ref]``, not requiring grad.
         reference_weight: ``[V, H_ref]``, the dtype of reference_hidden, not requiring grad.
         labels: ``[...]`` int64 or int32, aligned with the hidden states (nothing is shifted).
-        policy_bias, reference_bias: ``[V]``.
-        logit_scale, logit_softcap: of the policy's logits, as above.
-        reference_logit_scale, reference_logit_softcap: of the reference's; None: the policy's.
+        policy_bias: ``[V]``.
+        reference_bias: ``[V]``.
+        logit_scale: factor of the policy's logits.
+        logit_softcap: the policy's logits are capped at this, as Gemma 2 does; None: not at all.
+        reference_logit_scale: factor of the reference's logits; None: the policy's.
+        reference_logit_softcap: cap of the reference's logits; None: the policy's.
         ignore_index: tokens with this label are left out before the first product: they cost
             nothing, and their outputs and gradients are 0.
-        chunk_bytes: scratch memory, beyond inputs, outputs and gradients. None: 256 MiB, and on
+        chunk_bytes: scratch memory beyond inputs, outputs and gradients. None: 256 MiB, and on
             CUDA a 32nd of the card's memory, between 256 MiB and 2 GiB. Results do not depend on
             it beyond rounding.
-        process_group: of the processes that share the vocabulary (tensor parallel). Weights and
+        process_group: the processes that share the vocabulary (tensor parallel). Weights and
             biases are this process's rows, all parts equally wide and in the order of ranks; hidden
             states and labels (global ids) are the same everywhere, and so are the results and the
             gradient of policy_hidden. Weights that are DTensors sharded on dimension 0 are taken
@@ -118,10 +121,10 @@ def linear_tdpo_loss(
     reference_logit_softcap: float | None = None,
     beta: float = 0.1,
     alpha: float = 0.5,
-    variant: str = "tdpo2",
+    variant: Variant = "tdpo2",
     label_smoothing: float = 0.0,
     average_log_prob: bool = False,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int = -100,
     chunk_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
@@ -131,21 +134,44 @@ def linear_tdpo_loss(
     Args:
         policy_hidden: ``[2B, T, H]``, the chosen sequences stacked on the rejected ones in the same
             order; or ``[total, H]`` together with ``cu_seqlens``.
-        reference_hidden: the same of the reference model, ``[..., H_ref]``.
-        labels, shift_labels, cu_seqlens, beta, alpha, variant, label_smoothing, average_log_prob,
-            reduction: as ``tdpo_loss``.
-        policy_weight, reference_weight, policy_bias, reference_bias, logit_scale, logit_softcap,
-            reference_logit_scale, reference_logit_softcap, ignore_index, chunk_bytes,
-            process_group: as ``linear_token_stats``. Large enough for the logits of whole pairs,
-            ``chunk_bytes`` saves the work of making them twice (docs/fused-head.md), but not with
-            a sharded vocabulary.
+        policy_weight: ``[V, H]``, the dtype of policy_hidden (under autocast: any).
+        reference_hidden: the same of the reference model, ``[..., H_ref]``, not requiring grad.
+        reference_weight: ``[V, H_ref]``, the dtype of reference_hidden, not requiring grad.
+        labels: ``[2B, T]`` or ``[total]`` int64 or int32, as the model saw them, prompt and padding
+            replaced by ``ignore_index``; position t is scored against label t + 1 of its sequence.
+        shift_labels: the same, already aligned with the hidden states. Give exactly one of the two.
+        cu_seqlens: ``[2B + 1]`` int32 or int64, ascending from 0 to total: the boundaries of packed
+            sequences.
+        policy_bias: ``[V]``.
+        reference_bias: ``[V]``.
+        logit_scale: factor of the policy's logits.
+        logit_softcap: the policy's logits are capped at this, as Gemma 2 does; None: not at all.
+        reference_logit_scale: factor of the reference's logits; None: the policy's.
+        reference_logit_softcap: cap of the reference's logits; None: the policy's.
+        beta: strength of the KL constraint, positive.
+        alpha: weight of the sequential KL in TDPO2, at least 0; 0 is DPO. TDPO1 ignores it.
+        variant: "tdpo2" or "tdpo1".
+        label_smoothing: probability, in [0, 0.5), that a preference is the wrong way round.
+        average_log_prob: divide log-probabilities, margin and SeqKL by the sequence's kept tokens.
+        reduction: "mean", "sum" or "none" over the B pairs.
+        ignore_index: the label of tokens that do not count.
+        chunk_bytes: scratch memory, as ``linear_token_stats``. Large enough for the logits of whole
+            pairs it saves the work of making them twice (docs/fused-head.md), but not with a
+            sharded vocabulary.
+        process_group: as ``linear_token_stats``.
 
     Returns:
         ``TDPOOutput``; only ``loss`` carries a gradient, for policy_hidden, policy_weight and
         policy_bias.
 
     Raises:
-        TypeError, ValueError, IndexError: as ``tdpo_loss`` and ``linear_token_stats``.
+        TypeError: a dtype or an option of the wrong type.
+        ValueError: shapes or devices that do not fit, an odd number of sequences, both or neither
+            of labels and shift_labels, cu_seqlens that do not ascend from 0 to total (NaN losses on
+            an accelerator), an unknown variant or reduction, an option outside its range, a tensor
+            of the reference that requires grad.
+        IndexError: on the CPU, a label outside [0, V) that is not ``ignore_index``. On an
+            accelerator that token's numbers are NaN.
     """
     labels, shift_labels = (local_labels(x, policy_weight) for x in (labels, shift_labels))
     heads, options = _checked(

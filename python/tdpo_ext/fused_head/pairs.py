@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tdpo_ext.checks import Variant
 from tdpo_ext.loss import LossOptions, kl_ratios, pair_difference, pair_slopes, sequence_terms
 from tdpo_ext.outputs import TokenStats
 from tdpo_ext.sequences import sequence_of_tokens
@@ -41,7 +42,7 @@ class Batch(NamedTuple):
 
 
 def kl_ratio_of_tokens(
-    sequence: Tensor, pairs: int, alpha: float, variant: str, dtype: torch.dtype
+    sequence: Tensor, pairs: int, alpha: float, variant: Variant, dtype: torch.dtype
 ) -> Tensor:
     """The slope of each token's KL over that of its log p(y), ``[N]``."""
     chosen, rejected = kl_ratios(alpha, variant)

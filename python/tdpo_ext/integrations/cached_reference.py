@@ -153,7 +153,8 @@ class CachedReferenceCollator:
     """Another collator's batches with ``reference_hidden`` ``[2B, T, H]`` from a cache.
 
     It runs where the other runs, in a worker of the data loader too, reads the rows of the batch
-    from disk, and leaves padding 0.
+    from disk, and leaves padding 0. Called with a sequence that is not in the cache it raises
+    ValueError.
 
     Args:
         collator: gives ``input_ids`` and ``attention_mask`` ``[2B, T]``, padded on the left or on
@@ -161,9 +162,6 @@ class CachedReferenceCollator:
             ``DataCollatorForPreference`` ...
         cache: of the reference.
         encoder_decoder: whether the reference is one.
-
-    Raises, when called:
-        ValueError: a sequence is not in the cache.
     """
 
     def __init__(

@@ -101,10 +101,9 @@ class PreferenceCollator:
         encoder_decoder: the prompt alone is the input, the response alone the labels; each is cut
             to ``max_length``.
 
-    Returns, when called:
-        A ``PreferenceBatch``, which is a dictionary: ``input_ids``, ``attention_mask``, ``labels``
-        (-100 on prompt and padding), each ``[2B, T]`` int64; and ``reference_hidden``
-        ``[2B, T, H]``.
+    Called with examples it returns a ``PreferenceBatch``, which is a dictionary: ``input_ids``,
+    ``attention_mask``, ``labels`` (-100 on prompt and padding), each ``[2B, T]`` int64; and
+    ``reference_hidden`` ``[2B, T, H]``.
 
     Raises:
         ValueError: an option is outside its range, or an example lacks a field.

@@ -208,8 +208,9 @@ class ReferenceCacheWriter:
         folder: made if it does not exist.
         fingerprint: all that the hidden states depend on, as strings: model and its parameters,
             precision, tokenizer ...
-        process, processes: which of how many writes here. All must have opened their writers before
-            one of them asks for ``keys``, and closed them before one calls ``finish``.
+        process: the number of the process that writes here, from 0.
+        processes: how many write. All must have opened their writers before one of them asks for
+            ``keys``, and closed them before one calls ``finish``.
 
     Raises:
         ValueError: an empty fingerprint, a cache of something else, or a finished cache with files

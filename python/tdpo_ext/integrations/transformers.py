@@ -71,10 +71,10 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
             model is held whole on every device, but partitioned with ZeRO-3.
         precompute_reference: a folder: the reference runs once over all data sets, its hidden
             states go to disk there (``precompute_reference``), and the model is let go.
-        others: as ``transformers.Trainer``. ``data_collator`` is a ``PreferenceCollator``, or gives
-            such batches; None: one without ``max_length``. Examples of which it leaves no response
-            are left out of lists, ``datasets.Dataset`` and iterable data sets, with a warning that
-            says how many.
+        **others: as ``transformers.Trainer``. ``data_collator`` is a ``PreferenceCollator``, or
+            gives such batches; None: one without ``max_length``. Examples of which it leaves no
+            response are left out of lists, ``datasets.Dataset`` and iterable data sets, with a
+            warning that says how many.
 
     Raises:
         ValueError: an option that TDPO cannot honour: ``compute_metrics``,

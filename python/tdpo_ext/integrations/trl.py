@@ -75,18 +75,22 @@ class TDPOTrainer(TDPOSteps, trl.DPOTrainer):
         TDPOTrainer("path/to/model", args=TDPOConfig("folder"), train_dataset=pairs).train()
 
     Construction and data are TRL's, PEFT included: there the reference is the adapter "ref" or the
-    model without adapters. The loss of an optimizer step is the mean over all its pairs. Logged are
-    rewards/*, logps/*, aux_loss and num_tokens as TRL logs them, tdpo_rewards/* and kl/*, each a
-    mean over the pairs since the last log; entropy, logits/* and mean_token_accuracy are not, since
-    they need more of the logits than the loss does.
+    model without adapters. The loss of an optimizer step is the mean over all its pairs. It
+    logs ``rewards/*``, ``logps/*``, ``aux_loss`` and ``num_tokens`` as TRL does, ``tdpo_rewards/*``
+    and ``kl/*``, each a mean over the pairs since the last log. It does not log ``entropy``,
+    ``logits/*`` and ``mean_token_accuracy``: they need more of the logits than the loss does.
 
     Args:
-        model, ref_model, ..., peft_config: as ``trl.DPOTrainer``, in its order.
+        model: a model, or the path of one, as ``trl.DPOTrainer`` takes it.
+        ref_model: the reference, as ``trl.DPOTrainer`` takes it; None: a copy, or the model without
+            its adapters.
         args: ``TDPOConfig``. None: one that writes to ``<name of the model>-TDPO``.
-        compute_metrics: called with the logits, which ``tdpo_fused_head=False`` makes. As in TRL
-            the rows of each batch are its chosen and then its rejected sequences, and ``label_ids``
-            their ``input_ids``.
+        *others: as ``trl.DPOTrainer``, in its order.
         preprocess_logits_for_metrics: as ``transformers.Trainer``.
+        **named: as ``trl.DPOTrainer``: ``train_dataset``, ``processing_class``, ``peft_config`` and
+            so on. ``compute_metrics`` is called with the logits, which ``tdpo_fused_head=False``
+            makes. As in TRL the rows of each batch are its chosen and then its rejected sequences,
+            and ``label_ids`` their ``input_ids``.
 
     Raises:
         TypeError: ``args`` is no ``TDPOConfig``.

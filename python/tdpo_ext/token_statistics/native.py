@@ -126,11 +126,11 @@ def backends() -> dict[str, dict[str, Any]]:
     """What was built and what serves tensors here, by device type.
 
     Returns:
-        ``{"cpu": {...}, "cuda": {...}}``. Each has ``"compiled"``: whether compiled kernels serve
-        the device; if not, ``"reason"`` says why in plain words (the plain-PyTorch fallback then
-        serves it). For the CPU also the compiler, the instruction sets of this processor that have
-        kernels, the one in use, whether OpenMP was built in, and the threads used. For CUDA, if its
-        kernels were built, also their architectures, the versions of CUDA that the runtime has and
-        the driver supports, and the devices.
+        A dictionary for each of "cpu" and "cuda". In it ``"compiled"`` says whether compiled
+        kernels serve the device; if not, ``"reason"`` says why in plain words, and the
+        plain-PyTorch fallback serves it. For the CPU also the compiler, the instruction sets of
+        this processor that have kernels, the one in use, whether OpenMP was built in, and the
+        threads used. For CUDA, if its kernels were built, also their architectures, the versions of
+        CUDA that the runtime has and the driver supports, and the devices.
     """
     return {"cpu": _cpu_backend(), "cuda": _cuda_backend()}

@@ -1,23 +1,29 @@
-// The record of vocabulary statistics that one warp keeps while a row goes by.
+// The record of a row's entries while they go by (VocabStats, csrc/vocab_stats.h), kept by one
+// warp.
 //
-// All lanes share the base; each has sums of its own, which `collect` adds up. Per entry, with
-// w = e^(r - reference_max) and d = z - r - centre, wanted are the sums of w, w d, w e^d and
-// w (e^d - 1 - d). Vectors are taken in one of two ways, always the same for all lanes of the warp:
+// All lanes share the base. Each lane has sums of its own, which `record` adds up at the end. With
+// w = e^(r - reference_max) and d = z - r - centre an entry adds w, w d, w e^d and w (e^d - 1 - d),
+// the last two times k. There are two paths, and all lanes of a warp take the same one:
 //
-//   quick   for every gap between policy and reference. In units of log 2 an exponential is one
-//           multiply-add and one result of the special-function unit:
+//   quick   gaps of any size. In units of ln 2 an exponential is one multiply-add and one result of
+//           the special-function unit. With L = log2(e), M = reference_max L and C = centre L:
 //             w = 2^(r L - M), D = (z - r) L - C, e^d = 2^D
-//             e^d - 1 - d: a polynomial where |D| is small, else (2^D - 1) - D ln 2
-//   any     everything else, rare: infinities, logits so far apart that w may underflow where p
-//   does
-//           not, entries that exceed the base, a centre so large that z - r has lost its digits.
+//             e^d - 1 - d = a polynomial where |D| is small, else (2^D - 1) - D ln 2
+//   mixed   everything else, which is rare: infinities; logits so far apart that w may underflow
+//           where w e^d does not; entries far above the base; a centre so large that z - r has lost
+//           its digits. Each entry chooses, as on the CPU's path of this name.
 //
-// The base is that of the first vectors. It moves where entries exceed it too far, and where a lane
-// has come to as much of the reference's mass as the whole warp had when the centre was last looked
-// at: then what the centre was made from may be next to nothing, and if it lies off, the divergence
-// is the small difference of two large numbers. A centre that was right for 1/m of the mass costs
-// at most a factor of about m in the divergence's rounding error, since gaps that differ between
-// parts of the row are a divergence themselves.
+// The base is made from the first vectors. It moves in two cases:
+//
+//   - An entry exceeds it by more than the headroom.
+//   - A lane alone has come to as much of the reference's mass as the whole warp had when the
+//     base was last looked at (reference_limit). The entries that the centre came from may then
+//     be a small part of the mass; if their gaps are not typical, KL is a small difference of two
+//     large numbers.
+//
+// Between two such looks the centre comes from at least 1/m of the mass, with an m of 64 or less.
+// That costs the divergence at most a factor of about m in rounding error: if the rest of the row
+// has other gaps, then the difference of the gaps is itself a divergence, and KL is not small.
 #pragma once
 
 #include "row_vectors.cuh"
@@ -25,48 +31,51 @@
 
 namespace tdpo::cuda {
 
+// A vector of each side.
 template <class T>
-struct Pair {
+struct SideVectors {
   Words policy, reference;
-  bool present;  // else the words mean nothing
+  bool present;  // whether there is one; if not, the words have no meaning
 };
 
 template <class T>
-class WarpStats {
+class RunningStats {
   using Real = RealOf<T>;
   static constexpr int kPerVector = Storage<T>::kPerVector;
   using Values = Real[kPerVector];
   using HalfValues = Real[kPerVector / 2];
 
-  // Entries may lie above the base as long as the sum of a lane's stays below this.
+  // Entries may lie above the base as long as the sum of one lane's entries stays below this.
   static constexpr Real kHeadroom = 65536;
-  // From this centre on z - r, rounded, loses digits of both. Their differences to the maxima keep
-  // them: exact for the entries that matter, and at hand.
+  // At a centre of size kLargeCentre or more, rounding z - r loses digits of both. The mixed path
+  // then takes the gap from z - policy_max and r - reference_max, which are exact for every entry
+  // that has mass. At kHugeCentre or more it does not, and the digits are lost.
   static constexpr Real kLargeCentre = 8, kHugeCentre = 65536;
-  // A centre that is off by less is kept.
+  // The centre moves only if it is off by more than this.
   static constexpr Real kCentreOff = Real(0.125);
   static constexpr Real kPerGapUnit = Real(1 / kGapUnit);
   static constexpr Real kLowest =
       sizeof(Real) == 4 ? Real(-3.402823466e38) : Real(-1.7976931348623157e308);
   static constexpr float kLn2 = 0.693147182f;
-  // Of D: the polynomial holds below the first. Above the second w may be 0 and w 2^D may not.
+  // The quick path's polynomial holds for |D| < kClose.
   static constexpr float kClose = 0.5f;
-  static constexpr int kFarthest = 0x42680000;  // the bits of 58.0f
+  // The bits of 58.0f. For D from there on, w may underflow to 0 where w 2^D does not.
+  static constexpr int kFarthest = 0x42680000;
 
  public:
-  // Vectors of each lane, taken together.
-  struct Start {
+  // The base that some vectors have by themselves, and their sums relative to it.
+  struct OwnBase {
     Base<Real> base;
-    Two<Real> sums;  // relative to the base
+    Sides<Real> sums;
   };
 
-  // Scope is the team, or Team<1> for the warp alone.
+  // The same for all lanes: of one vector of each thread of the team, or with Team<1> of the warp.
   template <class Scope>
-  static __device__ Start start_of(Pair<T> vectors) {
-    if (!vectors.present) vectors.policy = vectors.reference = Side<T>::nothing();
+  static __device__ OwnBase own_base_of(SideVectors<T> vectors) {
+    if (!vectors.present) vectors.policy = vectors.reference = Side<T>::without_mass();
     Values z, r;
     unpack(vectors, z, r);
-    Two<Real> largest = {z[0], r[0]}, sum = {0, 0};
+    Sides<Real> largest = {z[0], r[0]}, sum = {0, 0};
     for (int i = 1; i < kPerVector; ++i) largest = Larger()(largest, {z[i], r[i]});
     largest = Scope::largest(largest);
     for (int i = 0; i < kPerVector; ++i) {
@@ -79,26 +88,27 @@ class WarpStats {
     return {{largest.policy, largest.reference, finite_or_zero(gap)}, sum};
   }
 
-  // Vectors for which the base was made should come next. `long_row`: the quick way's rounding
-  // errors average out.
-  __device__ WarpStats(const Base<Real>& base, bool long_row)
+  // The vectors that the base was made from should be added first. `long_row`: whether the row is
+  // so long that the rounding errors of the quick path average out.
+  __device__ RunningStats(const Base<Real>& base, bool long_row)
       : stats(empty_stats<Real>()), reference_limit(kHeadroom), long_row(long_row) {
     set_base(base);
   }
 
-  // Whether the quick way may be tried. float64 has no quick exponentials.
+  // Whether the quick path may be tried. It has no exponentials for float64.
   __device__ __forceinline__ bool may_be_quick() const {
     return sizeof(Real) == 4 && base_is_quick;
   }
 
-  // The quick way's sums of some vectors of each lane, and the largest D among them as the integer
-  // of its bits: NaN is large.
+  // A lane's sums on the quick path, and the bits of its largest D as an integer. The bits of NaN
+  // are larger than those of any number, and those of a negative D are negative.
   struct QuickSums {
     float reference = 0, gap = 0, policy = 0, excess = 0;
     int farthest = 0;
   };
 
-  __device__ __forceinline__ void sum_quickly(const Pair<T>& vectors, QuickSums& sums) const {
+  __device__ __forceinline__ void sum_quickly(const SideVectors<T>& vectors,
+                                              QuickSums& sums) const {
     Values z, r;
     unpack(vectors, z, r);
     for (int i = 0; i < kPerVector; ++i) {
@@ -114,8 +124,8 @@ class WarpStats {
     }
   }
 
-  // False, and nothing added, if there is an entry that the quick way does not take, or if the base
-  // should be looked at.
+  // Returns false and adds nothing if a lane has an entry that the quick path cannot take, or if a
+  // lane's sum has reached reference_limit: add() the vectors one by one then.
   __device__ __forceinline__ bool add_quickly(const QuickSums& sums) {
     const Real total = stats.reference_sum + Real(scale.reference * sums.reference);
     const bool near_enough = sums.farthest < kFarthest;
@@ -128,30 +138,31 @@ class WarpStats {
     return true;
   }
 
-  // One vector of each lane, any at all; `quickly`: by the quick way if it takes them.
-  __device__ __forceinline__ void add(const Pair<T>& vectors, bool quickly) {
+  // One vector of each lane, with any entries. `quickly`: whether to try the quick path first.
+  __device__ __forceinline__ void add(const SideVectors<T>& vectors, bool quickly) {
     QuickSums sums;
     quickly = quickly && may_be_quick();
     if (quickly && vectors.present) sum_quickly(vectors, sums);
-    if (!quickly || !add_quickly(sums)) add_any(vectors);
+    if (!quickly || !add_quickly(sums)) add_mixed(vectors);
   }
 
-  // After vectors for which the base was made.
+  // Sets reference_limit anew. To be called when the vectors that the base was made from are added.
   __device__ void keep_base() {
     const Real sum = sum_lanes(stats.reference_sum);
     reference_limit = fmax(sum, 2 * stats.reference_sum);
   }
 
-  // Rare: a handful of times in a row. Vectors for which the base is made should come next.
-  __device__ void move_base(const Pair<T>& vectors) {
-    const Start own = start_of<Team<1>>(vectors);
-    const Two<Real> before = Team<1>::sum(Two<Real>{stats.policy_sum, stats.reference_sum});
+  // Moves the base to that of all sums so far and of these vectors, which should be added next. It
+  // happens a handful of times in a row.
+  __device__ void move_base(const SideVectors<T>& vectors) {
+    const OwnBase own = own_base_of<Team<1>>(vectors);
+    const Sides<Real> before = Team<1>::sum(Sides<Real>{stats.policy_sum, stats.reference_sum});
     Base<Real> base = stats.base;
     if (own.base.policy_max > base.policy_max) base.policy_max = own.base.policy_max;
     if (own.base.reference_max > base.reference_max) base.reference_max = own.base.reference_max;
-    const Two<Real> of_own = relative(own.sums, own.base, base);
-    const Two<Real> sums = Sum()(relative(before, stats.base, base), of_own);
-    // lse(z) - lse(r) of all that is known: the centre from where E[e^d] = 1.
+    const Sides<Real> of_own = relative(own.sums, own.base, base);
+    const Sides<Real> sums = Sum()(relative(before, stats.base, base), of_own);
+    // lse(z) - lse(r) of all these sums: from there E[e^d] = 1.
     const Real centre =
         (base.policy_max - base.reference_max) + (log(sums.policy) - log(sums.reference));
     const bool known = centre - centre == Real(0);
@@ -160,8 +171,8 @@ class WarpStats {
     set_base(base);
   }
 
-  // The sum over the lanes, in each of them.
-  __device__ VocabStats<Real> collect() const {
+  // The record of the whole warp: sums over its lanes, the same in each of them.
+  __device__ VocabStats<Real> record() const {
     VocabStats<Real> all = stats;
     all.policy_sum = sum_lanes(stats.policy_sum);
     all.reference_sum = sum_lanes(stats.reference_sum);
@@ -171,10 +182,11 @@ class WarpStats {
   }
 
  private:
-  // Half a vector at a time, which needs fewer registers. A half that has been added leaves nothing
-  // in its place, so that the base is made from the rest.
-  __device__ __forceinline__ void add_any(Pair<T> vectors) {
-    if (!vectors.present) vectors = {Side<T>::nothing(), Side<T>::nothing(), true};
+  // Adds half a vector at a time, which needs fewer registers. Then the other half moves to the
+  // front, and -inf, which has no mass, takes its place: so move_base makes the base from what is
+  // not added yet.
+  __device__ __forceinline__ void add_mixed(SideVectors<T> vectors) {
+    if (!vectors.present) vectors = {Side<T>::without_mass(), Side<T>::without_mass(), true};
     bool base_is_right = false;
 #pragma unroll 1
     for (int half = 0; half < 2;) {
@@ -183,7 +195,7 @@ class WarpStats {
       Storage<T>::unpack({vectors.reference.word[0], vectors.reference.word[1]}, r);
       const Sums sums = sums_of(z, r);
       const Real total = stats.reference_sum + sums.reference;
-      // NaN is let through: looking again would not help.
+      // Comparisons with NaN are false, so NaN fits: moving the base would not help.
       const bool fits = !(sums.policy > kHeadroom) && !(total > reference_limit);
       if (!base_is_right && !all_of_warp(fits)) {
         move_base(vectors);
@@ -194,7 +206,8 @@ class WarpStats {
       stats.reference_sum = total;
       stats.gap_sum = sums.excluded ? -Real(INFINITY) : stats.gap_sum + sums.gap;
       stats.excess_sum += sums.excess;
-      const Words policy = vectors.policy, reference = vectors.reference, none = Side<T>::nothing();
+      const Words policy = vectors.policy, reference = vectors.reference,
+                  none = Side<T>::without_mass();
       vectors.policy = {{policy.word[2], policy.word[3], none.word[2], none.word[3]}};
       vectors.reference = {{reference.word[2], reference.word[3], none.word[2], none.word[3]}};
       ++half;
@@ -203,17 +216,17 @@ class WarpStats {
   }
 
   struct Sums {
-    Real policy, reference, gap, excess;  // the gap in kGapUnit
-    bool excluded;  // some z = -inf < r: the KL is infinite, also if w is too small to show it
+    Real policy, reference, gap, excess;  // the gap in units of kGapUnit
+    bool excluded;  // whether some z = -inf < r: the KL is infinite, also where w has become 0
   };
 
   VocabStats<Real> stats;
-  Real reference_limit;  // of a lane's reference_sum; from there the base is looked at
-  Real k;  // e^(reference_max + centre - policy_max); 0 while one of them is not known
+  Real reference_limit;  // when a lane's reference_sum reaches this, the base is looked at
+  Real k;                // e^(reference_max + centre - policy_max); 0 while one is not known
   const bool long_row;
   bool base_is_quick;
-  // For the quick path: M and C, and what its sums are multiplied by. M and C are rounded; the
-  // scales put that back.
+  // For the quick path: M and C, which are rounded, and the factors of its sums, which undo that
+  // rounding.
   struct {
     float reference, centre;
   } shift;
@@ -221,19 +234,20 @@ class WarpStats {
     float reference, policy, excess;
   } scale;
 
-  static __device__ Two<Real> relative(Two<Real> sums, const Base<Real>& from,
-                                       const Base<Real>& to) {
+  static __device__ Sides<Real> relative(Sides<Real> sums, const Base<Real>& from,
+                                         const Base<Real>& to) {
     return {sums.policy * relative_scale(from.policy_max, to.policy_max),
             sums.reference * relative_scale(from.reference_max, to.reference_max)};
   }
 
-  static __device__ __forceinline__ void unpack(const Pair<T>& vectors, Values& z, Values& r) {
+  static __device__ __forceinline__ void unpack(const SideVectors<T>& vectors, Values& z,
+                                                Values& r) {
     Storage<T>::unpack(vectors.policy.word, z);
     Storage<T>::unpack(vectors.reference.word, r);
   }
 
-  // Where there is no finite entry yet the base is the lowest number: anything exceeds it by more
-  // than the headroom.
+  // While a side has no finite entry its maximum is the lowest number: every finite entry then
+  // exceeds it by more than the headroom.
   __device__ void set_base(const Base<Real>& base) {
     stats.base = {fmax(base.policy_max, kLowest), fmax(base.reference_max, kLowest), base.centre};
     k = finite_or_zero(linear_scale(base.reference_max, base.centre, base.policy_max));
@@ -241,7 +255,7 @@ class WarpStats {
                     fabs(base.reference_max) < kHugeCentre;
     const float top = float(base.reference_max), centre = float(base.centre), scale_k = float(k);
     shift = {top * kLog2E, centre * kLog2E};
-    // 2^(what rounding has added): so small that its series ends after the first term.
+    // What the rounding of M and C has added, in nats: so small that e^x is 1 + x.
     const float of_reference = fmaf(top, kLog2E, -shift.reference) * kLn2;
     const float of_centre = fmaf(centre, kLog2E, -shift.centre) * kLn2;
     scale.reference = 1 - of_reference;
@@ -249,8 +263,8 @@ class WarpStats {
     scale.policy = scale_k - scale_k * (of_reference + of_centre);
   }
 
-  // How gaps are taken from the centre: that of z and r, or that of their differences to the
-  // maxima.
+  // How the mixed path takes a gap: from z - r, or from z - policy_max and r - reference_max (see
+  // kLargeCentre). `centre` is relative to that.
   struct Gaps {
     bool of_differences;
     Real centre;
@@ -273,7 +287,8 @@ class WarpStats {
     for (int i = 0; i < kPerVector / 2; ++i) {
       const Real policy = z[i] - stats.base.policy_max, reference = r[i] - stats.base.reference_max;
       const Real p = exp_of(policy), w = exp_of(reference), linear = k * w;
-      // Instead of an infinite gap, or NaN where both are -inf: where w = 0 any will do.
+      // The gap as a finite number, also where it is infinite, or NaN because both are -inf: w is 0
+      // there, or the KL infinite.
       const Real d = gaps.of(z[i], r[i], policy, reference);
       const Real gap = fmax(fmin(d, -kLowest), kLowest);
       const Real close = (linear * d * d) * excess_over_square(d),

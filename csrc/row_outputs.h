@@ -1,0 +1,51 @@
+// Which rows have results, and where a row's results are stored: the same on both devices.
+//
+// A label is one of three kinds, and these are all their consequences:
+//
+//   an entry   in [0, vocabulary): the row is computed.
+//   ignored    equal to ignore_index: the row is not read; its outputs and its gradient are 0.
+//   outside    any other: forward on the CPU returns the row's number and writes nothing, from
+//   which
+//              Python makes an IndexError. Forward on CUDA and both `finish` write NaN to all
+//              outputs and normalizers of the row, which CUDA's forward does not read. Backward
+//              computes such a row from its NaN normalizers: its gradient is NaN, but 0 where both
+//              upstream gradients are 0. In a tile a label outside is another tile's, and nothing
+//              special.
+#pragma once
+
+#include <math.h>
+
+#include "token_stats.h"
+
+namespace tdpo {
+
+enum class LabelKind { kIgnored, kOutside, kEntry };
+
+TDPO_ALGEBRA LabelKind label_kind(int64_t label, int64_t vocabulary, int64_t ignore_index) {
+  if (label == ignore_index) return LabelKind::kIgnored;
+  return label >= 0 && label < vocabulary ? LabelKind::kEntry : LabelKind::kOutside;
+}
+
+// Work: TokenStatsProblem or TokenStatsFinish.
+template <class Work, class Index>
+TDPO_ALGEBRA LabelKind label_kind(const Work& work, Index row) {
+  return label_kind(work.labels[row], work.vocabulary, work.ignore_index);
+}
+
+template <class Real, class Index>
+TDPO_ALGEBRA void write_outputs(const TokenStatsOutputs& outputs, Index row,
+                                const RowSummary<Real>& summary) {
+  static_cast<Real*>(outputs.policy_logps)[row] = summary.policy_logp;
+  static_cast<Real*>(outputs.reference_logps)[row] = summary.reference_logp;
+  static_cast<Real*>(outputs.forward_kl)[row] = summary.forward_kl;
+  static_cast<Normalizers<Real>*>(outputs.normalizers)[row] = summary.normalizers;
+}
+
+// For a row without results: 0 where the label is ignored, NaN where it is outside the vocabulary.
+template <class Real, class Index>
+TDPO_ALGEBRA void fill_outputs(const TokenStatsOutputs& outputs, Index row, LabelKind kind) {
+  const Real x = kind == LabelKind::kIgnored ? Real(0) : Real(NAN);
+  write_outputs<Real>(outputs, row, {x, x, x, {x, x, x, x, x, x, x, x}});
+}
+
+}  // namespace tdpo

@@ -25,8 +25,10 @@ def backward_arguments(*shape, dtype=torch.float32):
     return policy, reference, labels, normalizers, *gradients, ignore_index
 
 
-@pytest.mark.parametrize("shape", [(5,), (3, 17), (2, 3, 40)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+SHAPES = [(5,), (3, 17), (2, 3, 40), (4, 9)]
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [*zip(DTYPES, SHAPES, strict=True)], ids=str)
 def test_opcheck(backend, dtype, shape):
     torch.library.opcheck(OPS.token_stats.default, forward_arguments(*shape, dtype=dtype))
     arguments = backward_arguments(*shape, dtype=dtype)

@@ -15,12 +15,13 @@ import functools
 import os
 import platform
 import shutil
-import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int64, c_long, c_void_p
 from pathlib import Path
 from typing import Any
+
+import objects
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "cuda_on_cpu"
@@ -63,15 +64,10 @@ def _compile(folder: Path, rounding: str) -> Path:
     tool, extra = compiler(), ROUNDINGS[rounding] + (SANITIZERS if SANITIZED else [])
     assert tool is not None
 
-    def one(source: Path) -> str:
-        target = str(folder / f"{source.stem}.o")
-        subprocess.run([tool, *FLAGS, *extra, "-c", str(source), "-o", target], check=True)
-        return target
-
     with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(one, SOURCES))
+        made = [*pool.map(lambda source: objects.compiled(tool, [*FLAGS, *extra], source), SOURCES)]
     library = folder / "cuda_on_cpu.so"
-    subprocess.run([tool, *extra, "-shared", *objects, "-o", str(library)], check=True)
+    objects.linked(tool, [*extra, "-shared"], made, library)
     return library
 
 

@@ -11,7 +11,6 @@ import ctypes
 import functools
 import os
 import platform
-import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import byref, c_char_p, c_int64
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import emulated
+import objects
 
 HARNESS = Path(__file__).parent / "sanitized"
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -52,16 +52,13 @@ def build(
         flags.append("-DTDPO_X86")
     sources = [csrc / "cpu" / f"{name}.cpp" for name in names]
 
-    def compiled(source: Path) -> str:
-        made = str(target.parent / f"{source.stem}.o")
+    def compiled(source: Path) -> Path:
         of_source = FLAGS_OF.get(source.stem, [])
-        command = [tool, *FLAGS, *flags, *of_source, "-c", str(source), "-o", made]
-        subprocess.run(command, check=True)
-        return made
+        return objects.compiled(tool, [*FLAGS, *flags, *of_source], source)
 
     with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compiled, [*sources, main]))
-    subprocess.run([tool, *flags, *objects, "-o", str(target)], check=True)
+        made = list(pool.map(compiled, [*sources, main]))
+    objects.linked(tool, flags, made, target)
 
 
 @functools.cache

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 from inputs import labels_for, pair_of_logits
@@ -77,40 +80,49 @@ def test_the_process_grows_by_one_gradient_and_no_more():
     assert 0.9 < sizes["False"] < 1.05
 
 
-@needs_linux
-@needs_core
-def test_one_openmp_runtime():
-    found = measure("""
-        x = torch.randn(64, 4000)
-        tdpo_ext.token_stats(x, x, torch.zeros(64, dtype=torch.long))
+@functools.cache
+def of_a_new_process() -> dict[str, Any]:
+    """What importing loads, then threads, then runtimes: each must not have happened before."""
+    return measure("""
+        import sys
+        names = ("transformers", "trl", "datasets", "matplotlib", "sklearn", "pandas", "rich")
+        loaded = [name for name in names if name in sys.modules]
+        torch.set_num_threads(1)
+        x = torch.randn(64, 40000)
+        labels = torch.zeros(64, dtype=torch.long)
+        count = lambda: len(os.listdir("/proc/self/task"))
+        threads = {"before": count()}
+        for number in (1, 2, 4):
+            torch.set_num_threads(number)
+            tdpo_ext.token_stats(x, x, labels)
+            threads[str(number)] = count()
         names = ("libgomp", "libomp", "libiomp")
         lines = open("/proc/self/maps").read().splitlines()
         paths = {line.split()[-1] for line in lines if any(name in line for name in names)}
-        print(json.dumps({"runtimes": sorted(os.path.realpath(path) for path in paths)}))
+        runtimes = sorted(os.path.realpath(path) for path in paths)
+        print(json.dumps({"loaded": loaded, "threads": threads, "runtimes": runtimes}))
     """)
-    assert len(found["runtimes"]) == 1, found
+
+
+@needs_linux
+@needs_core
+def test_one_openmp_runtime():
+    assert len(of_a_new_process()["runtimes"]) == 1, of_a_new_process()["runtimes"]
 
 
 @needs_linux
 @needs_core
 def test_the_thread_count_follows_torch():
     """A second thread appears with set_num_threads(2), and no sooner."""
-    threads = measure("""
-        import sys
-        torch.set_num_threads(1)
-        x = torch.randn(64, 40000)
-        labels = torch.zeros(64, dtype=torch.long)
-        count = lambda: len(os.listdir("/proc/self/task"))
-        tasks = {"before": count()}
-        for number in (1, 2, 4):
-            torch.set_num_threads(number)
-            tdpo_ext.token_stats(x, x, labels)
-            tasks[str(number)] = count()
-        print(json.dumps(tasks))
-    """)
+    threads = of_a_new_process()["threads"]
     assert threads["1"] == threads["before"]
     assert threads["2"] == threads["before"] + 1
     assert threads["4"] == threads["before"] + 3
+
+
+@needs_linux
+def test_importing_needs_torch_alone():
+    assert of_a_new_process()["loaded"] == []
 
 
 @pytest.mark.parametrize("shape", [(40, 3000), (1, 70000), (3, 70000)])
@@ -128,12 +140,3 @@ def test_the_number_of_threads_changes_no_bit(compiled, shape):
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_importing_needs_torch_alone():
-    loaded = measure("""
-        import sys
-        names = ("transformers", "trl", "datasets", "matplotlib", "sklearn", "pandas", "rich")
-        print(json.dumps({"loaded": [name for name in names if name in sys.modules]}))
-    """)
-    assert loaded["loaded"] == []

@@ -175,7 +175,8 @@ void time_shape(const char* build, DType dtype, const char* name, int rows, int 
   cuda::token_stats_forward(forward, workspace, launch);
   for (const Backward& kind : kBackward) {
     fill_upstream<<<blocks, threads>>>(of_logps, of_kl, rows, kind.method);
-    const TokenStatsBackward backward = {problem, normalizers, of_logps, of_kl, gradient, layout};
+    const TokenStatsBackward backward = {problem, normalizers, of_logps, of_kl,
+                                         dtype,   gradient,    layout};
     const float ms = milliseconds([&] { cuda::token_stats_backward(backward, launch); });
     std::printf(" %8.3f", share(1 + kind.tensors_read, ms));
   }

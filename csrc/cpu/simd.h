@@ -402,11 +402,9 @@ TDPO_INLINE Vector<Real> exp_of(Vector<Real> x) {
 // e^(x - N ln 2) in fewer instructions, where x - N ln 2 is from about -77 to 10, or -665 to 44 in
 // double. The rounder is Steps::rounder(kCheckedBias).
 //
-// `seen` becomes the bitwise or of all t. While every x is in range, t is 3 plus less than
-// 2^kCheckedBits units, so `seen` has no bits but those of 3 and the lowest kCheckedBits;
-// out_of_range() finds the others. Two kinds of t outside the range pass the test: t = 0, where the
-// result is 2^-kCheckedBias or less, and t less than 2^kCheckedBits units above 2, an x about
-// 2.9e6 nats below the base (3.1e15 in double).
+// While x is in range, t is 3 plus less than 2^kCheckedBits units: it differs from 3 in its lowest
+// kCheckedBits bits alone. `seen` gathers the bits in which any t differs from 3; out_of_range()
+// finds the others.
 template <class Real>
 TDPO_INLINE Vector<Real> exp_in_range(Vector<Real> x, Real rounder, Bits<Real>& seen) {
   using C = ExpConstants<Real>;
@@ -414,7 +412,8 @@ TDPO_INLINE Vector<Real> exp_in_range(Vector<Real> x, Real rounder, Bits<Real>& 
   const Vector<Real> t = x * (C::kLog2E * C::kUnit) + rounder;
   const Vector<Real> f = remainder<Real>(x, t - rounder);
   const Bits<Real> bits = bit_cast<Bits<Real>>(t);
-  seen |= bits;
+  using Word = std::remove_reference_t<decltype(bits[0])>;
+  seen |= bits ^ bit_cast<std::remove_cv_t<Word>>(Real(3));
   const Vector<Real> power = polynomial<Real>(kPower.coefficients, f);
   return bit_cast<Vector<Real>>(bit_cast<Bits<Real>>(power) + (bits << C::kMantissaBits));
 }
@@ -433,13 +432,12 @@ TDPO_INLINE bool any_bit(V bits) {
 #endif
 }
 
-// The bits of `seen` that no t in range has.
+// The bits of `seen` that stay 0 while every x is in range.
 template <class Real>
 TDPO_INLINE Bits<Real> out_of_range(Bits<Real> seen) {
-  using C = ExpConstants<Real>;
   using Word = std::remove_reference_t<decltype(seen[0])>;
-  const Word three = bit_cast<Word>(Real(3)), lowest = (Word(1) << C::kCheckedBits) - 1;
-  return seen & ~(three | lowest);
+  const Word lowest = (Word(1) << ExpConstants<Real>::kCheckedBits) - 1;
+  return seen & ~lowest;
 }
 
 // (e^d - 1 - d) / d^2 for |d| <= kClose.

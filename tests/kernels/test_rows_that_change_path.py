@@ -50,6 +50,18 @@ def test_logits_that_grow_along_the_row(backend, dtype, gap, step):
 
 
 @ALL
+@pytest.mark.parametrize("doublings", [21, 22, 23, 50, 51, 52, 53])
+def test_entries_so_far_below_that_exponents_wrap(backend, dtype, doublings):
+    """About 2^22 / log2(e) nats (2^52 in double) below the base the number that holds the exponent
+    of exp() has lost its leading bits: such an entry looked as if it had mass."""
+    policy, reference = pair_of_logits(3, 3000, gap=0.1, dtype=torch.float64)
+    at = -(2.0**doublings) * np.log(2)
+    step = 0.25 if doublings < 30 else 1.0
+    policy[:, 100:700] = reference[:, 100:700] = at + step * (torch.arange(600.0) - 500).double()
+    check_against_oracle(policy.to(dtype), reference.to(dtype), torch.full((3,), 2111))
+
+
+@ALL
 @pytest.mark.parametrize("mask", [-80.0, -1e3, -1e5, -8.7218e6, -1e7, -1e30, -torch.inf])
 def test_masked_entries_in_some_blocks(backend, dtype, mask):
     policy, reference = pair_of_logits(5, 5000, gap=0.1, dtype=dtype)

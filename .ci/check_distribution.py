@@ -1,4 +1,4 @@
-"""Check what the sdist and the wheel in a folder hold: all that is needed, and nothing else."""
+"""Check that the sdist and the wheel in a folder hold all that is needed, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Import tdpo_ext, say what serves the CPU, and take one step; argument: compiled or fallback."""
+"""Import tdpo_ext, print what serves the CPU, and take a step. Argument: compiled or fallback."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ LAYERS = [  # from the ground up
 ]
 MOST_LEVELS = 9
 ON_TOP = {"integrations", "parity"}
-# The definition of the method: what is checked against it must not use it.
+# What is tested against the definition of the method must not use it.
 MAY_IMPORT_REFERENCE = {"__init__", "parity", "reference"}
 
 
@@ -99,7 +99,7 @@ def faults(edges: dict[str, set[str]]) -> list[str]:
             if layer_of(other) > layer_of(module):
                 found.append(f"{module} imports {other}, which stands above it")
             if other == "reference" and module.split(".")[0] not in MAY_IMPORT_REFERENCE:
-                found.append(f"{module} imports reference, which is there to check it")
+                found.append(f"{module} imports reference, which it is tested against")
         if (level := level_of(module, edges)) > MOST_LEVELS:
             found.append(f"{module} is on level {level}; at most {MOST_LEVELS} are allowed")
     return found

@@ -2,12 +2,14 @@
 
     python .ci/check_machine_code.py [FILE]    (another object file or cubin than the extension)
 
-Each kernel: no more registers than let a multiprocessor hold the blocks that the kernel counts on,
-16-byte loads (and stores) of global memory where it streams. Its hot loop, the shortest one around
-such loads: no registers spilled to memory in it (a few beside it do no harm), and no more
-instructions for each entry of a row than the sources promise, of which a memory-bound card has
-31 a pair of bfloat16 logits. Backward has such a loop for each kind of gradient, and asks in it for
-several vectors before it uses the first. Needs no card: NVIDIA's disassembler is on PyPI.
+It needs no card: NVIDIA's disassembler is on PyPI. For each kernel it checks:
+
+- Registers: few enough for as many blocks on a multiprocessor as the sources promise.
+- Access: 16-byte loads (and stores) of global memory where the kernel streams.
+- Hot loop, the shortest loop around such loads: no registers spilled to memory in it (a few spills
+  outside cost nothing), and no more instructions for each entry of a row than the sources promise.
+  While a card loads a pair of bfloat16 logits it has time for 31.
+- Backward has such a loop for each kind of gradient; each loads several vectors before it uses one.
 """
 
 from __future__ import annotations
@@ -24,9 +26,6 @@ from typing import NamedTuple
 from tdpo_ext.token_statistics import native
 
 REGISTERS_OF_A_PARTITION = 16384  # a multiprocessor has four, each with a quarter of the warps
-WARPS_OF_A_BLOCK = 7  # kBlockWarps in csrc/cuda/team.cuh
-
-
 MOST_STACK = 64  # bytes of registers spilled outside hot loops
 SIXTEENS = {"BFloat16": 8, "Float16": 8, "If": 4, "Id": 2}  # entries in 16 bytes
 
@@ -38,8 +37,8 @@ class Expected(NamedTuple):
     per_entry: float | None = None  # instructions in the hot loop, at most
 
 
-# The loops of backward: PolicyOnly, ReferenceOnly, Direct, Mixed. Instructions for each entry, at
-# most; half-width and float32, aligned alike ("0") and shifted ("1").
+# The most instructions for each entry in the loops of backward: PolicyOnly, ReferenceOnly, Direct,
+# Mixed. Keys: half-width or float32 logits; rows aligned alike ("0") or shifted ("1").
 BACKWARD = {
     ("half", "0"): (7, 7, 13, 30),
     ("half", "1"): (10, 10, 18, 35),
@@ -64,7 +63,7 @@ class Loop(NamedTuple):
 
 
 def expected(kernel: str) -> Expected:
-    """What the sources promise, by the kernel's mangled name."""
+    """What the sources promise of a kernel, by its mangled name."""
     double = "kernelId" in kernel
     if "row_records_kernel" in kernel:
         alone, shifted = "Li1E" in kernel, "Lb1E" in kernel
@@ -75,14 +74,14 @@ def expected(kernel: str) -> Expected:
     if "token_stats_backward_kernel" in kernel:
         narrow = "kernelIfN" in kernel  # float32 logits, half-width gradient: 8 bytes at a time
         return Expected(2 if double else 4, loads=True, stores=not narrow)
-    # A thread per row, a few numbers each; and what only asks whether this build fits a card.
+    # Kernels with a thread per row and few numbers, and the one that tests whether a build runs.
     if any(name in kernel for name in ("finish_", "merge_tile_kernel", "probe_kernel")):
         return Expected(1, loads=False, stores=False)
-    raise SystemExit(f"{kernel}: not known here; say what it promises")
+    raise SystemExit(f"{kernel}: unknown to expected(); add there what it promises")
 
 
 def disassembler() -> Path | None:
-    """The folder of PyPI's cuobjdump and nvdisasm."""
+    """The folder of cuobjdump and nvdisasm from PyPI; None if they are not installed."""
     try:
         package = importlib.util.find_spec("nvidia.cu13")
     except ModuleNotFoundError:
@@ -140,7 +139,7 @@ def wide(code: list[Instruction], what: str) -> int:
 
 
 def loops(code: list[Instruction]) -> list[Loop]:
-    """Those around 16-byte loads, the shortest first: from a branch backwards to where it leads."""
+    """The loops around 16-byte loads, the shortest first. A loop ends in a branch to its start."""
     found = []
     for place, one in enumerate(code):
         target = re.search(r"0x([0-9a-f]+)", one.text) if one.name == "BRA" else None
@@ -159,15 +158,18 @@ def hot_loop(code: list[Instruction]) -> Loop | None:
 
 
 def per_entry(kernel: str, loop: Loop) -> float:
-    """Instructions of a loop for each entry of a row. Forward loads a vector of each side (three
-    where they are shifted) for each vector of entries; backward stores one."""
+    """The instructions of a loop for each entry of a row.
+
+    For each vector of entries forward loads one vector of both sides (three in all where rows are
+    shifted); backward stores one.
+    """
     vectors = loop.stores or loop.loads // (3 if "Lb1E" in kernel else 2)
     entries = next(n for name, n in SIXTEENS.items() if name in kernel)
     return loop.instructions / (vectors * entries)
 
 
 def streams(code: list[Instruction]) -> list[Loop]:
-    """The loops of backward that take several vectors at once."""
+    """The loops of backward that take several vectors at a time."""
     return [loop for loop in loops(code) if loop.stores > 1]
 
 
@@ -187,7 +189,7 @@ def faults(
     kernel: str, registers: int, stack: int, code: list[Instruction], loop: Loop | None
 ) -> list[str]:
     promised = expected(kernel)
-    warps = -(-promised.blocks * WARPS_OF_A_BLOCK // 4)
+    warps = -(-promised.blocks * native.core.CUDA_BLOCK_WARPS // 4)
     limit = min(255, REGISTERS_OF_A_PARTITION // (warps * 32) // 8 * 8)
     found = []
     if stack > (MOST_STACK if promised.loads else 0):
@@ -214,14 +216,14 @@ def short(kernel: str) -> str:
     match = re.search(r"\d([a-z_]+_kernel)(?:I(.*?)EEv)?", kernel)
     assert match is not None, kernel
     parts = re.sub(r"NS\d?_\d+|L[ib]", " ", (match[2] or "").replace("E", " ")).split()
-    # Two types alike are one letter twice, or a reference to the first.
+    # Two equal types are mangled as one letter twice, or as a reference to the first.
     names = {"f": "float", "d": "double", "ff": "float", "dd": "double"}
     return " ".join((match[1], *(names.get(x, x) for x in parts if not x.startswith("S"))))
 
 
 def main() -> int:
-    if len(sys.argv) < 2 and (native.core is None or not native.core.build_info()["cuda"]):
-        print("the build has no CUDA kernels: nothing to check")
+    if native.core is None or (len(sys.argv) < 2 and not native.core.build_info()["cuda"]):
+        print("the extension is not built, or it has no CUDA kernels: nothing to check")
         return 0
     if disassembler() is None:
         print("nvidia-cuda-cuobjdump has no wheel for this platform: nothing checked")

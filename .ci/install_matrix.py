@@ -1,7 +1,7 @@
-"""Install with each set of flags that people set, and run the tests that see most; a table.
+"""Install with each set of compiler flags that people set, run the most sensitive tests: a table.
 
-By hand, for half an hour: .venv/bin/python .ci/install_matrix.py [WORD OF A ROW...]
-Without CUDA, whose compiler sees none of these flags.
+Run by hand, in half an hour: .venv/bin/python .ci/install_matrix.py [WORD OF A ROW...]
+CUDA is left out, since its compiler gets none of these flags.
 """
 
 from __future__ import annotations

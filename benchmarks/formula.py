@@ -1,4 +1,4 @@
-"""The statistics of a token as one writes them in PyTorch: what the kernels are timed against."""
+"""The statistics of tokens as usually written in PyTorch: the kernels are timed against them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from torch import Tensor
 
 
 def formula(policy: Tensor, reference: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The paper's: float32 log-softmaxes, gather, sum of q (log q - log p), 0 where ignored."""
+    """log p(y) and KL as in the paper's code: log-softmaxes, gather, sum of q (log q - log p).
+
+    They are computed in float32. Both are 0 where the label is ignored.
+    """
     log_p = policy.float().log_softmax(-1)
     log_q = reference.float().log_softmax(-1)
     kept = labels != -100

@@ -1,15 +1,15 @@
 """Time and memory of the fused head, against the bare matrix products and against peers.
 
-A GEMM unit is 2 N V H operations, of N kept tokens. The limit is the products alone, in the shapes
-and types of ours, operands cast beforehand, timed in the same rounds: of logits, of dh and of dW.
-Memory is what a process of its own (on a GPU: the allocator) takes at its highest during a step,
-beyond the batch. Writes fused-head-DEVICE.json into a folder.
+A unit is one matrix product of 2 N V H operations, for N tokens that are not ignored. The limit is
+the products alone (logits, dh, dW), in the shapes and types of ours, with operands cast beforehand,
+timed in the same rounds. Memory is the peak during a step beyond the batch: that of the allocator
+on a GPU, that of a separate process on the CPU. Writes fused-head-DEVICE.json into a folder.
 
     python benchmarks/fused_head.py benchmarks/results [--device cpu] [--rounds 3]
 
-With --choices it measures what only time can decide instead, at one shape, and writes
-fused-head-choices-DEVICE.json: chunk_bytes, the columns of a tile, and the rows whose whole logits
-exist at a time. A list of each may be given.
+With --choices it measures instead, at one shape, the constants that only timing can decide:
+chunk_bytes, the columns of a tile, and the rows whose whole logits exist at a time. Each takes a
+list. It writes fused-head-choices-DEVICE.json.
 
     python benchmarks/fused_head.py OUT --device cuda --choices [--shape 8 1024 4096 128256]
         [--chunk-mebibytes 256 512 1024 2048 4096] [--tile-columns 2048 4096 8192 16384]
@@ -44,19 +44,19 @@ from gpu_against_copy import Clock
 from torch import Tensor
 
 import tdpo_ext
-from tdpo_ext.fused_head import passes, products, tiles
+from tdpo_ext.fused_head import problem, products, tiles
 from tdpo_ext.fused_head.tiles import MOST_COLUMNS_ON_CPU, MOST_COLUMNS_ON_CUDA
 
 # Sequences, tokens, H, V.
 CPU_SHAPES = ((4, 128, 768, 50257),)
 CUDA_SHAPES = ((8, 1024, 4096, 128256), (8, 1024, 4096, 151936), (8, 1024, 2304, 256000))
 MEMORY_VOCABULARIES = (32000, 64000, 128256, 256000)  # at 4 x 128 tokens, H = 768
-# On the CPU, milliseconds from which a step runs once, and from which not again for its memory or
-# with half of the tokens ignored: PyTorch's own bfloat16 products take minutes where the processor
-# has none. On a GPU only compiling takes as long.
+# Milliseconds. On the CPU a step that takes ONCE_FROM runs once; one of LEFT_OUT_FROM not again
+# for its memory, nor with half of the tokens ignored: without bfloat16 instructions
+# PyTorch's own products take minutes. On a GPU only compilation takes so long.
 ONCE_FROM, LEFT_OUT_FROM = 5_000, 30_000
-# Units of logits, dh, dW, by way; eager and the peers are compared with the fewest, four.
-WAYS = {
+# The units of logits, dh and dW on each path. Eager and the peers are compared with the fewest, 4.
+PATHS = {
     "tdpo_ext: forward": (2, 0, 0),
     "tdpo_ext": (2, 1, 1),
     "tdpo_ext, recomputed": (3.5, 1, 1),
@@ -66,7 +66,7 @@ WAYS = {
 
 
 def bare_products(batch: Batch) -> dict[str, Callable[[], object]]:
-    """One unit of each product, in tiles as ours, with operands as ours are."""
+    """One unit of each product, in tiles and with operands like ours."""
     kept = batch.labels != -100
     hidden = batch.policy_hidden.detach()[kept]
     dtype = products.operand_dtype(hidden)
@@ -76,8 +76,8 @@ def bare_products(batch: Batch) -> dict[str, Callable[[], object]]:
     columns = MOST_COLUMNS_ON_CUDA if hidden.is_cuda else MOST_COLUMNS_ON_CPU
     tile = torch.zeros(hidden.shape[0], columns, **like)
     half = tile.to(dtype)
-    of_hidden = torch.zeros(hidden.shape, **like)
-    of_weight = torch.zeros(columns, hidden.shape[1], **like)
+    hidden_gradient = torch.zeros(hidden.shape, **like)
+    weight_gradient = torch.zeros(columns, hidden.shape[1], **like)
     blocks = weight.split(columns)
 
     def logits() -> None:
@@ -86,18 +86,21 @@ def bare_products(batch: Batch) -> dict[str, Callable[[], object]]:
 
     def by_hidden() -> None:
         for block in blocks:
-            products.multiply_add(half[:, : block.shape[0]], block, out=of_hidden)
+            products.multiply_add(half[:, : block.shape[0]], block, out=hidden_gradient)
 
     def by_weight() -> None:
         for block in blocks:
-            products.multiply(half[:, : block.shape[0]].T, hidden, out=of_weight[: block.shape[0]])
+            columns = block.shape[0]
+            products.multiply(half[:, :columns].T, hidden, out=weight_gradient[:columns])
 
     return {"logits": logits, "dh": by_hidden, "dW": by_weight}
 
 
 def measure_times(batch: Batch, clock: Clock, rounds: int, names: list[str]) -> dict[str, float]:
-    """Median milliseconds; all take turns, round by round. The first round warms up, but counts for
-    what takes so long that it runs only once."""
+    """Median milliseconds; all take turns, round by round.
+
+    The first round warms up, and counts only for a step so slow that it runs once.
+    """
 
     def forward() -> None:
         with torch.no_grad():
@@ -124,12 +127,12 @@ def measure_times(batch: Batch, clock: Clock, rounds: int, names: list[str]) -> 
 
 
 def memory_of_process(line: str) -> int:
-    """Bytes of /proc/self/status. Not getrusage, whose peak starts with the parent's."""
+    """Bytes in a line of /proc/self/status. The peak of getrusage starts with the parent's."""
     return int(Path("/proc/self/status").read_text().split(line)[1].split()[0]) * 1024
 
 
 def peak_here(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """In a process of its own, whose allocator keeps nothing of other steps."""
+    """The peak memory of a step, in a process whose allocator holds no memory of other steps."""
     batch = make_batch(*shape, dtype, "cpu")
     small = make_batch(2, 2, 8, 64, dtype, "cpu")
     step(PROVIDERS[name], small)
@@ -142,7 +145,7 @@ def peak_here(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
 def measure_memory(
     shape: tuple[int, ...], dtype: torch.dtype, clock: Clock, names: list[str]
 ) -> dict[str, int]:
-    """Bytes beyond the batch, gradients included."""
+    """Peak bytes beyond the batch, gradients included."""
     if clock.on_card:
         batch = make_batch(*shape, dtype, "cuda")
         return {
@@ -162,19 +165,22 @@ def measure_memory(
 
 @contextlib.contextmanager
 def columns_and_rows(columns: int | None, rows: int | None) -> Iterator[None]:
-    """Other columns of a tile, and rows of a group, than the library's own."""
+    """Set the columns of a tile and the rows of a group; None: the library's own."""
     with contextlib.ExitStack() as stack:
         if columns is not None:
             for name in ("MOST_COLUMNS_ON_CPU", "MOST_COLUMNS_ON_CUDA"):
-                stack.enter_context(mock.patch.object(passes, name, columns))
+                stack.enter_context(mock.patch.object(problem, name, columns))
         if rows is not None:
             stack.enter_context(mock.patch.object(tiles, "GROUP_ROWS", (rows,)))
         yield
 
 
 def measure_choices(options: argparse.Namespace) -> list[dict[str, object]]:
-    """Milliseconds and extra bytes of each way. Columns matter to forward and recompute, rows to
-    whole pairs and a frozen head."""
+    """Milliseconds and extra bytes of each path.
+
+    The columns of a tile matter to forward and recompute, the rows of a group to whole pairs and a
+    frozen head.
+    """
     clock = Clock(options.device)
     batch = make_batch(*options.shape, torch.bfloat16, options.device)
     products = bare_products(batch)
@@ -206,7 +212,7 @@ def measure_choices(options: argparse.Namespace) -> list[dict[str, object]]:
         bare = sum(n * unit[x] for n, x in zip(units, ("logits", "dh", "dW"), strict=True))
         found.append(
             {
-                "way": name,
+                "path": name,
                 "tile_columns": columns,
                 "group_rows": rows,
                 "chunk_mebibytes": mebibytes,
@@ -215,10 +221,9 @@ def measure_choices(options: argparse.Namespace) -> list[dict[str, object]]:
                 "extra_bytes": extra,
             }
         )
-        of = f"{columns} columns" if columns else f"{rows} rows"
-        print(
-            f"{name:12} {of:14} {mebibytes:5} MiB {taken:8.1f} ms {taken / bare:6.2f}", flush=True
-        )
+        choice = f"{columns} columns" if columns else f"{rows} rows"
+        measured = f"{taken:8.1f} ms {taken / bare:6.2f}"
+        print(f"{name:12} {choice:14} {mebibytes:5} MiB {measured}", flush=True)
     return found
 
 
@@ -252,7 +257,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def memory_by_vocabulary(options: argparse.Namespace) -> list[dict[str, object]]:
-    """For the picture: float32 on the CPU."""
+    """Peak memory by vocabulary for the picture, in float32 on the CPU."""
     names = [name for name in PROVIDERS if "recomputed" not in name]
     rows = []
     for vocabulary in MEMORY_VOCABULARIES if options.device == "cpu" else ():
@@ -292,7 +297,7 @@ def main() -> None:
         report |= {"shape": options.shape, "choices": measure_choices(options)}
     else:
         report |= {
-            "ways": WAYS,
+            "ways": PATHS,
             "measurements": measure(options),
             "memory_by_vocabulary": memory_by_vocabulary(options),
         }

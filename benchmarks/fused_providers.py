@@ -1,6 +1,6 @@
-"""Ways to a preference loss from hidden states: ours, the formula, and what peers offer.
+"""Preference losses from hidden states to be timed: ours, the formula's, and those of peers.
 
-Each takes a batch and gives a scalar loss. TRL and Liger-Kernel are timed if they are installed.
+Each takes a batch and returns a scalar loss. TRL and Liger-Kernel are timed if they are installed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def ours(batch: Batch, chunk_bytes: int | None = None) -> Tensor:
 
 
 def ours_recomputed(batch: Batch, chunk_bytes: int | None = None) -> Tensor:
-    """As where the pairs do not fit: any upstream gradients need it too."""
+    """The path for any upstream gradients, and for pairs that do not fit chunk_bytes."""
     return tdpo_ext.linear_tdpo_loss(
         *batch[:4], shift_labels=batch.labels, reduction="none", chunk_bytes=chunk_bytes
     ).loss.mean()
@@ -84,7 +84,7 @@ def loss_of(logps: Tensor, reference_logps: Tensor, kl: Tensor) -> Tensor:
 
 
 def formula_loss(logits: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
-    """TDPO2 from logits, with the formula; labels are aligned."""
+    """TDPO2 from logits by the formula; labels are aligned."""
     with torch.no_grad():
         log_q = reference.float().log_softmax(-1)
         label = labels.clamp(min=0).unsqueeze(-1)
@@ -103,8 +103,8 @@ def eager(batch: Batch) -> Tensor:
 
 
 def trl_parts(batch: Batch) -> Tensor:
-    """The cheapest way to TDPO from TRL's parts: its divergence, and its log-probs of both models,
-    on the tokens that are kept."""
+    """The cheapest TDPO from TRL's parts: its divergence, and its log-probabilities of both models,
+    for the tokens that are not ignored."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
@@ -127,7 +127,7 @@ def trl_parts(batch: Batch) -> Tensor:
 
 
 def liger_dpo(batch: Batch) -> Tensor:
-    """Less: DPO, without a KL."""
+    """DPO, which needs less: it has no KL."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     loss = LigerFusedLinearDPOLoss(compiled=batch.labels.is_cuda)

@@ -1,9 +1,9 @@
 """Time and memory of token_stats on a GPU, against the bandwidth of a copy and against peers.
 
 The limit is a device-to-device copy of one logits tensor, timed in the same rounds. Bytes are those
-that the algebra needs: forward reads both tensors where a token is kept; backward writes one, and
-reads what docs/algebra.md says for the kind of row. Providers take turns round by round. Writes
-gpu-against-copy.json into a folder.
+that the algebra needs: forward reads both tensors where a token is not ignored; backward writes one
+tensor, and reads what docs/algebra.md says for the kind of row. All take turns round by round.
+Writes gpu-against-copy.json into a folder.
 
     python benchmarks/gpu_against_copy.py OUT [--rounds 15] [--rows 8192]
 """
@@ -38,15 +38,15 @@ class Batch(NamedTuple):
     reference: Tensor
     labels: Tensor
     grad_logps: Tensor
-    grad_kl: Tensor  # of arbitrary upstream gradients: no kind of row is special
-    overwritten: Tensor  # the policy's logits for what works in place
+    grad_kl: Tensor  # arbitrary, so that no row is of a special kind
+    overwritten: Tensor  # the policy's logits, for calls that work in place
 
     @property
     def tensor_bytes(self) -> int:
         return self.policy.numel() * self.policy.element_size()
 
     def restore(self) -> None:
-        """Before what works in place: gradients as logits would be another problem."""
+        """Put the logits back before a call in place; the last one has left a gradient there."""
         self.overwritten.detach().copy_(self.policy)
 
 
@@ -63,13 +63,13 @@ def make_batch(
 
 
 def upstream_of(batch: Batch, kind: str) -> tuple[Tensor, Tensor]:
-    """The upstream gradients that a method sends."""
+    """The upstream gradients of a method."""
     half = batch.labels.numel() // 2
     chosen = torch.arange(2 * half, device=batch.labels.device) < half
     grad_kl = {
         "any": batch.grad_kl,
         "tdpo1": batch.grad_logps,
-        # Of chosen rows the KL is a constant.
+        # The KL of chosen rows is a constant.
         "tdpo2": torch.where(chosen, torch.zeros_like(batch.grad_kl), -0.5 * batch.grad_logps),
         "dpo": torch.zeros_like(batch.grad_kl),
     }[kind]
@@ -81,7 +81,7 @@ READS = {"any": 2.0, "tdpo1": 1.0, "tdpo2": 1.5, "dpo": 1.0}
 
 
 def needed_bytes(batch: Batch, kept: float) -> dict[str, float]:
-    """What each pass has to move, in bytes."""
+    """The bytes that each pass has to move."""
     size = batch.tensor_bytes
     needed = {"copy": 2.0 * size, "forward": 2 * kept * size}
     for kind, reads in READS.items():
@@ -91,7 +91,7 @@ def needed_bytes(batch: Batch, kept: float) -> dict[str, float]:
 
 
 def passes(batch: Batch) -> Runs:
-    """The passes by themselves, as the ops that the autograd.Function calls."""
+    """The passes alone: the ops that the autograd.Function calls."""
     policy, reference, labels = batch[:3]
     _, _, _, normalizers = OPS.token_stats(policy, reference, labels, -100)
     target = torch.empty_like(policy)
@@ -128,7 +128,7 @@ def providers() -> dict[str, Statistics]:
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.ops.fused_ce_tvd import LigerFusedCETVDFunction
 
-        # The nearest: the same two tensors, and the total variation instead of the KL.
+        # The nearest kernel of a peer: it takes the same tensors, to total variation instead of KL.
         found["Liger CE + TVD"] = LigerFusedCETVDFunction.apply
     return found
 
@@ -158,7 +158,7 @@ def whole_steps(batch: Batch) -> Runs:
 
 
 class Clock:
-    """Milliseconds on the device: events around a call whose launches do not wait for Python."""
+    """Milliseconds on the device, by events around a call; launches do not wait for Python."""
 
     def __init__(self, device: str) -> None:
         self.on_card = device == "cuda"
@@ -177,7 +177,7 @@ class Clock:
         return start.elapsed_time(end)
 
     def extra_bytes(self, run: Callable[[], object]) -> int:
-        """What a call asks for at its highest, beyond what was there before."""
+        """The peak of the bytes that a call allocates."""
         if not self.on_card:
             return 0
         torch.cuda.synchronize()
@@ -213,7 +213,7 @@ def measure(runs: Runs, batch: Batch, clock: Clock, rounds: int) -> dict[str, di
 
 
 def largest_error(batch: Batch, provider: Statistics) -> dict[str, float]:
-    """Of 32 kept rows against float64 on the same inputs, relative to the largest value."""
+    """The largest error of 32 rows against float64, relative to the largest value."""
     rows = (batch.labels != -100).nonzero().flatten()[:32]
     inputs = [x[rows] for x in (batch.policy, batch.reference, batch.labels)]
     truth = tdpo_ext.reference.token_stats(inputs[0].double(), inputs[1].double(), inputs[2])
@@ -230,7 +230,7 @@ def measurements(options: argparse.Namespace) -> Iterator[dict[str, object]]:
     for vocabulary in options.vocabularies:
         for ignored in IGNORED:
             print(f"V = {vocabulary}, {ignored:.0%} ignored ...", flush=True)
-            torch.compiler.reset()  # past a limit of recompilations it would run eager
+            torch.compiler.reset()  # after too many recompilations it would run eager code
             batch = make_batch(options.rows, vocabulary, torch.bfloat16, ignored, options.device)
             alone = measure(passes(batch), batch, clock, options.rounds)
             runs = whole_steps(batch)
@@ -276,7 +276,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for row in measurements(options):
         report["measurements"].append(row)
-        # After each: what was measured stays if the time runs out.
+        # Written after each measurement, so that these stay if the time runs out.
         (options.out / "gpu-against-copy.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitizes and measures the CUDA kernels on a machine with a GPU, which may be
-# offline and just started. Writes logs and JSON into OUT; six minutes or so, with a limit for each
-# step.
+# offline and just started. Writes logs and JSON into OUT. It takes about seven minutes; each step has
+# a time limit.
 #
 #   bash benchmarks/gpu_check.sh OUT [WHEELS]
 #   bash benchmarks/gpu_check.sh OUT --choices    only times what a card decides (choices.cuh)
 #
-# There must be python3 with torch, nvcc, a C++ compiler, compute-sanitizer, and cmake, ninja,
-# pybind11, scikit-build-core, numpy and pytest; what is missing of the packages may lie in the
-# folder WHEELS, and so may pytest-xdist, and liger_kernel and trl, peers to be measured. The
-# kernels' own times and the choices need nvcc alone.
+# It needs python3 with torch, nvcc, a C++ compiler, compute-sanitizer, and the packages cmake, ninja,
+# pybind11, scikit-build-core, numpy and pytest. The folder WHEELS may hold wheels of missing packages,
+# of pytest-xdist, of transformers (for the step training), and of peers to be measured, liger_kernel
+# and trl. The steps kernel_times and choices need nvcc alone.
 set -uo pipefail
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
@@ -97,13 +97,13 @@ sys.exit(not cuda["compiled"])'
 chosen="(two_alignments and 37) or gradient_at_any or (few_rows and 4097)"
 chosen+=" or (base_follows and 5000) or (outside_the_vocabulary and 40) or (every_place and 33)"
 
-# Every tensor an allocation of its own, so that what lies just outside it is nobody's.
+# Each tensor is an allocation, so that an access just outside a tensor is outside any.
 sanitize() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" "${@:2}" --error-exitcode 9 \
     "$python" -m pytest -m cuda -p no:cacheprovider tests/kernels/test_cuda_kernels.py -k "$chosen"
 }
 
-# In four processes where pytest-xdist is there.
+# In four processes if pytest-xdist is installed.
 run_tests() {
   local processes=()
   "$python" -c 'import xdist' 2>/dev/null && processes=(--numprocesses 4 --dist worksteal)
@@ -149,7 +149,7 @@ fi
 step kernel_times 90 bash -c own_times && cat "$out/kernel_times.log"
 step warm_up 150 bash -c warm_up
 if step build 90 bash -c build; then
-  # initcheck must see all kernels, or it takes what torch's have written for unwritten.
+  # initcheck must see all kernels; else it takes memory that torch's kernels wrote for unwritten.
   step memcheck 180 bash -c 'sanitize memcheck --kernel-regex kns=tdpo' &
   step racecheck 180 bash -c 'sanitize racecheck --kernel-regex kns=tdpo' &
   step initcheck 180 bash -c 'sanitize initcheck' &
@@ -160,5 +160,6 @@ if step build 90 bash -c build; then
   # One after the other, alone on the machine.
   step benchmark 150 "$python" benchmarks/gpu_against_copy.py "$out"
   step fused 100 "$python" benchmarks/fused_head.py "$out" --device cuda --rounds 3
+  step training 90 "$python" benchmarks/training_step.py "$out" --device cuda --rounds 5
 fi
 report

@@ -1,7 +1,7 @@
 """Time, memory and error of token_stats on the CPU against PyTorch, eager and compiled.
 
-One process, one run: providers and limits take turns round by round, so that a machine whose speed
-drifts does so for all. The limits are a read of the same bytes, and a read with a write over the
+Providers and limits take turns round by round in one process, so a drift of the machine's speed
+meets all of them. The limits are a read of the same bytes, and a read with a write over the
 policy's logits. Writes benchmarks/results/logits-cpu.json.
 
     python benchmarks/logits_cpu.py [--rounds 5] [--rows 64] [--out benchmarks/results]
@@ -33,7 +33,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Batch:
-    """Logits whose gap is that of a policy some way from its reference."""
+    """Logits of a reference, and of a policy at some distance from it."""
 
     def __init__(self, rows: int, vocabulary: int, dtype: torch.dtype):
         generator = torch.Generator().manual_seed(0)
@@ -80,7 +80,7 @@ def passes(provider: Provider, batch: Batch, in_place: bool) -> dict[str, float]
 def limits(batch: Batch) -> dict[str, float]:
     policy, reference = batch.as_integers()
     read, _ = timed(lambda: (policy.amax(), reference.amax()))
-    # Over the policy's logits, as in place; they are restored.
+    # As an in-place backward does, it overwrites the policy's logits, which are then restored.
     write, _ = timed(lambda: torch.add(policy, reference, out=policy))
     batch.restore()
     return {"read": read, "read + write": write}
@@ -111,12 +111,12 @@ def measure_time(batch: Batch, chosen: dict[str, Provider], rounds: int) -> dict
 
 
 def peak_bytes(function: Callable[[], object]) -> int | None:
-    """By how much this process grew at most; Linux with glibc only."""
+    """The peak growth of this process; None except on Linux with glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if not CLEAR.exists() or trim is None:
         return None
     gc.collect()
-    trim(0)  # memory that is freed but kept would hide what is taken from it
+    trim(0)  # else the function could use freed memory that the process still holds
     CLEAR.write_text("5")  # forget earlier peaks
 
     def field(name: str) -> int:
@@ -154,7 +154,7 @@ def measure(vocabulary: int, dtype: torch.dtype, rows: int, rounds: int) -> dict
 
 
 def small_calls(repeats: int = 300) -> dict[str, float]:
-    """Median microseconds of forward + backward where nothing but the calls costs."""
+    """Median microseconds of forward + backward of a batch so small that only the calls cost."""
     batch, times = Batch(2, 32, torch.float32), {}
     for name, provider in providers().items():
         in_place = name.endswith("in place")
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks" / "results")
-    parser.add_argument("--note", default="", help="what a reader of the numbers must know")
+    parser.add_argument("--note", default="", help="a remark for readers of the numbers")
     options = parser.parse_args()
     measurements = []
     for threads in sorted({1, torch.get_num_threads()}):

@@ -1,4 +1,4 @@
-"""Ways to a token's statistics from logits: ours, the formula, and why peers are not among them."""
+"""Statistics of tokens from logits to be timed: ours and the formula's. Also why no peer's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ours_in_place(policy: Tensor, reference: Tensor, labels: Tensor) -> tuple[Te
 
 
 def providers() -> dict[str, Provider]:
-    torch.compiler.reset()  # past a limit of recompilations it would run eager
+    torch.compiler.reset()  # after too many recompilations torch.compile would run eager code
     return {
         "tdpo_ext": ours,
         "tdpo_ext in place": ours_in_place,

@@ -1,4 +1,4 @@
-"""What a report says about where it was made."""
+"""The description of the machine and the software in a report."""
 
 from __future__ import annotations
 

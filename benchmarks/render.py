@@ -80,8 +80,7 @@ machine that does nothing else:
 
 ```bash
 make bench                         # the CPU's, then this page and its pictures
-bash benchmarks/gpu_check.sh OUT   # a GPU's, with build and tests: 9 minutes at most
-python benchmarks/training_step.py OUT --device cuda   # a whole training step
+bash benchmarks/gpu_check.sh OUT   # a GPU's, with build and tests: about 7 minutes
 python benchmarks/render.py        # this page and its pictures, from the reports
 make docs                          # the figures of the other pages
 ```

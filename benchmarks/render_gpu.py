@@ -1,8 +1,8 @@
 """The part of docs/benchmarks.md, and the pictures, that come from a run on a GPU.
 
-Such a run has a folder of its own in results/, named after card and commit: the reports of
-benchmarks/gpu_check.sh, and by-hand.json for what was measured otherwise. A newer run takes the
-place of RUN.
+Each run has a folder in results/, named after card and commit, with the reports of
+benchmarks/gpu_check.sh, and by-hand.json for figures that were measured otherwise. The pages show
+the run that RUN names.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ KINDS = {
     "dpo": "DPO",
     "rejected": "rejected rows of TDPO2",
 }
-COMPILING_FROM = 5_000  # milliseconds of a step on a GPU: it ran once, with its compilation
+COMPILING_FROM = 5_000  # a step that took as many milliseconds on a GPU contains a compilation
 
 
 def load(name: str) -> Report:
-    """Empty if that card's run has no such report."""
+    """A report of the run; empty if there is none of this name."""
     path = RUN / name
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -39,12 +39,12 @@ def by_hand() -> Report:
 
 
 def training_step() -> Report:
-    """From benchmarks/training_step.py; until it has run on that card, as noted by hand."""
+    """The report of benchmarks/training_step.py, or figures noted by hand if the run has none."""
     return load("training-step-cuda.json") or by_hand().get("training_step", {})
 
 
 def made_on(report: Report) -> str:
-    """Card, commit, torch and CUDA, which stand at every table."""
+    """Card, commit, torch and CUDA, to be named at every table."""
     known = {**by_hand().get("run", {}), **report}
     return (
         f"{known['device']}, commit {known['commit']}, torch {known['torch']}, CUDA {known['cuda']}"
@@ -194,7 +194,7 @@ def bare_products(row: Report, units: list[float]) -> float:
 
 
 def fused_times(row: Report, on_card: bool) -> dict[str, float | None]:
-    """Milliseconds by path; None where a compilation is in them."""
+    """Milliseconds by path or peer; None if they contain a compilation."""
     return {
         name: None if on_card and taken > COMPILING_FROM else taken
         for name, taken in row["milliseconds"].items()
@@ -355,9 +355,9 @@ def small_section() -> list[str]:
     for call in calls:
         cells = []
         for name in names:
-            way = call["ways"][name]
-            kernels = f", {way['kernels']} kernels" if "kernels" in way else ""
-            cells.append(f"{way['microseconds']}{kernels}")
+            taken = call["ways"][name]
+            kernels = f", {taken['kernels']} kernels" if "kernels" in taken else ""
+            cells.append(f"{taken['microseconds']}{kernels}")
         rows.append([f"{call['shape'][0]} x {call['shape'][1]}", *cells])
     return [
         "",
@@ -370,11 +370,11 @@ def small_section() -> list[str]:
     ]
 
 
-# What it says
+# Findings
 
 
 def findings(logits: Report, fused: Report) -> list[str]:
-    """Limits and what falls short of them, as the tables have them."""
+    """Sentences on the limits, and on what falls short of them, from the numbers of the tables."""
     return [
         *bandwidth_findings(),
         formula_finding(logits),
@@ -411,19 +411,19 @@ def formula_finding(report: Report) -> str:
     )
 
 
-def against_products(report: Report, way: str) -> str:
-    """Times the bare products of a path, all tokens kept."""
+def against_products(report: Report, path: str) -> str:
+    """The time of a path as a multiple of its bare products, no token ignored."""
     rows = [row for row in report["measurements"] if row["ignored"] == 0]
-    units = report["ways"][way]
+    units = report["ways"][path]
     return least_to_most(
-        (row["milliseconds"][way] / bare_products(row, units) for row in rows), "{:.2f}"
+        (row["milliseconds"][path] / bare_products(row, units) for row in rows), "{:.2f}"
     )
 
 
 def fused_findings(report: Report) -> list[str]:
     forward, again, frozen = (
-        against_products(report, f"tdpo_ext{way}")
-        for way in (": forward", ", recomputed", ", frozen head")
+        against_products(report, f"tdpo_ext{path}")
+        for path in (": forward", ", recomputed", ", frozen head")
     )
     lines = [
         f"- The fused head takes {forward} times its bare products in forward, {again} in a full "

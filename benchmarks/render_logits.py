@@ -11,7 +11,7 @@ from tables import table
 Report = dict[str, Any]
 PROVIDERS = ("tdpo_ext", "tdpo_ext in place", "eager", "torch.compile")
 IN_PLACE = "tdpo_ext in place"
-# Which of our passes is held against which limit.
+# (name, pass of ours, its limit)
 LIMITS = (
     ("forward", "tdpo_ext: no grad", "read"),
     ("backward in place", f"{IN_PLACE}: backward", "read + write"),

@@ -86,8 +86,8 @@ def of_fused_head(
         assert ours is not None
         memory = "-"
         if "eager" in extra:
-            of_each = [extra[way] / size for way in ("tdpo_ext", "eager")]
-            memory = f"{of_each[0]:.{int(on_card)}f} {unit}, {of_each[1]:.{int(on_card)}f}"
+            sizes = [extra[path] / size for path in ("tdpo_ext", "eager")]
+            memory = f"{sizes[0]:.{int(on_card)}f} {unit}, {sizes[1]:.{int(on_card)}f}"
         kept = "" if share == 0 else f", {1 - share:.0%} of the tokens kept"
         yield row(
             f"fused head, {shape_in_words(shape)}{kept}",
@@ -182,7 +182,7 @@ def filled(rows: list[Row]) -> list[Row]:
 
 
 def share(value: float) -> str:
-    """In words, as rough as it is meant."""
+    """A rounded fraction in words."""
     names = {2: "half", 3: "a third", 4: "a fourth", 5: "a fifth", 6: "a sixth", 7: "a seventh"}
     return names.get(round(1 / value), f"{value:.0%}")
 
@@ -191,7 +191,7 @@ def memory_of_the_head() -> str:
     rows = load("fused-head-cpu.json")["memory_by_vocabulary"]
     [extra] = [r["extra_bytes"] for r in rows if r["vocabulary"] == ROW_OF_LOGITS]
     full, frozen = (
-        share(extra[way] / extra["eager"]) for way in ("tdpo_ext", "tdpo_ext, frozen head")
+        share(extra[path] / extra["eager"]) for path in ("tdpo_ext", "tdpo_ext, frozen head")
     )
     return (
         f"At a vocabulary of {ROW_OF_LOGITS:,} and 512 tokens, on the CPU in float32, the fused "

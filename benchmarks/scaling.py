@@ -1,8 +1,8 @@
-"""What a step of the fused head costs on 1 to 1024 GPUs: computed from products measured on one.
+"""The cost of a step of the fused head on 1 to 1024 GPUs, computed from products measured on one.
 
-The head and its loss alone, of one micro-batch: the layers below are whatever they are. The rows go
-into docs/scaling.md (docs/fill.py), which says what they assume, and so do those that hold what was
-computed to what one GPU has measured (results/, benchmarks/fused_head.py).
+It is the cost of head and loss alone, for one micro-batch, without the layers below. docs/fill.py
+puts the tables into docs/scaling.md, which says what they assume. One more table there compares
+what is computed for one GPU with what benchmarks/fused_head.py has measured on it (results/).
 """
 
 from __future__ import annotations
@@ -11,21 +11,39 @@ from typing import Any, NamedTuple
 
 import render_gpu
 
+from tdpo_ext.fused_head.problem import DEFAULT_CHUNK_BYTES, MOST_CHUNK_BYTES_ON_CUDA
+from tdpo_ext.fused_head.tiles import MOST_COLUMNS_ON_CUDA
+
 VOCABULARY = 128256
-TOKENS = 8192  # kept ones, of policy and of reference, in each tensor-parallel group
-WAY, UNITS = "tdpo_ext, recomputed", 5.5  # of TDPO2: docs/fused-head.md
-FROZEN = "tdpo_ext, frozen head"
+TOKENS = 8192  # tokens that are not ignored, in each tensor-parallel group
 RECORD = 36  # bytes of a token's record, float32
-CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = MOST_CHUNK_BYTES_ON_CUDA  # the default from 64 GiB of memory on
+CHUNK_BYTES_OF_THE_RUN = DEFAULT_CHUNK_BYTES  # the default at the commit that was measured
 
 WITHIN_NODE = 400e9  # bytes a second that one GPU receives from the 7 others of its node
 BETWEEN_NODES = 45e9  # and from other nodes, each GPU through a network card of its own
 
 
+class Path(NamedTuple):
+    """A path to the gradients of TDPO2 (docs/fused-head.md)."""
+
+    name: str  # in the reports of benchmarks/fused_head.py
+    units: float
+
+
+WHOLE_PAIRS = Path("tdpo_ext", 4)  # if chunk_bytes holds the logits of a pair, as CHUNK_BYTES does
+RECOMPUTED = Path("tdpo_ext, recomputed", 5.5)  # if it does not, or the vocabulary is sharded
+FROZEN = Path("tdpo_ext, frozen head", 3)
+
+
 class Layout(NamedTuple):
     gpus: int
-    tensor: int  # processes that share the vocabulary, all of one node
-    data: int  # groups with tokens of their own, over which FSDP shards what each process has
+    tensor: int  # processes that share the vocabulary, all within one node
+    data: int  # groups with tokens of their own; FSDP shards each process's weights over them
+
+    @property
+    def path(self) -> Path:
+        return RECOMPUTED if self.tensor > 1 else WHOLE_PAIRS
 
 
 LAYOUTS = [
@@ -40,48 +58,58 @@ LAYOUTS = [
 
 
 def measured_row(shape: list[int]) -> render_gpu.Report:
-    """A row of benchmarks/fused_head.py, all tokens kept."""
+    """What benchmarks/fused_head.py has measured at a shape, no token ignored."""
     rows = render_gpu.load(render_gpu.FUSED)["measurements"]
     [row] = [row for row in rows if row["shape"] == shape and row["ignored"] == 0]
     return row
 
 
 def products_per_second() -> float:
-    """Floating-point operations, bfloat16, of the products alone at H = 4096."""
+    """Floating-point operations per second of the bare products of whole pairs, H = 4096."""
     shape = [8, 1024, 4096, VOCABULARY]
-    ways = render_gpu.load(render_gpu.FUSED)["ways"]
-    taken = render_gpu.bare_products(measured_row(shape), ways[WAY]) / 1e3
-    return UNITS * 2 * TOKENS * 4096 * VOCABULARY / taken
+    units = render_gpu.load(render_gpu.FUSED)["ways"][WHOLE_PAIRS.name]
+    taken = render_gpu.bare_products(measured_row(shape), units) / 1e3
+    return sum(units) * 2 * TOKENS * 4096 * VOCABULARY / taken
 
 
-def memory_of(weight: float, width: int, frozen: bool = False) -> float:
-    """Bytes: gathered heads, the policy's gradient in float32 and in bfloat16, hidden states and
-    their gradients, tiles."""
+def memory_of(weight: float, width: int, scratch: float, frozen: bool = False) -> float:
+    """Bytes of the gathered heads, of the policy's gradient in float32 and in bfloat16, of hidden
+    states and their gradients, and of scratch memory."""
     gradient = 0 if frozen else (2 + 1) * weight
-    return 2 * weight + gradient + TOKENS * width * (2 + 2 + 4 + 2) + CHUNK_BYTES
+    return 2 * weight + gradient + TOKENS * width * (2 + 2 + 4 + 2) + scratch
+
+
+def scratch_of(path: Path, rows: int) -> int:
+    """Bytes of scratch memory, at most, with so many rows of the weight on each GPU."""
+    if path is WHOLE_PAIRS:
+        return CHUNK_BYTES
+    # Two float32 tiles, and the gradient of one in bfloat16.
+    return min(CHUNK_BYTES, TOKENS * min(MOST_COLUMNS_ON_CUDA, rows) * (4 + 4 + 2))
 
 
 def step(layout: Layout, width: int) -> dict[str, Any]:
     """One micro-batch of a head ``[VOCABULARY, width]`` in bfloat16, on each GPU."""
     rows = VOCABULARY // layout.tensor
-    weight = rows * width * 2  # of policy, and the same of reference
+    weight = rows * width * 2  # bytes of the policy's, and as many of the reference's
     kept_by_fsdp = weight / layout.data
     sharded = layout.data > 1
-    flops = UNITS * 2 * TOKENS * rows * width
-    # The policy's gathered for forward and again for backward, the reference's once; the gradient.
+    flops = layout.path.units * 2 * TOKENS * rows * width
+    # FSDP gathers the policy's weight for forward and again for backward, and the reference's once,
+    # and it scatters the gradient.
     fsdp_bytes = (3 + 1) * weight * (layout.data - 1) / layout.data
     records = TOKENS * RECORD * (layout.tensor - 1)
     hidden = 2 * TOKENS * width * 4 * (layout.tensor - 1) / layout.tensor
-    # What the GPUs of a node have in common comes into it once, through all of their cards.
+    # Bytes that all GPUs of a node need are sent to the node once, over all of its network cards.
     shared = min(8, layout.gpus) // layout.tensor
     between = min(WITHIN_NODE, BETWEEN_NODES * shared)
     bandwidth = WITHIN_NODE if layout.gpus <= 8 else between
-    memory = memory_of(weight, width)
+    memory = memory_of(weight, width, scratch_of(layout.path, rows))
     if sharded:
         memory += 2 * kept_by_fsdp
     return {
         "GPUs": layout.gpus,
         "tensor x data": f"{layout.tensor} x {layout.data}",
+        "units": f"{layout.path.units:g}",
         "products, TFLOP": f"{flops / 1e12:.1f}",
         "products, ms": f"{flops / products_per_second() * 1e3:.1f}",
         "all_gather of records, MB": f"{records / 1e6:.1f}",
@@ -95,29 +123,36 @@ def step(layout: Layout, width: int) -> dict[str, Any]:
 
 
 def against_measured() -> list[dict[str, Any]]:
-    """One GPU: each shape that was measured, all tokens kept, full and with a frozen head."""
+    """Each shape that was measured on one GPU, no token ignored, full and with a frozen head.
+
+    At CHUNK_BYTES_OF_THE_RUN no pair fitted, so the full step was recomputed.
+    """
     report = render_gpu.load(render_gpu.FUSED)
     shapes = [row["shape"] for row in report["measurements"] if row["ignored"] == 0]
-    return [line(shape, way, report["ways"][way]) for shape in shapes for way in (WAY, FROZEN)]
+    return [
+        line(shape, path, report["ways"][path.name])
+        for shape in shapes
+        for path in (RECOMPUTED, FROZEN)
+    ]
 
 
-def line(shape: list[int], way: str, units: list[float]) -> dict[str, Any]:
+def line(shape: list[int], path: Path, units: list[float]) -> dict[str, Any]:
     row = measured_row(shape)
     sequences, tokens, width, vocabulary = shape
     weight, hidden = 2 * vocabulary * width, 2 * sequences * tokens * width
     flops = sum(units) * 2 * sequences * tokens * width * vocabulary
     batch = 2 * weight + 2 * hidden + 8 * sequences * tokens  # labels are 64-bit
-    products, taken = render_gpu.bare_products(row, units), row["milliseconds"][way]
-    computed = memory_of(weight, width, frozen=way == FROZEN)
+    products, taken = render_gpu.bare_products(row, units), row["milliseconds"][path.name]
+    computed = memory_of(weight, width, CHUNK_BYTES_OF_THE_RUN, frozen=path is FROZEN)
     return {
         "H, V": f"{width}, {vocabulary}",
-        "path": f"{'frozen head' if way == FROZEN else 'full'}, {sum(units):g} units",
+        "path": f"{'frozen head' if path is FROZEN else 'recomputed'}, {sum(units):g} units",
         "products computed, ms": f"{flops / products_per_second() * 1e3:.1f}",
         "products measured, ms": f"{products:.1f}",
         "step measured, ms": f"{taken:.1f}",
         "step / products": f"{taken / products:.2f}",
         "memory computed, GiB": f"{computed / 2**30:.1f}",
-        "memory measured, GiB": f"{(batch + row['extra_bytes'][way]) / 2**30:.1f}",
+        "memory measured, GiB": f"{(batch + row['extra_bytes'][path.name]) / 2**30:.1f}",
     }
 
 
@@ -138,13 +173,15 @@ def assumed() -> str:
         f"at {products_per_second() / 1e12:.0f} TFLOP/s, the rate of those of H = 4096 alone on "
         f"one GPU ({render_gpu.made_on(report)}), which is taken for H = 8192 as well. Assumed: "
         f"{WITHIN_NODE / 1e9:.0f} GB/s into one GPU within a node of 8; "
-        f"{BETWEEN_NODES / 1e9:.0f} GB/s between nodes for each GPU, of which each byte that a "
-        "node's GPUs have in common is sent once; nothing overlapped, though FSDP's traffic "
-        "overlaps with the layers and the records are there before the next product would start. "
-        "A step takes longer than its products: by how much is measured below. Memory: the "
-        "gathered heads, the float32 gradient of the policy's, hidden states and their gradients, "
-        f"{CHUNK_BYTES // 2**20} MiB of tiles, FSDP's own parts. The last column is what the "
-        "paper's script has alive instead of the tiles."
+        f"{BETWEEN_NODES / 1e9:.0f} GB/s between nodes for each GPU, where a byte that several "
+        "GPUs of a node need is sent once; no overlap, though FSDP's traffic overlaps with the "
+        f"layers. Units: {WHOLE_PAIRS.units:g} where `chunk_bytes` holds whole pairs, as its "
+        f"default of {CHUNK_BYTES // 2**30} GiB (from 64 GiB of memory on) does here; "
+        f"{RECOMPUTED.units:g} where the vocabulary is sharded, since backward then makes logits "
+        "once more. A step takes longer than its products: by how much is measured below. Memory: "
+        "the gathered heads, the float32 gradient of the policy's, hidden states and their "
+        f"gradients, scratch memory of at most {CHUNK_BYTES // 2**30} GiB, FSDP's own parts. The "
+        "last column is what the paper's script allocates instead of the scratch memory."
     )
 
 
@@ -164,9 +201,10 @@ def read_across() -> str:
         f"Across nodes FSDP moves two heads in {alone:.0%} of the time that a step multiplies if "
         f"it alone shards them; with the vocabulary shared within a node the same traffic takes "
         f"{shared:.1f} times as long as the products, so there it has to overlap. A frozen head "
-        "(LoRA) takes 3 units instead of 5.5 (4.5 where the vocabulary is sharded, which "
-        "recomputes), no float32 gradient, and no reduction of it. From 64 to 1024 GPUs nothing "
-        "per GPU changes but FSDP's share that stays."
+        f"(LoRA) takes {FROZEN.units:g} units instead of {WHOLE_PAIRS.units:g} "
+        f"({RECOMPUTED.units - 1:g} instead of {RECOMPUTED.units:g} where the vocabulary is "
+        "sharded), and its weight has no gradient to store or reduce. From 64 to 1024 GPUs nothing "
+        "changes per GPU but the share of the weights that FSDP leaves on it."
     )
 
 

@@ -2,9 +2,9 @@
 
 A Llama-shaped policy and its reference are made from a config: 1.2e9 parameters and 8 x 1024 tokens
 on a GPU, a tiny model on the CPU. The limit is the two backbones alone, without head and loss. The
-ways to the loss take turns round by round, and must agree about it and about the gradient. Peak
-memory is all that the allocator has given out on a GPU, models included; on the CPU it is what a
-process of its own takes more during a step. Writes training-step-DEVICE.json into a folder.
+paths to the loss take turns round by round, and must agree on loss and gradient. Peak memory on a
+GPU is all that the allocator has given out, models included; on the CPU it is the growth of a
+separate process during a step. Writes training-step-DEVICE.json into a folder.
 
     python benchmarks/training_step.py benchmarks/results [--device cpu] [--rounds 5] [--quick]
 """
@@ -33,7 +33,7 @@ from tdpo_ext import LinearTDPOLoss, TDPOLoss
 from tdpo_ext.integrations.attach import HEAD_INPUTS, TDPOTargets, attach_tdpo
 
 GIB = 2**30
-AGREEMENT = 0.02  # of losses and gradient norms, relative: models and logits are bfloat16
+AGREEMENT = 0.02  # relative, of losses and gradient norms; models and logits are bfloat16
 
 
 class Size(NamedTuple):
@@ -58,13 +58,13 @@ class Step(NamedTuple):
     tokens: Tensor  # [2B, T]
     labels: Tensor  # the same, -100 on the first third: the prompt
 
-    def of_reference(self, **arguments: Any) -> Any:
+    def reference_output(self, **arguments: Any) -> Any:
         with torch.no_grad():
             return self.reference(self.tokens, **arguments)
 
 
 def make_step(size: Size, device: str, dtype: torch.dtype = torch.bfloat16) -> Step:
-    """The reference's weights are a tenth off the policy's."""
+    """The reference's weights are the policy's, each with a relative noise of a tenth."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=size.vocabulary,
@@ -84,11 +84,11 @@ def make_step(size: Size, device: str, dtype: torch.dtype = torch.bfloat16) -> S
     with torch.no_grad():
         for weight in reference.parameters():
             weight.mul_(1 + 0.1 * torch.randn_like(weight))
-    # The newer name, if transformers has it: there the older one warns.
+    # Newer transformers warn at the older name.
     newer = getattr(policy, "activation_checkpointing_enable", None)
     (newer or policy.gradient_checkpointing_enable)({"use_reentrant": False})
     policy.train()
-    attach_tdpo(policy, LinearTDPOLoss())  # without tdpo= they stay what they were
+    attach_tdpo(policy, LinearTDPOLoss())  # calls without tdpo= are not changed by it
     attach_tdpo(reference)
     labels = tokens.clone()
     labels[:, : size.tokens // 3] = -100
@@ -103,22 +103,22 @@ def backbone_alone(step: Step) -> Tensor:
 
 def eager_formula(step: Step) -> Tensor:
     aligned = nn.functional.pad(step.labels[:, 1:], (0, 1), value=-100)
-    reference = step.of_reference().logits
+    reference = step.reference_output().logits
     return formula_loss(step.policy(step.tokens).logits, reference, aligned)
 
 
 def from_logits(step: Step, inplace_backward: bool = False) -> Tensor:
     loss = TDPOLoss(inplace_backward=inplace_backward)
-    reference = step.of_reference().logits
+    reference = step.reference_output().logits
     return loss(step.policy(step.tokens).logits, reference, step.labels).loss
 
 
 def attached(step: Step) -> Tensor:
-    targets = TDPOTargets(step.of_reference(tdpo=HEAD_INPUTS), step.labels)
+    targets = TDPOTargets(step.reference_output(tdpo=HEAD_INPUTS), step.labels)
     return step.policy(step.tokens, tdpo=targets).loss
 
 
-WAYS: dict[str, Callable[[Step], Tensor]] = {
+PATHS: dict[str, Callable[[Step], Tensor]] = {
     "backbone alone": backbone_alone,
     "eager formula": eager_formula,
     "TDPOLoss": from_logits,
@@ -127,57 +127,57 @@ WAYS: dict[str, Callable[[Step], Tensor]] = {
 }
 
 
-def run(way: str, step: Step) -> Tensor:
-    loss = WAYS[way](step)
+def run(path: str, step: Step) -> Tensor:
+    loss = PATHS[path](step)
     loss.backward()
     return loss.detach()
 
 
-def loss_and_norm(way: str, step: Step) -> tuple[float, float]:
+def loss_and_norm(path: str, step: Step) -> tuple[float, float]:
     """The loss, and the Euclidean norm of all gradients."""
     step.policy.zero_grad()
-    loss = run(way, step)
+    loss = run(path, step)
     gradients = [x.grad for x in step.policy.parameters() if x.grad is not None]
     norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in gradients]
     return float(loss), float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def measure_times(step: Step, clock: Clock, rounds: int) -> dict[str, dict[str, float]]:
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    times: dict[str, list[float]] = {path: [] for path in PATHS}
     for number in range(rounds + 1):
-        for way, taken in times.items():
+        for path, taken in times.items():
             step.policy.zero_grad()
-            elapsed = clock.milliseconds(lambda way=way: run(way, step))
+            elapsed = clock.milliseconds(lambda path=path: run(path, step))
             if number:  # the first round warms up
                 taken.append(elapsed)
     return {
-        way: {"milliseconds": statistics.median(taken), "least": min(taken), "most": max(taken)}
-        for way, taken in times.items()
+        path: {"milliseconds": statistics.median(taken), "least": min(taken), "most": max(taken)}
+        for path, taken in times.items()
     }
 
 
-def peak_on_card(way: str, step: Step) -> int:
+def peak_on_card(path: str, step: Step) -> int:
     step.policy.zero_grad()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    run(way, step)
+    run(path, step)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
 
 
-def growth_here(way: str, size: Size) -> int:
-    """What this process takes at most during a step, beyond both models."""
-    run(way, make_step(SIZES["quick"], "cpu"))  # what the first step of all sets up
+def growth_here(path: str, size: Size) -> int:
+    """The peak growth of this process during a step, beyond both models."""
+    run(path, make_step(SIZES["quick"], "cpu"))  # takes what only the first step sets up
     step = make_step(size, "cpu")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = memory_of_process("VmRSS:")
-    run(way, step)
+    run(path, step)
     return memory_of_process("VmHWM:") - before
 
 
-def peak_in_a_process(way: str, size_name: str) -> int:
+def peak_in_a_process(path: str, size_name: str) -> int:
     done = subprocess.run(
-        [sys.executable, __file__, "--peak-of", way, size_name],
+        [sys.executable, __file__, "--peak-of", path, size_name],
         capture_output=True,
         text=True,
         check=True,
@@ -186,25 +186,25 @@ def peak_in_a_process(way: str, size_name: str) -> int:
 
 
 def check_agreement(results: dict[str, tuple[float, float]]) -> None:
-    """A way that does something else is not to be timed."""
+    """Exit if a path computes another loss or gradient: its time would mean nothing."""
     wanted = results["eager formula"]
-    for way, found in results.items():
+    for path, found in results.items():
         for name, ours, theirs in zip(("loss", "gradient norm"), found, wanted, strict=True):
-            if way != "backbone alone" and not abs(ours - theirs) <= AGREEMENT * abs(theirs):
-                raise SystemExit(f"{way}: {name} {ours:.6g}, eager formula {theirs:.6g}")
+            if path != "backbone alone" and not abs(ours - theirs) <= AGREEMENT * abs(theirs):
+                raise SystemExit(f"{path}: {name} {ours:.6g}, eager formula {theirs:.6g}")
 
 
 def measure(size_name: str, device: str, rounds: int) -> dict[str, Any]:
     size = SIZES[size_name]
     step, clock = make_step(size, device), Clock(device)
-    results = {way: loss_and_norm(way, step) for way in WAYS}
+    results = {path: loss_and_norm(path, step) for path in PATHS}
     check_agreement(results)
-    ways: dict[str, dict[str, float]] = measure_times(step, clock, rounds)
-    for way, row in ways.items():
-        peak = peak_on_card(way, step) if clock.on_card else peak_in_a_process(way, size_name)
+    paths: dict[str, dict[str, float]] = measure_times(step, clock, rounds)
+    for path, row in paths.items():
+        peak = peak_on_card(path, step) if clock.on_card else peak_in_a_process(path, size_name)
         row["peak_gib"] = peak / GIB
-        if way != "backbone alone":
-            row["loss"], row["gradient_norm"] = results[way]
+        if path != "backbone alone":
+            row["loss"], row["gradient_norm"] = results[path]
     return {
         "model": {
             "parameters": sum(x.numel() for x in step.policy.parameters()),
@@ -217,7 +217,7 @@ def measure(size_name: str, device: str, rounds: int) -> dict[str, Any]:
         "tokens": size.tokens,
         "ignored": size.tokens // 3 / size.tokens,
         "rounds": rounds,
-        "ways": ways,
+        "ways": paths,
     }
 
 
@@ -230,8 +230,8 @@ def main() -> None:
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak_of:
-        way, size_name = options.peak_of
-        print(growth_here(way, SIZES[size_name]))
+        path, size_name = options.peak_of
+        print(growth_here(path, SIZES[size_name]))
         return
     if options.out is None:
         parser.error("which folder to write into?")
@@ -243,11 +243,11 @@ def main() -> None:
         **measure("quick" if options.quick else options.device, options.device, options.rounds),
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"training-step-{options.device}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    for way, row in report["ways"].items():
-        print(f"{way:<18} {row['milliseconds']:>9.1f} ms, {row['peak_gib']:.3f} GiB")
-    print(f"wrote {path}")
+    file = options.out / f"training-step-{options.device}.json"
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    for path, row in report["ways"].items():
+        print(f"{path:<18} {row['milliseconds']:>9.1f} ms, {row['peak_gib']:.3f} GiB")
+    print(f"wrote {file}")
 
 
 if __name__ == "__main__":

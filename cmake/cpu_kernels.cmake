@@ -1,5 +1,5 @@
-# The CPU kernels: one file for each instruction set, with that set's flags; the choice is made at run
-# time. Everything else is compiled for the plain architecture.
+# The CPU kernels: one file for each instruction set, compiled with its flags. The choice is made at
+# run time. All other files are compiled for the baseline of the architecture.
 add_library(tdpo_cpu OBJECT csrc/cpu/token_stats.cpp csrc/cpu/instruction_sets.cpp
                             csrc/cpu/kernels_baseline.cpp)
 set_target_properties(tdpo_cpu PROPERTIES POSITION_INDEPENDENT_CODE ON)
@@ -14,17 +14,17 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64" AND NOT CMAKE_OSX_ARCHITE
     PROPERTIES COMPILE_OPTIONS "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mfma;-mf16c")
 endif()
 
-# What strict arithmetic (CMakeLists.txt) still allows: a * b + c in one rounding, and comparisons that
-# raise no floating-point flag.
+# Options that strict arithmetic (CMakeLists.txt) leaves open: a * b + c is rounded once, and neither
+# errno nor floating-point flags are kept.
 target_compile_options(
   tdpo_cpu
   PRIVATE -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra
           # Let GCC interleave chains of dependent instructions before it allocates registers.
           $<$<CXX_COMPILER_ID:GNU>:-fschedule-insns -fsched-pressure>
-          # GCC 12's own AVX-512 header reads what it calls undefined.
+          # GCC 12 warns at its own AVX-512 header, which reads undefined vectors.
           $<$<CXX_COMPILER_ID:GNU>:-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized>)
 
-# Without OpenMP the kernels are serial; backends() says so.
+# Without OpenMP the kernels use one thread, which tdpo_ext.backends() reports.
 find_package(OpenMP COMPONENTS CXX)
 if(OpenMP_CXX_FOUND)
   target_link_libraries(tdpo_cpu PUBLIC OpenMP::OpenMP_CXX)

@@ -1,7 +1,7 @@
 # The CUDA kernels: TDPO_CUDA = AUTO (if a compiler is found), ON (it must be), OFF.
 #
-# Sets tdpo_cuda, an object library, or TDPO_NO_CUDA_BECAUSE, which tdpo_ext.backends() will say. The
-# compiler is sought in CUDACXX, on the path, in CUDA_HOME or CUDA_PATH, and in /usr/local/cuda. The
+# It sets tdpo_cuda, an object library, or TDPO_NO_CUDA_BECAUSE, which tdpo_ext.backends() reports. The
+# compiler is searched for in CUDACXX, on the path, in CUDA_HOME or CUDA_PATH, and in /usr/local/cuda. The
 # CUDA runtime is linked statically: no CUDA library is needed to import the package.
 if(NOT TDPO_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "TDPO_CUDA must be AUTO, ON or OFF, got '${TDPO_CUDA}'")
@@ -11,7 +11,7 @@ set(TDPO_NO_CUDA_BECAUSE "")
 if(TDPO_CUDA STREQUAL "OFF")
   set(TDPO_NO_CUDA_BECAUSE "it was built with TDPO_CUDA=OFF")
 else()
-  # CUDACXX and not CMAKE_CUDA_COMPILER: with the latter check_language would not try the compiler.
+  # CUDACXX is set rather than CMAKE_CUDA_COMPILER, with which check_language would not try it.
   if(NOT DEFINED ENV{CUDACXX})
     find_program(TDPO_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda
                  PATH_SUFFIXES bin)
@@ -19,7 +19,7 @@ else()
       set(ENV{CUDACXX} "${TDPO_NVCC}")
     endif()
   endif()
-  # Asked first, since CMake hides what is wrong with a compiler that it tries.
+  # The version is checked first, since CMake does not report why a compiler that it tries fails.
   set(version "")
   if(DEFINED ENV{CUDACXX})
     separate_arguments(command UNIX_COMMAND "$ENV{CUDACXX}")
@@ -47,13 +47,13 @@ if(TDPO_NO_CUDA_BECAUSE)
     message(FATAL_ERROR "TDPO_CUDA=ON, but ${TDPO_NO_CUDA_BECAUSE}")
   endif()
   message(STATUS "tdpo_ext: no CUDA kernels, because ${TDPO_NO_CUDA_BECAUSE}")
-  # It will be a string in C++.
+  # The reason becomes a string in C++.
   string(REGEX REPLACE "[\\\"]" "'" TDPO_NO_CUDA_BECAUSE "${TDPO_NO_CUDA_BECAUSE}")
   return()
 endif()
 
-# Machine code for Ampere and Ada, Hopper, and both families of Blackwell, where the compiler knows
-# them, and PTX of the newest for what comes later. Must be set before the language is enabled.
+# Machine code for Ampere and Ada, Hopper and, if the compiler knows them, both families of Blackwell;
+# PTX of the newest one for later cards. This must be set before the language is enabled.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known)
   if(known MATCHES "compute_120")

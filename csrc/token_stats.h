@@ -1,27 +1,44 @@
-// The whole interface of the compiled core: plain parameter structs and four entry points.
-// Pointers, sizes, strides and a dtype code; no torch, no Python. Strides and offsets are 64-bit
+// The interface of the compiled core: four entry points for each device, and the structs that they
+// take. Pointers, sizes, strides and a dtype; no torch, no Python. Strides and offsets have 64 bits
 // and count elements, not bytes.
 #pragma once
 
 #include <cstdint>
 #include <string>
 
+#include "struct_fields.h"
 #include "vocab_stats.h"
 
 namespace tdpo {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
-// Where the rows of a [..., V] tensor start. Leading dimensions that one stride serves are merged
-// by the caller; the last dimension is contiguous.
+// PyTorch's names of them.
+struct NamedDType {
+  const char* name;
+  DType dtype;
+};
+constexpr NamedDType kDTypeNames[] = {{"float32", DType::kFloat32},
+                                      {"bfloat16", DType::kBFloat16},
+                                      {"float16", DType::kFloat16},
+                                      {"float64", DType::kFloat64}};
+
+// Numbers of a row in the buffers below.
+constexpr int64_t kNormalizers = sizeof(Normalizers<float>) / sizeof(float);
+constexpr int64_t kRecord = sizeof(LabelledStats<float>) / sizeof(float);
+
+// Where the rows of a [..., V] tensor start. The caller merges leading dimensions that one stride
+// serves; the last dimension is contiguous.
 struct RowLayout {
   static constexpr int kMaxDims = 4;
   int dims = 0;
   int64_t sizes[kMaxDims] = {};
   int64_t strides[kMaxDims] = {};
+  TDPO_FIELDS("RowLayout", dims, sizes, strides)
 };
 
-// Index is the type that the row is divided in: int64_t, or on the device uint32_t.
+// Where a row starts, in elements from the start of the tensor. Index is the type that the number
+// of the row is divided in: int64_t, or uint32_t on a CUDA device.
 template <class Index>
 TDPO_ALGEBRA int64_t row_offset(const RowLayout& layout, Index row) {
   int64_t offset = 0;
@@ -36,8 +53,10 @@ TDPO_ALGEBRA int64_t row_offset(const RowLayout& layout, Index row) {
 struct Logits {
   const void* data;
   RowLayout rows;
+  TDPO_FIELDS("Logits", data, rows)
 };
 
+// What every pass over logits takes.
 struct TokenStatsProblem {
   DType dtype;
   int64_t rows;
@@ -46,30 +65,37 @@ struct TokenStatsProblem {
   Logits policy;
   Logits reference;
   const int64_t* labels;  // [rows]
+  TDPO_FIELDS("Problem", dtype, rows, vocabulary, ignore_index, policy, reference, labels)
 };
 
-// Contiguous, in the accumulation type; 0 where the label is ignored.
+// Contiguous, in the accumulation type: float64 for float64 logits, else float32. Rows whose label
+// is ignored get 0.
 struct TokenStatsOutputs {
   void* policy_logps;     // [rows]
   void* reference_logps;  // [rows]
   void* forward_kl;       // [rows]
   void* normalizers;      // [rows] of Normalizers (vocab_stats.h)
+  TDPO_FIELDS("Outputs", policy_logps, reference_logps, forward_kl, normalizers)
 };
 
+// Forward over whole rows.
 struct TokenStatsForward {
   TokenStatsProblem problem;
   TokenStatsOutputs outputs;
+  TDPO_FIELDS("Forward", problem, outputs)
 };
 
-// Forward over tiles of the vocabulary. The logits are a tile's, `vocabulary` its width, and labels
-// count from its first entry: one that lies outside is another tile's. Ignored rows are not read.
+// Forward over one tile of the vocabulary: the logits are the tile's, `vocabulary` is its width,
+// and labels count from its first entry. A label outside the tile belongs to another tile. Rows
+// whose label is ignored are not read.
 struct TokenStatsTile {
   TokenStatsProblem problem;
-  void* records;  // [rows] of LabelledStats (vocab_stats.h); the tile's are merged into them
+  void* records;  // [rows] of LabelledStats (vocab_stats.h); the tile is merged into them
+  TDPO_FIELDS("Tile", problem, records)
 };
 
-// The end of it: outputs from the records of all tiles, in one set or in several. Labels count from
-// the first entry of the vocabulary.
+// The end of a forward over tiles: outputs from the records of all tiles, which lie in one set or
+// in several. Labels count from the first entry of the vocabulary.
 struct TokenStatsFinish {
   DType dtype;
   int64_t rows;
@@ -79,12 +105,14 @@ struct TokenStatsFinish {
   int64_t sets;
   const void* records;  // [sets, rows] of LabelledStats, disjoint tiles in each set
   TokenStatsOutputs outputs;
+  TDPO_FIELDS("Finish", dtype, rows, vocabulary, ignore_index, labels, sets, records, outputs)
 };
 
 // dz = grad_policy_logps (onehot(label) - p) + grad_forward_kl (p - q), of whole rows or of a tile
-// (labels and vocabulary are its own then). The gradient has the logits' dtype, and may be stored
-// over the policy's logits then; or logits are float32, and it is rounded once to a half-width
-// type.
+// (labels and vocabulary are then the tile's). The gradient has the logits' dtype, and may then lie
+// over the policy's logits or over the reference's, row on row: entries are read before their
+// gradient is stored. Where logits are float32 the gradient may be of a half-width type instead: it
+// is rounded once, as it is stored, and lies in memory of its own.
 struct TokenStatsBackward {
   TokenStatsProblem problem;
   const void* normalizers;        // [rows] of Normalizers
@@ -93,6 +121,8 @@ struct TokenStatsBackward {
   DType gradient_dtype;
   void* gradient;
   RowLayout gradient_rows;
+  TDPO_FIELDS("Backward", problem, normalizers, grad_policy_logps, grad_forward_kl, gradient_dtype,
+              gradient, gradient_rows)
 };
 
 constexpr int64_t kAllLabelsValid = -1;
@@ -102,7 +132,7 @@ namespace cpu {
 struct RowKernels;  // of one instruction set: csrc/cpu/row_kernels.h
 
 // Returns kAllLabelsValid, or the first row whose label is neither in [0, vocabulary) nor
-// ignore_index; nothing has been written then.
+// ignore_index; in that case nothing is written.
 int64_t token_stats_forward(const TokenStatsForward& work, const RowKernels& kernels, int threads);
 
 void token_stats_tile(const TokenStatsTile& work, const RowKernels& kernels, int threads);
@@ -114,9 +144,10 @@ void token_stats_backward(const TokenStatsBackward& work, const RowKernels& kern
 
 }  // namespace cpu
 
-// The CUDA kernels. Calls launch and return; the pointers are the device's. A row whose label is
-// neither in [0, vocabulary) nor ignore_index is not read, and its outputs and its gradient are
-// NaN. Failures throw std::runtime_error with the name of the kernel.
+// The CUDA kernels. Calls launch and return; pointers are addresses on the device. Where a label is
+// neither in [0, vocabulary) nor ignore_index, forward does not read the row and its outputs are
+// NaN; from these, backward makes a gradient of NaN, or of 0 where both upstream gradients are 0.
+// Failures throw std::runtime_error with the name of the kernel.
 namespace cuda {
 
 struct Launch {
@@ -124,11 +155,16 @@ struct Launch {
   void* stream;  // a cudaStream_t
 };
 
-// On the device the entries of a row, and the rows, are counted in 32 bits; offsets are 64-bit.
+// With four blocks of seven warps on a multiprocessor each thread has 72 registers, which the
+// kernels need; with eight warps it would have 64.
+constexpr int kBlockWarps = 7;
+
+// The kernels count the entries of a row, and the rows, in 32 bits; offsets have 64.
 constexpr int64_t kMaxVocabulary = int64_t(1) << 30;
 constexpr int64_t kMaxRows = (int64_t(1) << 31) - 1;
 
-// Device memory that forward, or a tile of it, needs beside its outputs: a record of each warp.
+// Bytes of device memory that forward, or a tile of it, needs beside its outputs: each warp leaves
+// a record there.
 int64_t forward_workspace_bytes(const TokenStatsProblem& problem);
 
 void token_stats_forward(const TokenStatsForward& work, void* workspace, const Launch& launch);

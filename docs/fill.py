@@ -65,10 +65,10 @@ def tables_of_options() -> dict[str, list[dict[str, Any]]]:
             shown = f'`"{default}"`' if isinstance(default, str) else str(default)
             meaning = field["metadata"]["help"]
             own.append({"option": f"`{node.target.id}`", "default": shown, "meaning": meaning})
-    only = constants["ONLY"]
-    assert isinstance(only, ast.Tuple)
-    for call in only.elts:
-        assert isinstance(call, ast.Call)  # Only(name, allowed, why)
+    restricted = constants["RESTRICTED_OPTIONS"]
+    assert isinstance(restricted, ast.Tuple)
+    for call in restricted.elts:
+        assert isinstance(call, ast.Call)  # RestrictedOption(name, allowed, why)
         name, allowed, why = (
             ast.literal_eval(constants[x.id] if isinstance(x, ast.Name) else x) for x in call.args
         )

@@ -1,4 +1,4 @@
-"""The reference runs once; its hidden states are on disk, and only its head stays in memory.
+"""A cached reference: it runs once, its hidden states stay on disk and its head in memory.
 
 python examples/cached_reference.py
 """
@@ -17,7 +17,7 @@ examples, collate = tiny.tokenized_preferences(), PreferenceCollator(pad_token_i
 policy = attach_tdpo(tiny.language_model(), LinearTDPOLoss(beta=0.1, alpha=0.5))
 
 with tempfile.TemporaryDirectory() as folder:
-    # Before the first update the policy is its own reference.
+    # Before the first update the policy still equals its reference, so it can serve as one.
     in_order = torch.utils.data.DataLoader(examples, batch_size=3, collate_fn=collate)
     cache, reference = precompute_reference(policy, in_order, folder)
 

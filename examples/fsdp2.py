@@ -26,14 +26,15 @@ def sharded(model: torch.nn.Module, **root: bool) -> torch.nn.Module:
     return fully_shard(model, **root)
 
 
-# Attach first, shard then. No backward ever frees the reference's root: forward has to.
+# Attach before sharding. The reference's root has no backward to free its gathered weights after:
+# let forward free them.
 policy = sharded(attach_tdpo(tiny.language_model(), LinearTDPOLoss(beta=0.1, alpha=0.5)))
 reference = attach_tdpo(tiny.language_model()).requires_grad_(False)
 reference = sharded(reference, reshard_after_forward=True)
 optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
 
 batches = tiny.batches()
-steps = len(batches) // processes  # the same on all
+steps = len(batches) // processes  # every process takes as many
 for step, batch in enumerate(batches[rank::processes][:steps]):
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     labels = batch.pop("labels")

@@ -1,4 +1,4 @@
-"""A loop of your own; the loss is made inside the model's forward, without logits.
+"""A loop of your own: the model's forward computes the loss, without logits.
 
 python examples/plain_loop.py
 """

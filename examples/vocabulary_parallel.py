@@ -1,4 +1,4 @@
-"""Tensor parallel: every process has a part of the head's rows, and of no logit more than that.
+"""Tensor parallel: every process holds a part of the head's rows, and of the logits.
 
 torchrun --nproc-per-node 2 examples/vocabulary_parallel.py
 """
@@ -16,7 +16,7 @@ rank, processes = dist.get_rank(), dist.get_world_size()
 gpu = torch.cuda.is_available()
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
 
-# The layers are whole here, and the same everywhere; a tensor-parallel plan would shard them too.
+# The layers are whole and equal on all processes here; a tensor-parallel plan shards them too.
 policy, reference = (tiny.language_model().to(device) for _ in range(2))
 own_rows = policy.lm_head.weight.detach().chunk(processes)[rank].clone()
 own_rows, reference_rows = torch.nn.Parameter(own_rows), own_rows.clone()
@@ -27,8 +27,8 @@ for step, batch in enumerate(tiny.batches()):  # the same tokens on all processe
     labels = batch.pop("labels")
     with torch.no_grad():
         reference_hidden = reference.model(**batch).last_hidden_state
-    # One all_gather of 36 bytes a token in forward, one all_reduce of the hidden states' gradient
-    # in backward. DTensors (a ColwiseParallel head) go in as they are, without process_group.
+    # Communicates one all_gather of 36 bytes a token in forward, and one all_reduce of the hidden
+    # states' gradient in backward. A ColwiseParallel head's DTensors need no process_group.
     output = tdpo_ext.linear_tdpo_loss(
         policy.model(**batch).last_hidden_state,
         own_rows,

@@ -9,9 +9,9 @@
 
 namespace tdpo::cpu {
 
-// The close path is chosen for a group of so many entries at once: a group is seldom spoilt by a
-// single entry with a large gap, and long enough that the test costs little. Parts of a row start
-// at multiples of it.
+// The close path is chosen for so many entries at once. A longer group would more often hold an
+// entry with a large gap; with a shorter one the test would cost more. Parts of a row start at
+// multiples of it.
 constexpr int64_t kGroup = 64;
 
 // A row or a part of it. `label` counts from its first entry and may lie outside of it.

@@ -2,15 +2,13 @@
 // seven warps of a block.
 #pragma once
 
+#include "../token_stats.h"
 #include "numbers.cuh"
 
 namespace tdpo::cuda {
 
 constexpr int kLanes = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
-// With four blocks of seven warps on a multiprocessor each thread has 72 registers, which the
-// kernels need; with eight warps it would have 64.
-constexpr int kBlockWarps = 7;
 constexpr int kThreads = kBlockWarps * kLanes;
 
 __device__ __forceinline__ int lane_index() { return threadIdx.x % kLanes; }

@@ -2,15 +2,16 @@
 
     python examples/sentiment [--seed N] [--output FOLDER] [--quick]
 
-Everything is made here: no network, no model hub. About 5 minutes on two free cores, 8 if busy.
+It needs no network and no model hub: the models are trained here. It takes about 5 minutes on two
+free cores, 8 if they are busy.
 """
 
 from __future__ import annotations
 
 import os
 
-# A thread that spins at a barrier keeps the core from the thread it waits for, if others use the
-# machine too: then a step takes seconds. OpenMP reads this once, when torch is imported.
+# By default OpenMP's threads spin while they wait. On a busy machine a spinning thread occupies the
+# core that the awaited one needs, and a step takes seconds. OpenMP reads this as torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
@@ -125,7 +126,7 @@ def parse_arguments() -> tuple[Config, Path]:
     parser = argparse.ArgumentParser(description="DPO and TDPO2 on movie-review sentences.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("build/demo"))
-    parser.add_argument("--quick", action="store_true", help="the whole path, shrunk to a test")
+    parser.add_argument("--quick", action="store_true", help="all of it with small numbers: a test")
     arguments = parser.parse_args()
     config = Config(seed=arguments.seed)
     return (replace(config, **QUICK) if arguments.quick else config), arguments.output
@@ -133,7 +134,7 @@ def parse_arguments() -> tuple[Config, Path]:
 
 @contextmanager
 def stage(title: str, seconds: dict[str, float], key: str) -> Iterator[None]:
-    """Say what is being done, and how long it took."""
+    """Print what is being done, and the time that it took."""
     console.print(f"[bold]{title}[/] ...")
     began = time.perf_counter()
     yield
@@ -164,7 +165,7 @@ def train_reference(
     held_out_text: list[list[str]],
     device: str,
 ) -> tuple[GPT2LMHeadModel, dict[str, float]]:
-    """The SFT model, frozen: the start of every run and the reference of all of them."""
+    """The SFT model, frozen. All runs start from it, and it is the reference of all."""
     positions = 2 + config.prompt_words + max(config.max_tokens, config.longest_sentence)
     model = build_model(vocabulary, config.width, config.layers, positions).to(device)
     train_loss = train_on_text(
@@ -185,7 +186,7 @@ def train_reference(
 def train_runs(
     config: Config, reference: GPT2LMHeadModel, pairs: PreferencePairs, evaluator: Evaluator
 ) -> tuple[list[Run], dict[str, GPT2LMHeadModel]]:
-    """Each method with each learning rate: the rate is part of the comparison."""
+    """Train each method with each learning rate, since the rate is part of the comparison."""
     runs, policies = [], {}
     for method, alpha in (("DPO", 0.0), ("TDPO2", config.alpha)):
         for learning_rate in config.learning_rates:
@@ -208,7 +209,7 @@ def train_runs(
 def complete(
     models: dict[str, GPT2LMHeadModel], evaluator: Evaluator
 ) -> dict[str, list[tuple[str, float]]]:
-    """Each model's completions, with rewards, of the first held-out prompts that differ."""
+    """Each model's completions of the first six different held-out prompts, with their rewards."""
     first_seen: dict[tuple[int, ...], int] = {}
     for index, prompt in enumerate(evaluator.prompts.tolist()):
         first_seen.setdefault(tuple(prompt), index)

@@ -1,4 +1,4 @@
-"""Every number of the demo, and the small ones of ``--quick``."""
+"""The numbers of the demo, and the smaller ones of ``--quick``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class Config:
     longest_sentence: int = 14
     width: int = 128
     layers: int = 4
-    sft_sentences: int = 1_000_000  # at most, as pair_prompts
+    sft_sentences: int = 1_000_000  # at most
     sft_epochs: int = 6
     sft_batch_size: int = 64
     sft_learning_rate: float = 2e-3
     prompt_words: int = 3
     max_tokens: int = 14  # of a completion
-    pair_prompts: int = 4096
-    completions: int = 4  # of each prompt, of which the best and the worst make a pair
-    smallest_gap: float = 0.2  # of the rewards within a pair
+    pair_prompts: int = 4096  # at most
+    completions: int = 4  # of each prompt; the best and the worst make a pair
+    smallest_gap: float = 0.2  # between the rewards of a pair
     beta: float = 0.1
     alpha: float = 0.5
     learning_rates: tuple[float, ...] = (1e-4, 2e-4, 5e-4)

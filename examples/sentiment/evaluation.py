@@ -1,4 +1,4 @@
-"""What a policy does on held-out prompts: its reward, its KL to the reference, its entropy."""
+"""A policy on held-out prompts: its reward, its KL to the reference, and its entropy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def reverse_kl_and_entropy(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor
     """KL(pi || pi_ref) and the entropy of pi at each state, over the whole vocabulary.
 
     Summed along sequences drawn from pi, the first is an unbiased estimate of the KL between the
-    distributions of whole completions, of lower variance than the sum of log pi - log pi_ref.
+    distributions of whole completions. Its variance is lower than that of the sum of log pi - log
+    pi_ref.
     """
     p = log_p.exp()
     return (p * (log_p - log_q)).sum(dim=-1), -(p * log_p).sum(dim=-1)

@@ -20,7 +20,7 @@ def build_model(vocabulary: Vocabulary, width: int, layers: int, positions: int)
         n_layer=layers,
         n_head=width // 32,
         activation_function="gelu_pytorch_tanh",  # GPT-2's own, as one kernel
-        # The reference must be the very distribution that the policy starts from: no dropout.
+        # No dropout, so that the policy starts from exactly the reference's distribution.
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -34,7 +34,7 @@ def build_model(vocabulary: Vocabulary, width: int, layers: int, positions: int)
 def train_on_text(
     model: GPT2LMHeadModel, tokens: Tensor, *, epochs: int, batch_size: int, learning_rate: float
 ) -> float:
-    """Next-token cross-entropy, warm-up and cosine. Returns the last epoch's mean loss."""
+    """Train by next-token cross-entropy, with warm-up and cosine; return the last mean loss."""
     steps = epochs * math.ceil(len(tokens) / batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -60,7 +60,7 @@ def train_on_text(
 
 
 def shuffled_batches(tokens: Tensor, batch_size: int) -> list[Tensor]:
-    """Batches in random order, each of sentences of about the same length, cut to that length."""
+    """Batches in random order, each of sentences of about one length and cut to it."""
     lengths = (tokens[:, 1:] != Vocabulary.end).sum(dim=1)
     order = torch.argsort(lengths + torch.rand(len(tokens)))
     batches = order.split(batch_size)
@@ -84,9 +84,9 @@ def held_out_loss(model: GPT2LMHeadModel, tokens: Tensor) -> float:
 
 @torch.no_grad()
 def sample(model: GPT2LMHeadModel, prompts: Tensor, *, max_tokens: int) -> Tensor:
-    """[N, prompt + max_tokens] from pi itself: temperature 1, nothing cut off the distribution.
+    """Samples ``[N, prompt + max_tokens]`` from pi itself: temperature 1, no top-k, no top-p.
 
-    A top-k or top-p would sample from another distribution than the one whose KL is measured.
+    With top-k or top-p the samples would not be from the distribution whose KL is measured.
     """
     model.eval()
     prompts = prompts.to(model.device)

@@ -1,4 +1,4 @@
-"""Preference pairs: several completions of each prompt, the best against the worst by reward."""
+"""Preference pairs: of several completions of a prompt, that with the best and the worst reward."""
 
 from __future__ import annotations
 

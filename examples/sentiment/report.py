@@ -1,4 +1,4 @@
-"""The table, the picture, the completions and what may be concluded from them."""
+"""The table, the picture, the completions, and the conclusions that they allow."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def print_completions(completions: dict[str, list[tuple[str, float]]]) -> None:
 
 
 def print_closing(start: Metrics, runs: list[Run], steps: int, parameters: float) -> None:
-    """Claims of this run only what its numbers say."""
+    """Print conclusions from the numbers of this run, and what they do not show."""
     ends = [run.evaluation[-1] for run in runs]
     gains = [end["reward"] - start["reward"] for end in ends]
     errors = [math.hypot(*(m["reward_standard_error"] for m in (start, end))) for end in ends]

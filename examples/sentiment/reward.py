@@ -1,4 +1,4 @@
-"""The sentiment reward: a logistic regression on words and word pairs, learnt from the labels."""
+"""The sentiment reward: a logistic regression on words and word pairs, trained on the labels."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SentimentReward:
 
 
 def labelled_sentences(reviews: list[Review]) -> tuple[list[str], np.ndarray]:
-    """Every sentence of at least four words, under its review's label: many, and noisy."""
+    """Sentences of at least four words, each with the label of its review, which is noisy."""
     pairs = [
         (" ".join(sentence), review.positive)
         for review in tqdm(reviews, desc="Reading reviews", unit="review")

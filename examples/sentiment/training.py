@@ -63,11 +63,11 @@ def train_on_preferences(
     evaluations: int,
     seed: int,
 ) -> GPT2LMHeadModel:
-    """Start from a copy of the reference; every run with this seed sees the same batches."""
+    """Train a copy of the reference; all runs with one seed see the same batches."""
     policy = copy.deepcopy(reference).requires_grad_(True).train()
     loss_function = TDPOLoss(beta=beta, alpha=run.alpha)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=run.learning_rate, weight_decay=0.0)
-    # Warm-up, then constant: the points along the curve are then comparable with one another.
+    # The rate is constant after a warm-up, so that points along the curve are comparable.
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
     evaluate_at = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
     order = torch.Generator().manual_seed(seed)

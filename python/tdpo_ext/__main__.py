@@ -1,4 +1,4 @@
-"""python -m tdpo_ext: versions, what was built, what serves which device; for bug reports."""
+"""python -m tdpo_ext: versions, the build, and what serves each device; for bug reports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its name where Linux says it, else its architecture."""
+    """The processor's name on Linux, else its architecture."""
     try:
         with open("/proc/cpuinfo") as lines:
             names = [
@@ -62,20 +62,20 @@ def _cpu(backend: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cuda(backend: dict[str, Any]) -> dict[str, Any]:
-    said: dict[str, Any] = {"torch's CUDA": torch.version.cuda or "none"}
+    lines: dict[str, Any] = {"torch's CUDA": torch.version.cuda or "none"}
     if "architectures" in backend:
-        said["kernels built for"] = ", ".join(backend["architectures"])
-        said["runtime, linked in"] = backend["runtime"]
-        said["newest CUDA of driver"] = backend["driver"] or "no driver"
+        lines["kernels built for"] = ", ".join(backend["architectures"])
+        lines["CUDA they link to"] = backend["runtime"]
+        lines["driver supports CUDA"] = backend["driver"] or "no driver"
     if not backend["compiled"]:
-        return {"kernels serve": f"no device: {backend['reason']}", **said}
+        return {"kernels serve": f"no device: {backend['reason']}", **lines}
     for device, state in backend["devices"].items():
-        said[device] = "compiled kernels" if state == "served" else f"plain PyTorch: {state}"
-    return said
+        lines[device] = "compiled kernels" if state == "served" else f"plain PyTorch: {state}"
+    return lines
 
 
 def report() -> dict[str, dict[str, Any]]:
-    """Sections, each from a name to what there is to say about it."""
+    """The sections of the report; each maps a name to a value."""
     backends = tdpo_ext.backends()
     return {
         "Versions": _versions(),
@@ -90,7 +90,7 @@ def report() -> dict[str, dict[str, Any]]:
 def main() -> int:
     try:
         sections = report()
-    except ValueError as error:  # an instruction set that this processor has not
+    except ValueError as error:  # the environment names an instruction set that is not here
         print(error, file=sys.stderr)
         return 1
     for section, lines in sections.items():

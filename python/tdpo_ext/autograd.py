@@ -1,7 +1,7 @@
-"""What the ops share: how they are registered, and how their autograd.Functions save and refuse.
+"""What both files of ops share: registration, refusal of second derivatives, saved tensors.
 
-The ops are differentiable once. An autograd.Function stands outside its op, so torch.compile sees
-the op and traces the Function.
+The ops are differentiable once. Each autograd.Function calls its op from outside, so torch.compile
+traces the Function and sees the op as one node.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ library = torch.library.Library("tdpo_ext", "FRAGMENT")
 
 
 def register(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """The implementation of an op on all devices, and its fake for the compiler."""
+    """Register one implementation of an op for all devices, and its fake for torch.compile."""
     library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tdpo_ext::{name}", fake, lib=library)
 
 
 def grouped(function: Callable[..., Any], *groups: Any) -> Callable[..., Any]:
-    """``function`` of named tuples as a function of all their fields in a row, as an op has them.
+    """A function of flat values, as an op's schema has them, that calls ``function``.
 
-    ``groups``: the type of each argument of ``function``. A named tuple takes as many values as it
-    has fields; any other type stands for one value, which is passed on as it is.
+    ``groups`` holds the type of each argument of ``function``. A named tuple is built from as many
+    values as it has fields; any other type stands for one value, which is passed on as it is.
     """
 
-    def of_values(*values: Any) -> Any:
+    def with_flat_values(*values: Any) -> Any:
         arguments, start = [], 0
         for group in groups:
             fields = getattr(group, "_fields", None)
@@ -38,7 +38,7 @@ def grouped(function: Callable[..., Any], *groups: Any) -> Callable[..., Any]:
         assert start == len(values), f"{function.__name__} takes {start} values"
         return function(*arguments)
 
-    return of_values
+    return with_flat_values
 
 
 # --- derivatives ----------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ _SECOND_DERIVATIVE = (
 
 
 def differentiable_once(backward_op: str) -> None:
-    """Make the derivative of a backward op raise."""
+    """Make autograd raise where it would differentiate a backward op."""
 
     def refuse(ctx: Any, *gradients: Tensor) -> None:
         raise RuntimeError(_SECOND_DERIVATIVE)
@@ -59,7 +59,11 @@ def differentiable_once(backward_op: str) -> None:
 
 
 def refuse_graph_of_gradients(also: str = "") -> None:
-    """Raise under ``create_graph=True``, where autograd would take a gradient for a constant."""
+    """Raise in a backward under ``create_graph=True``.
+
+    Autograd would otherwise treat the gradient as a constant, and second derivatives would be 0.
+    ``also`` names further options in the error.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(f"{_SECOND_DERIVATIVE} ({also}create_graph=True)")
 
@@ -70,10 +74,10 @@ def refuse_graph_of_gradients(also: str = "") -> None:
 def save(
     ctx: Any, tensors: tuple[Tensor | None, ...], constants: tuple[Tensor | None, ...]
 ) -> None:
-    """Save for backward tensors, and constants such as the reference's logits and the labels.
+    """Save tensors for backward, and constants such as the reference's logits and the labels.
 
-    A constant that was computed in inference mode cannot be saved by autograd. It need not be: it
-    has no gradient, and no version for autograd to check.
+    Autograd cannot save a tensor that was made in inference mode, so such constants are kept on
+    ``ctx`` instead. Nothing is lost: they have no gradient, and no version that autograd checks.
     """
     inference = not torch.compiler.is_compiling() and any(
         x is not None and x.is_inference() for x in constants
@@ -84,7 +88,7 @@ def save(
 
 
 def saved(ctx: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The tensors and the constants."""
+    """The tensors and the constants that ``save`` was given."""
     everything = ctx.saved_tensors
     tensors = everything[: ctx.count_of_tensors]
     return tensors, ctx.inference_constants or everything[ctx.count_of_tensors :]

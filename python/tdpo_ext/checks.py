@@ -1,4 +1,7 @@
-"""Argument checks: each error names the argument, what came, what is allowed and what to do."""
+"""Argument checks. Each error names the argument, what came, what is allowed, and what to do.
+
+The checks of tensors come first, then those of the loss's options, of batches and of heads.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,13 @@ from torch.autograd import forward_ad
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32)
+
 Variant = Literal["tdpo1", "tdpo2"]
-"""TDPO1; or TDPO2, which with alpha = 0 is DPO."""
-
+"""TDPO1, or TDPO2, which is DPO with alpha = 0."""
 Reduction = Literal["none", "mean", "sum"]
-"""How the losses of the pairs become one: not at all, their mean, or their sum."""
-
-VARIANTS = get_args(Variant)
-REDUCTIONS = get_args(Reduction)
+"""The loss of each pair, their mean, or their sum."""
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 
 def _names(values: tuple[object, ...]) -> str:
@@ -26,7 +28,7 @@ def _names(values: tuple[object, ...]) -> str:
 
 
 def check_tensor(name: str, value: object) -> None:
-    """A dense tensor."""
+    """Raise TypeError for anything but a dense tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
@@ -35,7 +37,10 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_not_transformed(*tensors: Tensor | None) -> None:
-    """No tensor stands for others, as inside torch.func.vmap, or carries a forward derivative."""
+    """Refuse tensors of torch.func transforms (vmap, grad, ...) and of forward-mode derivatives.
+
+    The compiled ops would take such a tensor for a plain one, and the derivative would be lost.
+    """
     if torch.compiler.is_compiling():
         return
     for tensor in tensors:
@@ -51,7 +56,7 @@ def check_not_transformed(*tensors: Tensor | None) -> None:
 
 
 def check_logits(policy_logits: Tensor, reference_logits: Tensor) -> None:
-    """Both ``[..., V]``, one shape, dtype and device, last dimension contiguous, V >= 1."""
+    """Both must be ``[..., V]``, V >= 1, last dimension contiguous; one shape, dtype and device."""
     for name, logits in (("policy_logits", policy_logits), ("reference_logits", reference_logits)):
         check_tensor(name, logits)
         if logits.dtype not in LOGIT_DTYPES:
@@ -89,20 +94,17 @@ def check_logits(policy_logits: Tensor, reference_logits: Tensor) -> None:
         )
 
 
-CUDA_VOCABULARY = 2**30
-"""The kernels count the entries of a row in 32 bits (kMaxVocabulary in csrc/token_stats.h)."""
-
-
-def check_cuda_vocabulary(policy_logits: Tensor) -> None:
-    if policy_logits.shape[-1] > CUDA_VOCABULARY:
+def check_cuda_vocabulary(policy_logits: Tensor, largest: int) -> None:
+    """The kernels count the entries of a row in 32 bits; the core says how many it takes."""
+    if policy_logits.shape[-1] > largest:
         raise ValueError(
-            f"policy_logits may have at most 2^30 vocabulary entries on CUDA, got "
+            f"policy_logits may have at most {largest} vocabulary entries on CUDA, got "
             f"{policy_logits.shape[-1]}; use tdpo_ext.reference"
         )
 
 
 def check_labels(name: str, labels: Tensor, logits: Tensor) -> None:
-    """Integers shaped like the logits without their last dimension."""
+    """Labels must be integers, of the logits' shape without its last dimension."""
     check_tensor(name, labels)
     if labels.dtype not in LABEL_DTYPES:
         raise TypeError(
@@ -127,15 +129,10 @@ def check_ignore_index(ignore_index: int) -> None:
         raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
 
 
-def is_dtensor(value: object) -> bool:
-    """Whether a value is a DTensor, found without importing DTensor, which takes long."""
-    return isinstance(value, Tensor) and hasattr(value, "device_mesh")
-
-
 def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
     """Raise IndexError for the first label outside [0, V) that is not ``ignore_index``.
 
-    It looks at the values, so on an accelerator it would wait for them: for host tensors only.
+    For tensors on the CPU only: on an accelerator reading the values would mean waiting for them.
     """
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
     if bool(wrong.any()):
@@ -149,8 +146,11 @@ def label_range_error(label: int, vocabulary: int, ignore_index: int) -> IndexEr
 
 
 def check_inplace_backward(policy_logits: Tensor) -> None:
-    """The gradient may overwrite the logits only if each element has an address of its own, and
-    rows are contiguous, as ``check_logits`` has it (a subclass may hide others)."""
+    """The logits must not overlap in memory, and their rows must be contiguous.
+
+    The gradient overwrites them, so each element needs an address of its own. ``check_logits`` has
+    checked the rows already, but a tensor subclass may hide another tensor from it.
+    """
     if policy_logits.numel() == 0:
         return
     if policy_logits.shape[-1] > 1 and policy_logits.stride(-1) != 1:
@@ -194,7 +194,7 @@ def check_reduction(reduction: str) -> None:
 
 
 def check_pair_sums(logps_margin: Tensor, seq_kl: Tensor) -> None:
-    """Both ``[2B]`` floating tensors: chosen first, then rejected."""
+    """Both must be floating tensors ``[2B]``: the chosen responses, then the rejected ones."""
     for name, value in (("logps_margin", logps_margin), ("seq_kl", seq_kl)):
         check_tensor(name, value)
         if not value.dtype.is_floating_point:
@@ -211,7 +211,7 @@ def check_pair_sums(logps_margin: Tensor, seq_kl: Tensor) -> None:
 
 
 def check_batch(name: str, batch: Tensor) -> None:
-    """``[2B, T, ...]``: chosen stacked on rejected."""
+    """A batch must be ``[2B, T, ...]``: chosen sequences stacked on rejected ones."""
     width = "H" if "hidden" in name else "V"
     if batch.dim() != 3:
         raise ValueError(
@@ -226,7 +226,10 @@ def check_batch(name: str, batch: Tensor) -> None:
 
 
 def check_packed_batch(name: str, batch: Tensor, cu_seqlens: Tensor) -> None:
-    """``[total, ...]`` and boundaries ``[2B + 1]``; their values are checked later."""
+    """A packed batch must be ``[total, ...]``, its boundaries ``[2B + 1]``.
+
+    ``sequences.sequence_bounds`` checks the values of the boundaries.
+    """
     check_tensor("cu_seqlens", cu_seqlens)
     width = "H" if "hidden" in name else "V"
     if batch.dim() != 2:
@@ -260,7 +263,7 @@ def labels_error(came: str) -> ValueError:
 
 
 def _check_head(which: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Hidden states ``[..., H]``, weight ``[V, H]``, bias ``[V]``: one dtype, one device."""
+    """Hidden states ``[..., H]``, weight ``[V, H]`` and bias ``[V]`` of one dtype and device."""
     given = {f"{which}_hidden": hidden, f"{which}_weight": weight}
     if bias is not None:
         given[f"{which}_bias"] = bias
@@ -301,7 +304,7 @@ Side = tuple[Tensor, Tensor, Tensor | None]
 
 
 def check_heads(policy: Side, reference: Side) -> None:
-    """The two heads fit together; only their hidden sizes may differ."""
+    """The two heads must fit together; only their hidden sizes may differ."""
     _check_head("policy", *policy)
     _check_head("reference", *reference)
     (hidden, weight, _), (reference_hidden, reference_weight, _) = policy, reference
@@ -346,7 +349,10 @@ def check_logit_options(scale: float, softcap: float | None, prefix: str = "") -
 
 
 class LogitOptions(NamedTuple):
-    """What turns h W^T + b into logits: softcap tanh(scale x / softcap), 0: no softcap."""
+    """How logits are made from x = h W^T + b: softcap tanh(scale x / softcap).
+
+    A softcap of 0 means none: scale x.
+    """
 
     scale: float
     softcap: float
@@ -360,7 +366,7 @@ def logit_options(
     reference_scale: float | None,
     reference_softcap: float | None,
 ) -> LogitOptions:
-    """Checked; the reference's are the policy's where None."""
+    """The options, checked; where one of the reference is None, it is the policy's."""
     reference_scale = scale if reference_scale is None else reference_scale
     reference_softcap = softcap if reference_softcap is None else reference_softcap
     check_logit_options(scale, softcap)

@@ -1,13 +1,14 @@
-"""The vocabulary sharded over the processes of a group (tensor parallel): what they exchange.
+"""Tensor parallelism: the vocabulary sharded over the processes of a group.
 
-Every process has the same tokens, and of the vocabulary its own part, in the order of ranks.
+Every process has the same tokens and its own part of the vocabulary; parts follow the ranks.
 
-Forward: one all_gather of each token's record of each part (36 bytes in float32), which every
-process then merges in the order of ranks, so that all get the same bits. Reducing would take two
-collectives, one after the other, since sums are relative to maxima that have to be agreed on first.
+Forward sends one all_gather. Each process sends its record of each token (the running maxima and
+sums over its part of the vocabulary, 36 bytes in float32), and each merges all records in the order
+of ranks, so all get the same bits. A reduction would take two collectives in sequence, since the
+sums are relative to maxima that all processes must know first.
 
-Backward: nothing for logits, since forward has left every process all it needs. For a head one
-all_reduce, of the gradient of the hidden states, to which every part contributes.
+Backward sends nothing for logits, since forward leaves every process all it needs. For a head it
+sends one all_reduce: every part contributes to the gradient of the hidden states.
 """
 
 from __future__ import annotations
@@ -18,23 +19,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tdpo_ext.checks import is_dtensor
-
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 IGNORED = -(2**63)
-"""What stands for ``ignore_index`` in labels that count from a part's first entry."""
+"""The value that replaces ``ignore_index`` in labels that count from a part's first entry.
+
+``ignore_index`` itself may be such a label; this value cannot.
+"""
 
 
 class Shard(NamedTuple):
-    """A process's part of the vocabulary; plain values, since ops take it apart."""
+    """A process's part of the vocabulary. Its fields are arguments of ops, so they are plain."""
 
     group: str
+    """The name of the process group."""
     start: int
-    """The id of its first entry."""
+    """The id of the part's first vocabulary entry."""
     total: int
-    """Entries of the whole vocabulary."""
+    """The number of entries of the whole vocabulary."""
 
     @property
     def process_group(self) -> ProcessGroup:
@@ -48,17 +51,20 @@ class Shard(NamedTuple):
 
     @property
     def widest(self) -> int:
-        """Entries of the largest part."""
+        """The number of entries of the largest part."""
         return -(-self.total // self.size)
 
     def own_labels(self, labels: Tensor, ignore_index: int) -> Tensor:
-        """Labels that count from the part's first entry; those of other parts lie outside it."""
+        """Labels counted from the part's first entry.
+
+        Labels of other parts lie outside [0, width of this part); ignored ones become ``IGNORED``.
+        """
         own = labels.to(torch.int64) - self.start
         return own.masked_fill(labels == ignore_index, IGNORED)
 
 
 def shard_of(process_group: ProcessGroup | None, width: int) -> Shard | None:
-    """Of parts that are all as wide as this one, which ``gather_records`` checks."""
+    """This process's part, if all parts are ``width`` wide, which ``gather_records`` checks."""
     if process_group is None:
         return None
     if not isinstance(process_group, dist.ProcessGroup):
@@ -74,7 +80,7 @@ def shard_of(process_group: ProcessGroup | None, width: int) -> Shard | None:
 
 
 def _all_gather(tensor: Tensor, shard: Shard) -> Tensor:
-    """``[size, ...]``"""
+    """The tensors of all processes, ``[size, ...]``."""
     gathered = tensor.new_empty((shard.size, *tensor.shape))
     flat = gathered.flatten(0, 1)  # gloo takes no other shape
     gather = getattr(dist, "all_gather_single", None)  # the name since PyTorch 2.13
@@ -87,12 +93,15 @@ def _all_reduce(tensor: Tensor, shard: Shard) -> None:
     dist.all_reduce(tensor, group=shard.process_group)
 
 
-_LOW = 4096  # a float32 holds a width in two halves exactly
+_LOW = 4096  # float32 holds both halves of a width exactly: width // _LOW and width % _LOW
 
 
 def _header(records: Tensor, labels: Tensor, width: int, start: int) -> Tensor:
-    """What every process has to agree on, as one more record: how wide its part is and where it
-    starts, and a sum over the labels in which their places count."""
+    """One more record, with what the processes must agree on.
+
+    It holds the width and the start of this process's part, and a checksum of the labels, each
+    weighted by its position.
+    """
     place = torch.arange(labels.numel(), device=labels.device) % 251 + 1
     checksum = (labels.reshape(-1) * place).sum() % 2**24
     header = records.new_zeros(records.shape[-1])
@@ -105,23 +114,27 @@ def _header(records: Tensor, labels: Tensor, width: int, start: int) -> Tensor:
 def gather_records(
     records: Tensor, labels: Tensor, width: int, shard: Shard
 ) -> tuple[Tensor, Tensor]:
-    """The one collective of forward.
+    """The records of all processes, by the one collective of forward.
 
     Args:
-        records: ``[N, 9]``, of this process's part.
-        labels: ``[...]`` of N tokens, global ids.
-        width: of this process's part.
+        records: ``[N, 9]``, this process's.
+        labels: N global ids, of any shape.
+        width: the number of vocabulary entries of this process's part.
+        shard: this process's part.
 
     Returns:
-        ``[size, N + 1, 9]``, the last row of each no record, and whether the processes agree on
-        labels and parts, 0-d. On the CPU they do, or ValueError is raised.
+        The records, ``[size, N + 1, 9]``, where the last row of each process is its header; and a
+        0-d bool tensor: whether the processes agree on labels and parts.
+
+    Raises:
+        ValueError: on the CPU, the processes do not agree.
     """
     header = _header(records, labels, width, shard.start)
     gathered = _all_gather(torch.cat([records, header[None]]), shard)
     headers = gathered[:, -1].long()
     widths, starts = (headers[:, at] * _LOW + headers[:, at + 1] for at in (0, 2))
     checksums = headers[:, 4]
-    # Of all parts, not of this one: where one process sees a fault every process has to.
+    # The check compares all parts, not this one with the others: every process finds the same.
     same_parts = (widths.sum() == shard.total) & (widths.cumsum(0) - widths == starts).all()
     same_labels = (checksums == checksums[0]).all()
     if records.device.type == "cpu":
@@ -140,25 +153,33 @@ def gather_records(
 
 
 def gather_logits(logits: Tensor, shard: Shard) -> Tensor:
-    """``[..., V]`` from parts, for plain PyTorch."""
+    """Logits of the whole vocabulary from the parts of all processes, for plain PyTorch."""
     missing = shard.widest - logits.shape[-1]
     parts = _all_gather(torch.nn.functional.pad(logits, (0, missing)), shard)
     return torch.cat([*parts], dim=-1)[..., : shard.total]
 
 
 def sum_gradient(gradient: Tensor, shard: Shard) -> None:
-    """The one collective of a head's backward, in place."""
+    """Sum a gradient over the processes, in place: the one collective of a head's backward."""
     _all_reduce(gradient, shard)
 
 
 # --- DTensors -------------------------------------------------------------------------------------
 
 
+def is_dtensor(value: object) -> bool:
+    """Whether a value is a DTensor. DTensor itself is not imported, since that takes long."""
+    return isinstance(value, Tensor) and hasattr(value, "device_mesh")
+
+
 def local_logits(
     policy_logits: Tensor, reference_logits: Tensor, *labels: Tensor | None, process_group: Any
 ) -> tuple[Any, ...]:
-    """Policy, reference and labels, of DTensors sharded on the vocabulary this process's parts,
-    others as they are; and its ``Shard``, if they are DTensors."""
+    """The parts of this process, if the logits are DTensors sharded on the vocabulary.
+
+    Returns policy, reference, labels and the process's ``Shard``; plain tensors come back as they
+    are, with None for the shard.
+    """
     given = {"policy_logits": policy_logits, "reference_logits": reference_logits}
     if not any(map(is_dtensor, given.values())):
         return policy_logits, reference_logits, *labels, None
@@ -170,7 +191,11 @@ def local_logits(
 def local_head(
     which: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, process_group: Any
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Shard | None]:
-    """A head whose weight is a DTensor sharded on the vocabulary -> this process's part of it."""
+    """This process's part of a head, if its weight is a DTensor sharded on the vocabulary.
+
+    Returns (hidden states, weight, bias) and the process's ``Shard``; a head of plain tensors comes
+    back as it is, with None for the shard.
+    """
     if not is_dtensor(weight):
         for name, value in ((f"{which}_hidden", hidden), (f"{which}_bias", bias)):
             if is_dtensor(value):
@@ -189,7 +214,7 @@ def local_head(
 
 
 def _common_shard(given: dict[str, Any], process_group: Any, dim: int) -> Shard:
-    """The part of their vocabulary, dimension ``dim``, that this process has of DTensors."""
+    """This process's part of DTensors that must all be sharded alike on dimension ``dim``."""
     if process_group is not None:
         raise ValueError(
             "process_group and DTensors were both given; a DTensor knows its processes: leave "
@@ -245,7 +270,7 @@ def _local_shard(tensor: Any) -> Tensor:
 
 
 def _replicated(name: str, value: Any, like: Any) -> Tensor:
-    """The whole of a DTensor that all processes of a sharded head have."""
+    """The local tensor of a DTensor that must be replicated over the mesh of ``like``."""
     from torch.distributed.tensor import Replicate
 
     mesh = like.device_mesh
@@ -263,5 +288,5 @@ def _replicated(name: str, value: Any, like: Any) -> Tensor:
 
 
 def local_labels(labels: Any, like: Any) -> Any:
-    """Labels that may be a DTensor, replicated over the mesh of what they label."""
+    """Labels as a plain tensor; a DTensor must be replicated over the mesh of ``like``."""
     return _replicated("labels", labels, like) if is_dtensor(labels) else labels

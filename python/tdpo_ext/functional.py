@@ -1,4 +1,4 @@
-"""The public functions of logits: they check their arguments, then call the op and the loss."""
+"""The public functions that take logits: checks of the arguments, then the op, then the loss."""
 
 from __future__ import annotations
 
@@ -30,44 +30,46 @@ def token_stats(
     inplace_backward: bool = False,
     process_group: ProcessGroup | None = None,
 ) -> TokenStats:
-    r"""log pi(y), log pi_ref(y) and KL(pi_ref || pi) per token, in one sweep over the vocabulary.
+    """log pi(y), log pi_ref(y) and KL(pi_ref || pi) of each token, in one pass over the vocabulary.
 
     For each row, with p = softmax(policy_logits), q = softmax(reference_logits) and label y:
 
-        policy_logps = log p(y)    reference_logps = log q(y)
+        policy_logps = log p(y)
+        reference_logps = log q(y)
         forward_kl = sum_v q(v) log(q(v) / p(v))
 
-    These are the per-token terms of the margin and of the sequential KL of TDPO (Zeng et al., 2024,
-    arXiv 2404.11999). All are in nats. Nothing of size [..., V] is allocated in forward, and one
-    gradient in backward.
+    These are the terms, per token, of the margin and of the sequential KL of TDPO (Zeng et al.,
+    2024, arXiv 2404.11999). Forward allocates nothing of the size of the logits; backward allocates
+    one gradient.
 
     Args:
-        policy_logits: ``[..., V]``, float32, bfloat16, float16 or float64; the last dimension
-            contiguous, other strides free (a ``[:, :-1]`` slice is not copied).
-        reference_logits: the same of the reference, of one shape, dtype and device with
-            policy_logits, not requiring grad.
-        labels: ``[...]`` int64 or int32, aligned with the logits (nothing is shifted).
-        ignore_index: rows with this label are never read; their outputs and gradients are 0.
-        inplace_backward: let the gradient overwrite ``policy_logits`` instead of allocating. A
-            second backward then raises.
-        process_group: the processes that share the vocabulary (tensor parallel). The logits are
-            this process's part, all parts equally wide and in the order of ranks; labels are global
-            ids, the same everywhere, and so are the results. DTensors sharded on the vocabulary are
-            taken without it, of any width; results are plain tensors.
+        policy_logits: ``[..., V]``, float32, bfloat16, float16 or float64. The last dimension must
+            be contiguous; other strides are free (a ``[:, :-1]`` slice is not copied).
+        reference_logits: ``[..., V]``, the shape, dtype and device of policy_logits, not requiring
+            grad.
+        labels: ``[...]``, int64 or int32, aligned with the logits (nothing is shifted).
+        ignore_index: Rows with this label are never read; their outputs and gradients are 0.
+        inplace_backward: Let the gradient overwrite ``policy_logits`` instead of allocating memory
+            for it. A second backward then raises.
+        process_group: The processes that share the vocabulary (tensor parallel). The logits are
+            then this process's part of the vocabulary, where all parts are equally wide and follow
+            the ranks. Labels are global ids, the same on all processes, and so are the results.
+            DTensors sharded on the vocabulary need no process group, and their parts may differ in
+            width; the results are plain tensors.
 
     Returns:
-        ``TokenStats(policy_logps, reference_logps, forward_kl)``, each ``[...]``, float32 (float64
-        for float64 logits). Differentiable once in ``policy_logits``, for any upstream gradients of
-        ``policy_logps`` and ``forward_kl``; ``tdpo_ext.reference.token_stats`` twice.
+        ``TokenStats(policy_logps, reference_logps, forward_kl)``, each ``[...]``, in nats, float32
+        (float64 for float64 logits). Differentiable once with respect to ``policy_logits``, for any
+        upstream gradients of ``policy_logps`` and ``forward_kl``;
+        ``tdpo_ext.reference.token_stats`` is differentiable twice.
 
     Raises:
-        TypeError: a dtype that is not listed, or differing dtypes.
-        ValueError: differing shapes or devices, a last dimension that is not contiguous, a
-            reference that requires grad.
-        IndexError: on the CPU, a label outside [0, V) that is not ``ignore_index``. On an
-            accelerator, where looking would mean waiting, that token's outputs are NaN; and all are
-            where the processes of ``process_group`` disagree on labels or parts, which on the CPU
-            is a ValueError.
+        TypeError: A dtype is not listed, or dtypes differ.
+        ValueError: Shapes or devices differ, a last dimension is not contiguous, or the reference
+            requires grad. On the CPU also if the processes of ``process_group`` disagree on labels
+            or parts; on an accelerator all outputs are NaN then.
+        IndexError: On the CPU, a label outside [0, V) is not ``ignore_index``. On an accelerator,
+            where the check would make the host wait, that token's outputs are NaN.
     """
     policy_logits, reference_logits, labels, shard = local_logits(
         policy_logits, reference_logits, labels, process_group=process_group
@@ -89,9 +91,9 @@ def _token_stats(
     inplace_backward: bool,
     shard: Shard | None,
 ) -> TokenStats:
-    """``token_stats`` for arguments that have been checked."""
+    """``token_stats`` of arguments that have been checked."""
     checks.check_not_transformed(policy_logits, reference_logits, labels)
-    if inplace_backward and not torch.compiler.is_compiling():  # then the op itself checks
+    if inplace_backward and not torch.compiler.is_compiling():  # the op checks once more
         checks.check_inplace_backward(policy_logits)
     return ops.token_stats(
         policy_logits, reference_logits, labels, ignore_index, inplace_backward, shard
@@ -115,47 +117,57 @@ def tdpo_loss(
     inplace_backward: bool = False,
     process_group: ProcessGroup | None = None,
 ) -> TDPOOutput:
-    r"""TDPO1, TDPO2 or DPO from the logits of policy and reference.
+    """TDPO1, TDPO2 or DPO, from the logits of policy and reference.
 
-    With margin = sum_t log pi(y_t) - log pi_ref(y_t), dm = margin(chosen) - margin(rejected) and
-    SeqKL = sum_t KL(pi_ref || pi) over the response's tokens (Zeng et al., 2024, arXiv 2404.11999):
+    With these sums over the tokens of a response (Zeng et al., 2024, arXiv 2404.11999):
 
-        "tdpo1":  -log sigmoid(beta (dm - (SeqKL_rejected - SeqKL_chosen)))
-        "tdpo2":  -log sigmoid(beta (dm - alpha (SeqKL_rejected - stop_grad(SeqKL_chosen))))
+        margin = sum_t log pi(y_t) - log pi_ref(y_t)
+        SeqKL = sum_t KL(pi_ref || pi)
+        dm = margin(chosen) - margin(rejected)
 
-    "tdpo2" with alpha = 0 is DPO. A sequence whose every label is ignored has margin 0 and SeqKL 0.
+    the loss of a pair is:
+
+        "tdpo1":  -log sigmoid(beta (dm - (SeqKL(rejected) - SeqKL(chosen))))
+        "tdpo2":  -log sigmoid(beta (dm - alpha (SeqKL(rejected) - stop_grad(SeqKL(chosen)))))
+
+    "tdpo2" with alpha = 0 is DPO. A sequence whose labels are all ignored has margin 0 and SeqKL 0.
 
     Args:
         policy_logits: ``[2B, T, V]``, the chosen sequences stacked on the rejected ones in the same
-            order; or ``[total, V]`` together with ``cu_seqlens``. dtypes as ``token_stats``.
-        reference_logits: the same of the reference model, not requiring grad.
-        labels: ``[2B, T]`` or ``[total]`` int64 or int32, as the model saw them, prompt and padding
-            replaced by ``ignore_index``; position t is scored against label t + 1 of its sequence.
-        shift_labels: the same, already aligned with the logits. Give exactly one of the two.
-        cu_seqlens: ``[2B + 1]`` int32 or int64, ascending from 0 to total: the boundaries of packed
-            sequences.
-        beta: strength of the KL constraint, positive.
-        alpha: weight of the sequential KL in TDPO2, at least 0; 0 is DPO. TDPO1 ignores it.
+            order; or ``[total, V]`` together with ``cu_seqlens``. float32, bfloat16, float16 or
+            float64; the last dimension contiguous.
+        reference_logits: The logits of the reference model, of the shape, dtype and device of
+            policy_logits, not requiring grad.
+        labels: ``[2B, T]`` or ``[total]``, int64 or int32, as the model saw them, with prompt and
+            padding replaced by ``ignore_index``. Position t is scored against label t + 1 of its
+            sequence.
+        shift_labels: ``[2B, T]`` or ``[total]``, int64 or int32, already aligned with the logits.
+            Give exactly one of labels and shift_labels.
+        cu_seqlens: ``[2B + 1]``, int32 or int64, ascending from 0 to total: the boundaries of
+            packed sequences.
+        beta: Strength of the KL constraint, positive.
+        alpha: Weight of the sequential KL in TDPO2, at least 0. TDPO1 ignores it.
         variant: "tdpo2" or "tdpo1".
-        label_smoothing: probability, in [0, 0.5), that a preference is the wrong way round.
-        average_log_prob: divide log-probabilities, margin and SeqKL by the sequence's kept tokens.
+        label_smoothing: Probability, in [0, 0.5), that the recorded preference is the reverse of
+            the true one.
+        average_log_prob: Divide log-probabilities, margin and SeqKL by the number of the sequence's
+            tokens that are not ignored.
         reduction: "mean", "sum" or "none" over the B pairs.
-        ignore_index: the label of tokens that do not count.
-        inplace_backward: let the gradient overwrite ``policy_logits`` instead of allocating. A
-            second backward then raises.
-        process_group: as ``token_stats``.
+        ignore_index: The label of tokens that do not count.
+        inplace_backward: Let the gradient overwrite ``policy_logits`` instead of allocating memory
+            for it. A second backward then raises.
+        process_group: The processes that share the vocabulary, as for ``token_stats``.
 
     Returns:
-        ``TDPOOutput``; only ``loss`` carries a gradient.
+        ``TDPOOutput``; only its ``loss`` carries a gradient.
 
     Raises:
-        TypeError: a dtype or an option of the wrong type.
-        ValueError: shapes or devices that do not fit, an odd number of sequences, both or neither
-            of labels and shift_labels, cu_seqlens that do not ascend from 0 to total (NaN losses on
-            an accelerator), an unknown variant or reduction, an option outside its range, a tensor
-            of the reference that requires grad.
-        IndexError: on the CPU, a label outside [0, V) that is not ``ignore_index``. On an
-            accelerator that token's numbers are NaN.
+        TypeError: As ``token_stats``; or an option is not a number.
+        ValueError: As ``token_stats``; or the number of sequences is odd, both or neither of labels
+            and shift_labels are given, cu_seqlens does not ascend from 0 to total (on an
+            accelerator the losses are NaN instead), variant or reduction is unknown, or an option
+            is outside its range.
+        IndexError: As ``token_stats``.
     """
     policy_logits, reference_logits, labels, shift_labels, shard = local_logits(
         policy_logits, reference_logits, labels, shift_labels, process_group=process_group

@@ -1,11 +1,11 @@
 """From token statistics to the loss, in plain PyTorch.
 
-A token's statistics become a sequence's margin and sequential KL (``sequence_terms``), two
-sequences become the loss of a pair (``pair_loss``, whose equations are in ``reference.py``), and
-the batch becomes a ``TDPOOutput`` (``loss_from_stats``).
+``sequence_terms`` sums the tokens' statistics to each sequence's margin and sequential KL,
+``pair_loss`` makes the loss of each pair from them (equations: ``reference.py``), and
+``loss_from_stats`` makes the ``TDPOOutput`` of the batch.
 
-The fused head makes gradients before autograd runs, so the derivative of the pair loss also stands
-here, written out: ``pair_slopes`` and ``kl_ratios``.
+The fused head computes gradients before autograd runs. For it the derivative of the pair loss is
+written out here too: ``pair_slopes`` and ``kl_ratios``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LossOptions(NamedTuple):
     reduction: Reduction
 
     def checked(self) -> LossOptions:
-        """Itself, or TypeError or ValueError for an option outside its range."""
+        """Return these options, or raise TypeError or ValueError for one outside its range."""
         checks.check_pair_options(self.beta, self.alpha, self.variant, self.label_smoothing)
         checks.check_reduction(self.reduction)
         return self
@@ -48,24 +48,34 @@ def pair_loss(
     variant: Variant = "tdpo2",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The loss of each pair from its sequence sums.
+    """The loss of each pair, from the margin and the sequential KL of its two responses.
+
+    With dm = margin(chosen) - margin(rejected) (Zeng et al., 2024, arXiv 2404.11999):
+
+        TDPO1:  h = beta (dm - (SeqKL(rejected) - SeqKL(chosen)))
+        TDPO2:  h = beta (dm - alpha (SeqKL(rejected) - stop_grad(SeqKL(chosen))))
+        loss = -(1 - e) log sigmoid(h) - e log sigmoid(-h)
+
+    where e is ``label_smoothing``.
 
     Args:
-        logps_margin: ``[2B]`` floating, nats: sum_t log pi - log pi_ref of each response, the B
-            chosen ones first, then the B rejected ones in the same order.
-        seq_kl: ``[2B]``, nats: the sequential KL(pi_ref || pi) of the same responses.
-        beta: strength of the KL constraint, positive.
-        alpha: weight of the sequential KL in TDPO2, at least 0; 0 is DPO. TDPO1 ignores it.
+        logps_margin: ``[2B]``, any floating dtype, nats. The sum over a response's tokens of
+            log pi(y) - log pi_ref(y), first for the B chosen responses, then for the B rejected
+            ones in the same order.
+        seq_kl: ``[2B]``, any floating dtype, nats. The sequential KL(pi_ref || pi) of the same
+            responses.
+        beta: Strength of the KL constraint, positive.
+        alpha: Weight of the sequential KL in TDPO2, at least 0; 0 is DPO. TDPO1 ignores it.
         variant: "tdpo2" or "tdpo1".
-        label_smoothing: probability, in [0, 0.5), that a preference is recorded the wrong way
-            round: -(1 - e) log sigmoid(h) - e log sigmoid(-h).
+        label_smoothing: Probability, in [0, 0.5), that the recorded preference is the reverse of
+            the true one.
 
     Returns:
-        ``[B]``, differentiable in both tensors.
+        The losses, ``[B]``, differentiable in both tensors.
 
     Raises:
-        TypeError: an argument is not a floating tensor, or an option is not a number.
-        ValueError: a shape is not ``[2B]``, or an option is outside its range.
+        TypeError: A tensor argument is not a floating tensor, or an option is not a number.
+        ValueError: A shape is not ``[2B]``, or an option is outside its range.
     """
     checks.check_pair_sums(logps_margin, seq_kl)
     checks.check_pair_options(beta, alpha, variant, label_smoothing)
@@ -77,29 +87,30 @@ def pair_loss(
 
 
 def pair_difference(logps_margin: Tensor, seq_kl: Tensor, alpha: float, variant: Variant) -> Tensor:
-    """The factor of beta in the loss, ``[B]``: the difference of the margins, less that of the
-    sequential KLs."""
+    """h / beta of ``pair_loss``, ``[B]``: the difference of margins less that of sequential KLs."""
     chosen_margin, rejected_margin = logps_margin.chunk(2)
     chosen_kl, rejected_kl = seq_kl.chunk(2)
     difference = chosen_margin - rejected_margin
     if variant == "tdpo1":
         return difference - (rejected_kl - chosen_kl)
     if alpha == 0:
-        # DPO, also where a KL is infinite and 0 * inf would be NaN.
+        # DPO. The KLs are left out since one may be infinite, and 0 * inf is NaN.
         return difference
     return difference - alpha * (rejected_kl - chosen_kl.detach())
 
 
 def pair_slopes(difference: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """The derivative ``[B]`` of each pair's loss by its ``pair_difference``."""
+    """The derivative of each pair's loss with respect to its ``pair_difference``, ``[B]``."""
     logit = beta * difference
     slopes = -(1 - label_smoothing) * torch.sigmoid(-logit)
     return beta * (slopes + label_smoothing * torch.sigmoid(logit))
 
 
 def kl_ratios(alpha: float, variant: Variant) -> tuple[float, float]:
-    """The loss's derivative by a token's KL over that by its log p(y): of chosen responses, and of
-    rejected ones."""
+    """The ratio of two upstream gradients: that of a token's KL over that of its log p(y).
+
+    Returns the ratio for tokens of chosen responses, and for tokens of rejected ones.
+    """
     return (1.0, 1.0) if variant == "tdpo1" else (0.0, float(alpha))
 
 
@@ -110,7 +121,7 @@ class SequenceTerms(NamedTuple):
     margin: Tensor
     kl: Tensor
     kept: Tensor | None
-    """The number of kept tokens, where the terms are means."""
+    """The number of kept tokens if the terms are means, else None."""
 
 
 def sequence_terms(
@@ -121,7 +132,10 @@ def sequence_terms(
     average_log_prob: bool,
     ignore_index: int,
 ) -> SequenceTerms:
-    """Statistics of tokens, ``[2B, T]`` or packed, and the labels aligned with them -> sums."""
+    """Sums or means along each sequence.
+
+    ``stats`` and ``aligned``, the labels aligned with them, are ``[2B, T]`` or packed.
+    """
     logps = sequence_sums(stats.policy_logps, cu_seqlens)
     margin = sequence_sums(stats.policy_logps - stats.reference_logps, cu_seqlens)
     kl = sequence_sums(stats.forward_kl, cu_seqlens)
@@ -139,7 +153,7 @@ def loss_from_stats(
     cu_seqlens: Tensor | None,
     ignore_index: int,
 ) -> TDPOOutput:
-    """Statistics of tokens -> sequences -> pairs -> the loss and what is logged about it."""
+    """The loss and the quantities to log, from the statistics of tokens."""
     logps, margin, seq_kl, _ = sequence_terms(
         stats,
         aligned,
@@ -173,7 +187,7 @@ def loss_from_stats(
     )
 
 
-def _reduced(losses: Tensor, reduction: str) -> Tensor:
+def _reduced(losses: Tensor, reduction: Reduction) -> Tensor:
     if reduction == "mean":
         return losses.mean()
     return losses.sum() if reduction == "sum" else losses

@@ -1,4 +1,4 @@
-"""The losses as modules, for those who keep their options in one."""
+"""The losses as modules that hold their options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class _LossModule(nn.Module):
-    """The options that both losses have; no parameters."""
+    """The options that both losses have."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class _LossModule(nn.Module):
         self.process_group = process_group
 
     def options(self) -> dict[str, Any]:
-        """The module's options, as keyword arguments of the function."""
+        """The options, as keyword arguments of the function."""
         return {
             "beta": self.beta,
             "alpha": self.alpha,
@@ -65,23 +65,22 @@ class _LossModule(nn.Module):
 
 
 class TDPOLoss(_LossModule):
-    """``tdpo_ext.tdpo_loss`` with its options fixed at construction; it has no parameters.
+    """``tdpo_ext.tdpo_loss`` as a module that holds the options; it has no parameters.
 
     Args:
-        beta: strength of the KL constraint, positive.
-        alpha: weight of the sequential KL in TDPO2, at least 0; 0 is DPO. TDPO1 ignores it.
-        variant: "tdpo2" or "tdpo1".
-        label_smoothing: probability, in [0, 0.5), that a preference is the wrong way round.
-        average_log_prob: divide log-probabilities, margin and SeqKL by the sequence's kept tokens.
-        reduction: "mean", "sum" or "none" over the B pairs.
-        ignore_index: the label of tokens that do not count.
-        inplace_backward: let the gradient overwrite ``policy_logits`` instead of allocating. A
-            second backward then raises.
-        process_group: the processes that share the vocabulary (tensor parallel).
+        beta: Strength of the KL constraint, see ``tdpo_loss``.
+        alpha: Weight of the sequential KL in TDPO2, see ``tdpo_loss``.
+        variant: "tdpo2" or "tdpo1", see ``tdpo_loss``.
+        label_smoothing: Probability of a reversed preference, see ``tdpo_loss``.
+        average_log_prob: Means over tokens instead of sums, see ``tdpo_loss``.
+        reduction: "mean", "sum" or "none" over the pairs, see ``tdpo_loss``.
+        ignore_index: The label of tokens that do not count, see ``tdpo_loss``.
+        inplace_backward: Let the gradient overwrite the policy's logits, see ``tdpo_loss``.
+        process_group: The processes that share the vocabulary, see ``token_stats``.
 
     Raises:
-        TypeError: an option is of the wrong type.
-        ValueError: an option is outside its range.
+        TypeError: An option has the wrong type.
+        ValueError: An option is outside its range.
     """
 
     def __init__(
@@ -121,7 +120,19 @@ class TDPOLoss(_LossModule):
         shift_labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> TDPOOutput:
-        """``tdpo_ext.tdpo_loss``, whose shapes and errors these are, with the module's options."""
+        """Call ``tdpo_ext.tdpo_loss`` with the options of this module.
+
+        Args:
+            policy_logits: ``[2B, T, V]``, or ``[total, V]`` with cu_seqlens, see ``tdpo_loss``.
+            reference_logits: The same of the reference model.
+            labels: ``[2B, T]`` or ``[total]``, as the model saw them.
+            shift_labels: ``[2B, T]`` or ``[total]``, already aligned with the logits. Give exactly
+                one of labels and shift_labels.
+            cu_seqlens: ``[2B + 1]``, the boundaries of packed sequences.
+
+        Returns:
+            ``TDPOOutput``; only its ``loss`` carries a gradient.
+        """
         return tdpo_loss(
             policy_logits,
             reference_logits,
@@ -133,28 +144,26 @@ class TDPOLoss(_LossModule):
 
 
 class LinearTDPOLoss(_LossModule):
-    """``tdpo_ext.linear_tdpo_loss`` with its options fixed at construction; it has no parameters.
+    """``tdpo_ext.linear_tdpo_loss`` as a module that holds the options; it has no parameters.
 
     Args:
-        beta: strength of the KL constraint, positive.
-        alpha: weight of the sequential KL in TDPO2, at least 0; 0 is DPO. TDPO1 ignores it.
-        variant: "tdpo2" or "tdpo1".
-        label_smoothing: probability, in [0, 0.5), that a preference is the wrong way round.
-        average_log_prob: divide log-probabilities, margin and SeqKL by the sequence's kept tokens.
-        reduction: "mean", "sum" or "none" over the B pairs.
-        ignore_index: the label of tokens that do not count.
-        logit_scale: factor of the policy's logits.
-        logit_softcap: the policy's logits are capped at this, as Gemma 2 does; None: not at all.
-        reference_logit_scale: factor of the reference's logits; None: the policy's.
-        reference_logit_softcap: cap of the reference's logits; None: the policy's.
-        chunk_bytes: scratch memory beyond inputs, outputs and gradients. None: 256 MiB, and on
-            CUDA a 32nd of the card's memory, between 256 MiB and 2 GiB. Results do not depend on
-            it beyond rounding.
-        process_group: the processes that share the vocabulary (tensor parallel).
+        beta: Strength of the KL constraint, see ``tdpo_loss``.
+        alpha: Weight of the sequential KL in TDPO2, see ``tdpo_loss``.
+        variant: "tdpo2" or "tdpo1", see ``tdpo_loss``.
+        label_smoothing: Probability of a reversed preference, see ``tdpo_loss``.
+        average_log_prob: Means over tokens instead of sums, see ``tdpo_loss``.
+        reduction: "mean", "sum" or "none" over the pairs, see ``tdpo_loss``.
+        ignore_index: The label of tokens that do not count, see ``tdpo_loss``.
+        logit_scale: Factor of the policy's logits, see ``linear_token_stats``.
+        logit_softcap: Softcap of the policy's logits, see ``linear_token_stats``.
+        reference_logit_scale: Factor of the reference's logits; None: the policy's.
+        reference_logit_softcap: Softcap of the reference's logits; None: the policy's.
+        chunk_bytes: Scratch memory in bytes, see ``linear_tdpo_loss``.
+        process_group: The processes that share the vocabulary, see ``linear_token_stats``.
 
     Raises:
-        TypeError: an option is of the wrong type.
-        ValueError: an option is outside its range.
+        TypeError: An option has the wrong type.
+        ValueError: An option is outside its range.
     """
 
     def __init__(
@@ -217,8 +226,24 @@ class LinearTDPOLoss(_LossModule):
         policy_bias: Tensor | None = None,
         reference_bias: Tensor | None = None,
     ) -> TDPOOutput:
-        """``tdpo_ext.linear_tdpo_loss``, whose shapes and errors these are, with the module's
-        options."""
+        """Call ``tdpo_ext.linear_tdpo_loss`` with the options of this module.
+
+        Args:
+            policy_hidden: ``[2B, T, H]``, or ``[total, H]`` with cu_seqlens, see
+                ``linear_tdpo_loss``.
+            policy_weight: ``[V, H]``.
+            reference_hidden: ``[2B, T, H_ref]`` or ``[total, H_ref]``.
+            reference_weight: ``[V, H_ref]``.
+            labels: ``[2B, T]`` or ``[total]``, as the model saw them.
+            shift_labels: ``[2B, T]`` or ``[total]``, already aligned with the hidden states. Give
+                exactly one of labels and shift_labels.
+            cu_seqlens: ``[2B + 1]``, the boundaries of packed sequences.
+            policy_bias: ``[V]`` or None.
+            reference_bias: ``[V]`` or None.
+
+        Returns:
+            ``TDPOOutput``; only its ``loss`` carries a gradient.
+        """
         return linear_tdpo_loss(
             policy_hidden,
             policy_weight,

@@ -1,4 +1,4 @@
-"""What the functions return."""
+"""The named tuples that the public functions return."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch.utils import _pytree
 
 
 class TokenStats(NamedTuple):
-    """Three numbers per token, in nats, each shaped like the labels; 0 where the label is ignored.
+    """Three numbers per token, in nats, each of the labels' shape; 0 where the label is ignored.
 
-    float32, or float64 for float64 logits.
+    They are float32, or float64 for float64 logits.
     """
 
     policy_logps: Tensor
@@ -25,9 +25,10 @@ class TokenStats(NamedTuple):
 
 
 class TDPOOutput(NamedTuple):
-    """The loss and what is worth logging about it; only ``loss`` carries a gradient.
+    """The loss and quantities to log; only ``loss`` carries a gradient.
 
-    Sequence quantities are in nats and shaped ``[B]``, one entry for each (chosen, rejected) pair.
+    Quantities of sequences are in nats and have shape ``[B]``, one entry for each pair (chosen,
+    rejected).
     """
 
     loss: Tensor
@@ -61,16 +62,16 @@ class TDPOOutput(NamedTuple):
     """beta * margin of the rejected response."""
 
     def metrics(self) -> dict[str, Tensor]:
-        """Means over the batch as 0-d tensors on the loss's device.
+        """Means over the batch, by name, as 0-d tensors on the loss's device.
 
-        ``rewards/*`` and ``logps/*`` are what TRL logs under these names, so that curves of DPO and
-        of TDPO can be compared. ``tdpo_rewards/*`` are the rewards of the paper's code, which
-        contain the KL. Nothing is copied to the host: call ``.item()`` when you log, not before.
+        ``rewards/*`` and ``logps/*`` are what TRL logs under these names, so curves of DPO and of
+        TDPO can be compared. ``tdpo_rewards/*`` are the rewards of the paper's code, which contain
+        the KL. Nothing is copied to the host: call ``.item()`` when you log, not before.
         """
         return {name: values.mean() for name, values in self.metrics_of_pairs().items()}
 
     def metrics_of_pairs(self) -> dict[str, Tensor]:
-        """The metrics of each pair, ``[B]``, under the names of ``metrics``.
+        """The same quantities for each pair, ``[B]``.
 
         ``kl/margin`` is chosen minus rejected, as in the paper's code.
         """
@@ -93,8 +94,9 @@ class TDPOOutput(NamedTuple):
         }
 
 
-# torch.export saves a module that returns a named tuple only if it knows the tuple by a name.
-_register = getattr(_pytree, "_register_namedtuple", None)  # not public; absent, only saving fails
+# torch.export saves a module that returns a named tuple only if the tuple is registered by a name.
+# The function that does it is not public; where it is missing, only such saving fails.
+_register = getattr(_pytree, "_register_namedtuple", None)
 if _register is not None:
     for _class in (TokenStats, TDPOOutput):
         _register(_class, serialized_type_name=f"tdpo_ext.{_class.__name__}")

@@ -1,7 +1,7 @@
-r"""TDPO in plain PyTorch: the definition of the method, and the truth the kernels are held to.
+r"""TDPO in plain PyTorch: the definition of the method, and what the kernels are tested against.
 
-Any device, any floating dtype, differentiable twice. Each function materialises several [..., V]
-tensors; the functions of the same names in ``tdpo_ext`` do not. Nothing in the library calls this
+It runs on any device and is differentiable twice. Each function allocates several tensors of shape
+[..., V]; the functions of the same names in ``tdpo_ext`` do not. Nothing in the library calls this
 module. The steps from token statistics to the loss, which need no kernel, are in ``loss.py``.
 
 Zeng et al., "Token-level Direct Preference Optimization", ICML 2024, arXiv 2404.11999. With state
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tdpo_ext import checks
 from tdpo_ext.checks import Reduction, Variant
+from tdpo_ext.distributed import is_dtensor
 from tdpo_ext.loss import LossOptions, loss_from_stats, pair_loss
 from tdpo_ext.outputs import TDPOOutput, TokenStats
 from tdpo_ext.sequences import aligned_labels
@@ -43,8 +44,17 @@ def token_stats(
 ) -> TokenStats:
     """``tdpo_ext.token_stats`` from softmaxes, for the whole vocabulary on one process.
 
+    Arguments, results and errors are those of ``tdpo_ext.token_stats``, except:
+
+    Args:
+        inplace_backward: False only.
+        process_group: None only, and no DTensors.
+
+    Returns:
+        ``TokenStats``, differentiable twice.
+
     Raises:
-        ValueError: also for ``inplace_backward=True``, for a ``process_group`` and for DTensors.
+        ValueError: Also for ``inplace_backward=True``, for a ``process_group`` and for DTensors.
     """
     _check_plain(inplace_backward, process_group, policy_logits, reference_logits)
     checks.check_logits(policy_logits, reference_logits)
@@ -56,8 +66,8 @@ def token_stats(
     ignored = labels == ignore_index
     outside = ~ignored & ((labels < 0) | (labels >= policy_logits.shape[-1]))
     label = labels.masked_fill(ignored | outside, 0).to(torch.int64).unsqueeze(-1)
-    # Ignored rows are replaced before anything is computed. NaN or inf in one of them then changes
-    # nothing, not even through a product of 0 with the row's gradient.
+    # Ignored rows are replaced before anything is computed, so NaN or inf in one of them changes
+    # nothing. Masking the results instead would multiply their gradient by 0, and 0 * inf is NaN.
     blank = ignored.unsqueeze(-1)
     policy_log_probs = log_softmax(policy_logits.masked_fill(blank, 0))
     reference_log_probs = log_softmax(reference_logits.masked_fill(blank, 0))
@@ -73,10 +83,11 @@ def token_stats(
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """log softmax over the last dimension, in float32 at least.
+    """Log-softmax over the last dimension, in float32 (float64 for float64).
 
-    It subtracts the maximum first and the log-sum second; torch's own adds the two before it
-    subtracts, which is less accurate. The maximum cancels in the derivative, so it is a constant.
+    It subtracts the maximum first and the logarithm of the sum second. PyTorch's own adds the two
+    before it subtracts, which is less accurate. The maximum cancels in the derivative, so it is
+    taken as a constant.
     """
     if logits.dtype != torch.float64:
         logits = logits.to(torch.float32)
@@ -87,16 +98,16 @@ def log_softmax(logits: Tensor) -> Tensor:
 def forward_kl(policy_log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     """KL(pi_ref || pi) = sum_v q (log q - log p), with q = pi_ref(v) and p = pi(v).
 
-    p and q both sum to 1, so the KL also equals sum_v (p - q + q u) with u = log q - log p. Every
-    term of that sum is at least 0 and none is large. The sum therefore never turns negative, and it
-    keeps its digits where the two distributions are close. There p - q = q expm1(-u).
+    p and q both sum to 1, so the KL also equals sum_v (p - q + q u) with u = log q - log p. No term
+    of this sum is negative, so the sum never is. Nor do large terms cancel, so the sum keeps its
+    digits where the two distributions are close; there p - q is computed as q expm1(-u).
 
-    An infinite KL (p = 0 < q) has no gradient: the one that comes back is finite and means nothing.
+    An infinite KL (p = 0 < q) has no gradient: the finite one that comes back has no meaning.
     """
     u = reference_log_probs - policy_log_probs
     p, q = policy_log_probs.exp(), reference_log_probs.exp()
-    # The argument of every branch is made harmless where the branch is not taken: a masked_fill
-    # alone would still send 0 * inf = NaN into the gradient.
+    # torch.where also differentiates the branch that it does not take, and 0 * inf is NaN. So the
+    # argument of each branch is filled with 0 where the branch is not taken.
     close = u.abs() < 0.5
     small_u = u.masked_fill(~close, 0)
     impossible = reference_log_probs == -torch.inf  # q = 0, and 0 log 0 = 0
@@ -123,7 +134,20 @@ def tdpo_loss(
     inplace_backward: bool = False,
     process_group: None = None,
 ) -> TDPOOutput:
-    """``tdpo_ext.tdpo_loss`` on top of this module's ``token_stats``."""
+    """``tdpo_ext.tdpo_loss`` on top of this module's ``token_stats``.
+
+    Arguments, results and errors are those of ``tdpo_ext.tdpo_loss``, except:
+
+    Args:
+        inplace_backward: False only.
+        process_group: None only, and no DTensors.
+
+    Returns:
+        ``TDPOOutput``, whose loss is differentiable twice.
+
+    Raises:
+        ValueError: Also for ``inplace_backward=True``, for a ``process_group`` and for DTensors.
+    """
     _check_plain(inplace_backward, process_group, policy_logits, reference_logits)
     checks.check_logits(policy_logits, reference_logits)
     options = LossOptions(
@@ -160,7 +184,20 @@ def linear_token_stats(
     chunk_bytes: int | None = None,
     process_group: None = None,
 ) -> TokenStats:
-    """``tdpo_ext.linear_token_stats`` from logits; ``chunk_bytes`` changes nothing."""
+    """``tdpo_ext.linear_token_stats`` by making the logits.
+
+    Arguments, results and errors are those of ``tdpo_ext.linear_token_stats``, except:
+
+    Args:
+        chunk_bytes: Has no effect.
+        process_group: None only, and no DTensors.
+
+    Returns:
+        ``TokenStats``, differentiable twice.
+
+    Raises:
+        ValueError: Also for a ``process_group`` and for DTensors.
+    """
     _check_plain(False, process_group, policy_hidden, policy_weight, reference_weight)
     checks.check_chunk_bytes(chunk_bytes)
     checks.check_heads(
@@ -172,7 +209,7 @@ def linear_token_stats(
     scale, softcap, reference_scale, reference_softcap = checks.logit_options(
         logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap
     )
-    blank = (labels == ignore_index).unsqueeze(-1)  # an ignored row has no gradient at all
+    blank = (labels == ignore_index).unsqueeze(-1)  # ignored hidden states get no gradient
     return token_stats(
         logits_of(policy_hidden.masked_fill(blank, 0), policy_weight, policy_bias, scale, softcap),
         logits_of(
@@ -190,7 +227,10 @@ def linear_token_stats(
 def logits_of(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
-    """softcap tanh(scale (h W^T + b) / softcap), in float32 at least; softcap 0: none."""
+    """Logits in float32 (float64 for float64): softcap tanh(scale (h W^T + b) / softcap).
+
+    A softcap of 0 means none: scale (h W^T + b).
+    """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
@@ -224,7 +264,20 @@ def linear_tdpo_loss(
     chunk_bytes: int | None = None,
     process_group: None = None,
 ) -> TDPOOutput:
-    """``tdpo_ext.linear_tdpo_loss`` on top of this module's ``linear_token_stats``."""
+    """``tdpo_ext.linear_tdpo_loss`` on top of this module's ``linear_token_stats``.
+
+    Arguments, results and errors are those of ``tdpo_ext.linear_tdpo_loss``, except:
+
+    Args:
+        chunk_bytes: Has no effect.
+        process_group: None only, and no DTensors.
+
+    Returns:
+        ``TDPOOutput``, whose loss is differentiable twice.
+
+    Raises:
+        ValueError: Also for a ``process_group`` and for DTensors.
+    """
     _check_plain(False, process_group, policy_hidden, policy_weight, reference_weight)
     options = LossOptions(
         beta, alpha, variant, label_smoothing, average_log_prob, reduction
@@ -262,13 +315,13 @@ def linear_tdpo_loss(
 
 
 def _check_plain(inplace_backward: bool, process_group: Any, *tensors: Any) -> None:
-    """Refuse what only the compiled functions do."""
+    """Refuse the options that only the compiled functions have."""
     if inplace_backward:
         raise ValueError(
             "inplace_backward=True is for tdpo_ext.token_stats: plain PyTorch keeps the logits for "
             "its backward; pass inplace_backward=False"
         )
-    if process_group is not None or any(map(checks.is_dtensor, tensors)):
+    if process_group is not None or any(map(is_dtensor, tensors)):
         given = "DTensors" if process_group is None else "a process_group"
         raise ValueError(
             f"tdpo_ext.reference takes the whole vocabulary on one process, got {given}; gather "

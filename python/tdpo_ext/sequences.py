@@ -21,8 +21,8 @@ def aligned_labels(
 ) -> Tensor:
     """The labels aligned with a batch, from exactly one of ``labels`` and ``shift_labels``.
 
-    ``batch``, called ``name`` in errors, is logits or hidden states: ``[2B, T, ...]``, or
-    ``[total, ...]`` with ``cu_seqlens``.
+    ``batch`` is logits or hidden states: ``[2B, T, ...]``, or ``[total, ...]`` with ``cu_seqlens``.
+    Errors call it ``name``.
     """
     checks.check_ignore_index(ignore_index)
     if cu_seqlens is None:
@@ -39,16 +39,17 @@ def aligned_labels(
 
 
 def align_labels(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
-    """Labels as the model saw them -> labels aligned with the logits.
+    """Labels aligned with the logits, from labels as the model saw them.
 
-    Position t of the logits predicts label t + 1, so the labels move one step and the last position
-    of every sequence is ignored. The logits are never sliced.
+    Position t of the logits predicts label t + 1, so the labels move by one position and the last
+    position of every sequence is ignored. The logits themselves are never sliced.
     """
-    labels = labels.to(torch.int64)  # which holds any ignore_index
+    labels = labels.to(torch.int64)  # int32 may not hold ignore_index
     aligned = torch.cat((labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)), dim=-1)
     if cu_seqlens is None:
         return aligned
-    # torch.isin would say it in one word, and make the host wait for a device.
+    # The label before each start is ignored. torch.isin would find the starts in one call, but it
+    # makes the host wait for the device.
     total = labels.shape[0]
     starts = torch.zeros(total + 1, dtype=torch.bool, device=labels.device)
     starts = starts.scatter(0, cu_seqlens.to(torch.int64).clamp(0, total), True)
@@ -59,8 +60,9 @@ def align_labels(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -
 def sequence_bounds(cu_seqlens: Tensor, total: int) -> Tensor:
     """``cu_seqlens`` as int64 bounds that stay inside [0, total] and never descend.
 
-    A violation raises ValueError on the host. On an accelerator nobody waits for the values: the
-    bounds come back mended, so that no memory outside is read, and ``sequence_sums`` gives NaN.
+    On the CPU a violation raises ValueError. On an accelerator the host does not wait for the
+    values: the bounds are clamped, so that no memory outside is read, and ``sequence_sums`` returns
+    NaN.
     """
     if cu_seqlens.device.type == "cpu":
         descends = bool((cu_seqlens[1:] < cu_seqlens[:-1]).any())
@@ -79,10 +81,10 @@ def _(cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 class _SegmentSum(torch.autograd.Function):
-    """Sums between bounds, without atomics.
+    """The sum between each two neighbouring bounds, without atomics.
 
-    The gradient is a gather, so it can be differentiated any number of times;
-    ``torch.segment_reduce`` itself only once.
+    ``torch.segment_reduce`` is differentiable once. The gradient here is a gather, which can be
+    differentiated any number of times.
     """
 
     @staticmethod
@@ -98,7 +100,7 @@ class _SegmentSum(torch.autograd.Function):
 
 
 def sequence_sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Per-token values ``[2B, T]`` (or ``[total]`` with ``cu_seqlens``) -> their sums ``[2B]``."""
+    """Sums ``[2B]`` of values per token, ``[2B, T]`` or, with ``cu_seqlens``, ``[total]``."""
     if cu_seqlens is None:
         return values.sum(dim=-1)
     bounds = torch.ops.tdpo_ext.sequence_bounds(cu_seqlens, values.shape[0])
@@ -108,7 +110,7 @@ def sequence_sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def sequence_of_tokens(labels: Tensor, cu_seqlens: Tensor | None, sequences: int) -> Tensor:
-    """The sequence ``[N]`` of each token, of ``[2B, T]`` flattened or of packed ones."""
+    """The number of each token's sequence, ``[N]``, for ``[2B, T]`` flattened or packed tokens."""
     position = torch.arange(labels.numel(), device=labels.device)
     if cu_seqlens is None:
         return position // max(1, labels.numel() // max(1, sequences))
@@ -117,6 +119,6 @@ def sequence_of_tokens(labels: Tensor, cu_seqlens: Tensor | None, sequences: int
 
 
 def kept_counts(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
-    """How many labels of each sequence are not ignored, at least 1, as float32 ``[2B]``."""
+    """The number of labels of each sequence that are not ignored, at least 1: float32 ``[2B]``."""
     kept = (labels != ignore_index).to(torch.float32)
     return sequence_sums(kept, cu_seqlens).clamp(min=1)

@@ -61,4 +61,4 @@ def test_a_served_card_is_named():
     )
     assert said["cuda:0 One"] == "compiled kernels"
     assert said["cuda:1 Other"] == "plain PyTorch: no kernel image"
-    assert said["newest CUDA of driver"] == "13.2"
+    assert said["driver supports CUDA"] == "13.2"

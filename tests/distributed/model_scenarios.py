@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tdpo_ext import LinearTDPOLoss, reference
 from tdpo_ext.integrations.attach import HEAD_INPUTS, TDPOTargets, attach_tdpo
-from tdpo_ext.integrations.steps import without_dropout
+from tdpo_ext.integrations.models import without_dropout
 
 LEARNING_RATE = 0.5
 

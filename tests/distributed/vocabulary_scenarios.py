@@ -21,7 +21,7 @@ import tdpo_ext
 from tdpo_ext import distributed, reference
 from tdpo_ext.distributed import shard_of
 from tdpo_ext.fused_head.head import Head
-from tdpo_ext.fused_head.passes import Problem
+from tdpo_ext.fused_head.problem import Problem
 from tdpo_ext.token_statistics import kernels
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"

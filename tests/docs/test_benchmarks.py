@@ -70,7 +70,7 @@ def training_step() -> Any:
     return training_step
 
 
-def test_ways_to_a_training_step_give_the_loss_and_gradient_of_float64(training_step: Any) -> None:
+def test_paths_of_a_training_step_give_the_loss_and_gradient_of_float64(training_step: Any) -> None:
     step = training_step.make_step(training_step.SIZES["quick"], "cpu", torch.float32)
     policy, reference = (copy.deepcopy(x).double() for x in (step.policy, step.reference))
     with torch.no_grad():
@@ -78,13 +78,13 @@ def test_ways_to_a_training_step_give_the_loss_and_gradient_of_float64(training_
     truth = tdpo_ext.reference.tdpo_loss(policy(step.tokens).logits, reference_logits, step.labels)
     truth.loss.backward()
     norm = torch.stack([x.grad.norm() for x in policy.parameters()]).norm()
-    for way in training_step.WAYS:
-        if way != "backbone alone":
-            found = training_step.loss_and_norm(way, step)
-            assert found == pytest.approx((truth.loss.item(), norm.item()), rel=1e-5), way
+    for path in training_step.PATHS:
+        if path != "backbone alone":
+            found = training_step.loss_and_norm(path, step)
+            assert found == pytest.approx((truth.loss.item(), norm.item()), rel=1e-5), path
 
 
-def test_a_way_that_does_something_else_gives_no_figures(training_step: Any) -> None:
+def test_a_path_that_computes_something_else_gives_no_figures(training_step: Any) -> None:
     right, wrong = (0.7, 4.0), (0.7, 2.0)
     training_step.check_agreement({"eager formula": right, "backbone alone": wrong})
     with pytest.raises(SystemExit, match="attach_tdpo: gradient norm 2, eager formula 4"):

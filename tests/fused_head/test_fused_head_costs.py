@@ -18,7 +18,7 @@ from head_checks import (
 from processes import measure, needs_core, needs_linux
 
 import tdpo_ext
-from tdpo_ext.fused_head import passes
+from tdpo_ext.fused_head import problem
 
 TOKENS, WIDTH, VOCABULARY = 12, 16, 640
 
@@ -98,8 +98,8 @@ def test_no_pairs_and_no_tokens(on_host, frozen, shape):
 
 def test_without_chunk_bytes_there_are_256_mebibytes(on_host, monkeypatch):
     """On the CPU, seen by how much of the logits exists, with another number in their place."""
-    assert passes.DEFAULT_CHUNK_BYTES == 256 * 2**20
-    monkeypatch.setattr("tdpo_ext.fused_head.passes.DEFAULT_CHUNK_BYTES", 20_000)
+    assert problem.DEFAULT_CHUNK_BYTES == 256 * 2**20
+    monkeypatch.setattr("tdpo_ext.fused_head.problem.DEFAULT_CHUNK_BYTES", 20_000)
     given, _ = requiring_grad(arguments_of(4, TOKENS // 4, vocabulary=VOCABULARY, width=WIDTH))
     counted = CountedProducts(monkeypatch, TOKENS, VOCABULARY, WIDTH)
     labels = torch.zeros(4, TOKENS // 4, dtype=torch.int64)

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import tdpo_ext
-from tdpo_ext.fused_head import passes, products
+from tdpo_ext.fused_head import problem, products
 
 HALF = [torch.bfloat16, torch.float16]
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -304,7 +304,7 @@ def test_launches_of_a_step(monkeypatch, way, multiplications, launches):
     """docs/fused-head.md counts what they are at full size."""
     take_half_width(monkeypatch)
     monkeypatch.setattr("tdpo_ext.fused_head.tiles.GROUP_ROWS", (4,))
-    monkeypatch.setattr("tdpo_ext.fused_head.passes.MOST_COLUMNS_ON_CPU", VOCABULARY // 8)
+    monkeypatch.setattr("tdpo_ext.fused_head.problem.MOST_COLUMNS_ON_CPU", VOCABULARY // 8)
     given = arguments_of(4, TOKENS // 4, vocabulary=VOCABULARY, dtype=torch.bfloat16)
     leaves = []
     if way != "forward":
@@ -392,5 +392,5 @@ def test_without_chunk_bytes_a_card_gives_a_part_of_its_memory(monkeypatch):
     ]:
         found = SimpleNamespace(total_memory=memory)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=found: found)
-        assert passes.default_chunk_bytes(card) == wanted
-    assert passes.default_chunk_bytes(torch.device("cpu")) == 2**28
+        assert problem.default_chunk_bytes(card) == wanted
+    assert problem.default_chunk_bytes(torch.device("cpu")) == 2**28

@@ -9,7 +9,7 @@ import torch
 
 from tdpo_ext.fused_head import products
 from tdpo_ext.fused_head.head import Head
-from tdpo_ext.fused_head.passes import Problem
+from tdpo_ext.fused_head.problem import Problem
 from tdpo_ext.fused_head.tiles import (
     COLUMN_MULTIPLE,
     GROUP_ROWS,
@@ -71,8 +71,8 @@ def test_what_a_row_a_column_and_a_logit_cost(
 
 def taken(cost: Costs, plan: Plan) -> int:
     stride = row_stride(plan.columns)
-    of_tiles = stride * (plan.rows * cost.of_logit + plan.gradient_rows * cost.of_gradient)
-    return plan.gradient_rows * cost.of_row + plan.cast_columns * cost.of_column + of_tiles
+    tiles = stride * (plan.rows * cost.logit + plan.gradient_rows * cost.gradient)
+    return plan.gradient_rows * cost.row + plan.cast_columns * cost.column + tiles
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -105,8 +105,8 @@ def test_whole_rows_fit_and_no_more_would(cost):
         if plan.rows > 1:
             assert taken(cost, plan) <= chunk
         if plan.cast_columns > 1:  # most is left for logits
-            assert plan.cast_columns * cost.of_column <= chunk / 8
-        if cost.of_column:  # and what is cast stays in the cache
+            assert plan.cast_columns * cost.column <= chunk / 8
+        if cost.column:  # and what is cast stays in the cache
             assert plan.cast_columns <= MOST_COLUMNS_ON_CPU
         if plan.rows < rows:
             more = plan.rows + 1
@@ -176,7 +176,7 @@ def test_a_pair_fits_in_fewer_than_four_bytes_a_logit():
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_as_many_pairs_as_fit(tokens):
     cost, vocabulary = Costs(512, 0, 8), 640
-    pair = tokens * (cost.of_row + vocabulary * cost.of_logit)
+    pair = tokens * (cost.row + vocabulary * cost.logit)
     for chunk in (1, pair - 1, pair, pair + 1, 3 * pair - 1, 3 * pair):
         assert pairs_that_fit(cost, tokens, vocabulary, chunk) == chunk // pair
 

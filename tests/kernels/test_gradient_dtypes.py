@@ -1,4 +1,4 @@
-"""Gradients of float32 logits, rounded to a half-width type as they are stored."""
+"""Where the gradient of logits is stored: in a half-width type, or over logits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from inputs import labels_for, pair_of_logits
+from inputs import DTYPES, labels_for, pair_of_logits
 from torch import Tensor
 
 from tdpo_ext.token_statistics import kernels
@@ -58,3 +58,25 @@ def test_what_is_not_finite_stays_so(backend, dtype):
     gradient = gradient_in(dtype, 0, (policy, reference, labels, normalizers))
     assert gradient[0].isfinite().all()
     assert gradient[1].isnan().all()
+
+
+@pytest.mark.parametrize("side", ["policy", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary", [7, 101, 20011])
+def test_the_gradient_may_lie_over_the_logits_of_either_side(backend, dtype, vocabulary, side):
+    """With any upstream gradients, bit for bit, wherever the rows of the other side begin."""
+    policy, reference = pair_of_logits(8, vocabulary, dtype=dtype)
+    labels = labels_for(policy)
+    labels[4] = -100
+    policy[5] = reference[5]
+    normalizers = kernels.token_stats(policy, reference, labels, -100)[3]
+    upstream = UPSTREAM.to(normalizers)
+    wanted = torch.empty_like(policy)
+    kernels.write_gradient(wanted, policy, reference, labels, normalizers, *upstream, -100)
+    for entries in range(4):
+        memory = torch.zeros(8, vocabulary + entries, dtype=dtype)[:, entries:]
+        moved = memory.copy_(reference if side == "policy" else policy)
+        given = (policy.clone(), moved) if side == "policy" else (moved, reference.clone())
+        over = given[0 if side == "policy" else 1]
+        kernels.write_gradient(over, *given, labels, normalizers, *upstream, -100)
+        assert torch.equal(over, wanted), entries

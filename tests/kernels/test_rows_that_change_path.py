@@ -1,7 +1,7 @@
-"""Rows that make the kernels change their way: bases that move, groups close or not, pieces.
+"""Rows that make the kernels change path: bases that move, groups close or not, parts of rows.
 
 The CPU's kernels decide for blocks of 1024 entries and groups of 64, and split long rows where
-there are few (csrc/cpu/row_forward.inl, token_stats.cpp); what they decide must not show.
+there are few (csrc/cpu/running_stats.h, token_stats.cpp); what they decide must not show.
 """
 
 from __future__ import annotations

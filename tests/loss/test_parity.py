@@ -131,13 +131,13 @@ def test_statistics_that_are_a_little_off_are_a_miss(small_grid, monkeypatch, ou
 
 
 def test_a_gradient_that_is_a_little_off_is_a_miss(small_grid, monkeypatch):
-    right = formulas.of_logits
+    right = formulas.from_logits
 
     def wrong(inputs, *, eager):
         found = right(inputs, eager=eager)
         return found if eager else {**found, "gradient": found["gradient"] * 1.01}
 
-    monkeypatch.setattr(formulas, "of_logits", wrong)
+    monkeypatch.setattr(formulas, "from_logits", wrong)
     missed = parity.check(["cpu"], quick=True).misses
     assert {(row.quantity, row.dtype) for row in missed} == {
         ("gradient", x) for x in ("float32", "float64", "bfloat16", "float16")
@@ -151,10 +151,10 @@ def test_a_heads_gradient_that_is_rounded_twice_keeps_its_bound(dtype, vocabular
     of dz that are off by three units, in the direction that hurts, do not."""
     case = cases.Case(dtype, vocabulary, "apart", "any", "contiguous", 0.0, seed=5)
     inputs = case.heads()
-    true = wanted.of_heads(inputs)
+    true = wanted.from_heads(inputs)
     weight = inputs.policy_weight.double()
     logits = inputs.policy_hidden.double() @ weight.T, inputs.reference_hidden.double() @ weight.T
-    dz = wanted.of_logits(cases.Inputs(*logits, *inputs[4:])).values["gradient"]
+    dz = wanted.from_logits(cases.Inputs(*logits, *inputs[4:])).values["gradient"]
     name = "gradient of hidden"
     bound = measure.bound_of(name, dtype, head=True)
 

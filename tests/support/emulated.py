@@ -19,6 +19,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int64, c_long, c_void_p
 from pathlib import Path
+from typing import Any
 
 import objects
 
@@ -47,7 +48,7 @@ def compiler() -> str | None:
 
 @functools.cache
 def roundings() -> list[str]:
-    """Those that this machine can run."""
+    """The builds that this machine can run."""
     if compiler() is None:
         return []
     listed = Path("/proc/cpuinfo")
@@ -74,86 +75,57 @@ def _compile(folder: Path, rounding: str) -> Path:
 def library(rounding: str = "plain") -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="cuda_on_cpu") as folder:
         loaded = ctypes.CDLL(str(_compile(Path(folder), rounding)))
-    for name in ("forward", "tile", "finish", "backward", "path", "rounding"):
+    for name in ("forward", "tile", "finish", "backward", "path", "rounding", "description"):
         getattr(loaded, f"emulated_{name}").restype = c_char_p
     loaded.emulated_launches.restype = c_long
     return loaded
 
 
-class RowLayout(Structure):
-    _fields_ = (("dims", c_int), ("sizes", c_int64 * 4), ("strides", c_int64 * 4))
+class Struct(Structure):
+    """Takes all of its fields by name, as the compiled core's structs do."""
 
-    @classmethod
-    def of(cls, sizes: list[int], strides: list[int]) -> RowLayout:
-        return cls(len(sizes), (c_int64 * 4)(*sizes), (c_int64 * 4)(*strides))
-
-
-class Logits(Structure):
-    _fields_ = (("data", c_void_p), ("rows", RowLayout))
+    def __init__(self, **values: Any):
+        assert list(values) == [field[0] for field in self._fields_], values
+        super().__init__(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-class Problem(Structure):
-    _fields_ = (
-        ("dtype", c_int),
-        ("rows", c_int64),
-        ("vocabulary", c_int64),
-        ("ignore_index", c_int64),
-        ("policy", Logits),
-        ("reference", Logits),
-        ("labels", c_void_p),
-    )
-
-    @classmethod
-    def of(cls, dtype, rows, vocabulary, ignore_index, *rest) -> Problem:
-        policy, reference = (
-            Logits(rest[i], RowLayout.of(rest[i + 1], rest[i + 2])) for i in (0, 3)
-        )
-        return cls(dtype, rows, vocabulary, ignore_index, policy, reference, rest[6])
-
-
-PROBLEM_ARGUMENTS = 11
-
-
-class Outputs(Structure):
-    _fields_ = (
-        ("policy_logps", c_void_p),
-        ("reference_logps", c_void_p),
-        ("forward_kl", c_void_p),
-        ("normalizers", c_void_p),
-    )
+@functools.cache
+def described(text: str) -> dict[str, Any]:
+    """What a text of ``csrc/description.h`` describes: a ctypes structure for each struct, the
+    constants, and DTYPES."""
+    types: dict[str, Any] = {"int": c_int, "int64": c_int64, "int64[4]": c_int64 * 4}
+    types["pointer"] = c_void_p
+    exported: dict[str, Any] = {"DTYPES": {}}
+    fields: list[list[str]] = []
+    for kind, name, *rest in map(str.split, text.splitlines()):
+        if kind == "field":
+            fields.append([name, *rest])
+        elif kind == "struct":
+            members = {"_fields_": [(field, types[of_type]) for field, of_type, _ in fields]}
+            made: Any = type(name, (Struct,), members)
+            assert ctypes.sizeof(made) == int(rest[0]), name
+            assert all(getattr(made, field).offset == int(offset) for field, _, offset in fields)
+            exported[name] = types[name] = made
+            fields = []
+        elif kind == "constant":
+            exported[name] = int(rest[0])
+        else:
+            assert kind == "dtype", kind
+            exported["DTYPES"][name] = int(rest[0])
+    return exported
 
 
-class Forward(Structure):
-    _fields_ = (("problem", Problem), ("outputs", Outputs))
+class StandIn:
+    """The structs and constants of a library that stands in for the compiled core."""
 
+    def description(self) -> str:
+        raise NotImplementedError
 
-class Tile(Structure):
-    _fields_ = (("problem", Problem), ("records", c_void_p))
-
-
-class Finish(Structure):
-    _fields_ = (
-        ("dtype", c_int),
-        ("rows", c_int64),
-        ("vocabulary", c_int64),
-        ("ignore_index", c_int64),
-        ("labels", c_void_p),
-        ("sets", c_int64),
-        ("records", c_void_p),
-        ("outputs", Outputs),
-    )
-
-
-class Backward(Structure):
-    _fields_ = (
-        ("problem", Problem),
-        ("normalizers", c_void_p),
-        ("grad_policy_logps", c_void_p),
-        ("grad_forward_kl", c_void_p),
-        ("gradient_dtype", c_int),
-        ("gradient", c_void_p),
-        ("gradient_rows", RowLayout),
-    )
+    def __getattr__(self, name: str) -> Any:
+        exported = described(self.description())
+        if name not in exported:
+            raise AttributeError(f"the description of the core has no {name}")
+        return exported[name]
 
 
 def _run(function, work: Structure) -> None:
@@ -162,8 +134,8 @@ def _run(function, work: Structure) -> None:
         raise RuntimeError(message)
 
 
-class EmulatedCore:
-    """The compiled core's functions for the CPU, done by the CUDA kernels."""
+class EmulatedCore(StandIn):
+    """The compiled core's functions for tensors on the CPU, which here call the CUDA kernels."""
 
     def __init__(self, rounding: str = "plain", *, check_labels: bool = True):
         self.rounding, self.check_labels = rounding, check_labels
@@ -172,37 +144,33 @@ class EmulatedCore:
     def library(self) -> ctypes.CDLL:
         return library(self.rounding)
 
+    def description(self) -> str:
+        return self.library.emulated_description().decode()
+
     def instruction_sets(self) -> list[str]:
         return [backend_name(self.rounding)]
 
     def run_warps_backwards(self, backwards: int) -> None:
         self.library.emulated_run_warps_backwards(backwards)
 
-    def token_stats_forward(self, _instruction_set, _threads, *arguments) -> int:
-        problem = Problem.of(*arguments[:PROBLEM_ARGUMENTS])
-        wrong = _first_wrong_label(problem) if self.check_labels else -1
+    def token_stats_forward(self, _instruction_set, _threads, work) -> int:
+        wrong = _first_wrong_label(work.problem) if self.check_labels else -1
         if wrong < 0:
-            outputs = Outputs(*arguments[PROBLEM_ARGUMENTS:])
-            _run(self.library.emulated_forward, Forward(problem, outputs))
+            _run(self.library.emulated_forward, work)
         return wrong
 
-    def token_stats_tile(self, _instruction_set, _threads, *arguments) -> None:
-        problem = Problem.of(*arguments[:PROBLEM_ARGUMENTS])
-        _run(self.library.emulated_tile, Tile(problem, *arguments[PROBLEM_ARGUMENTS:]))
+    def token_stats_tile(self, _instruction_set, _threads, work) -> None:
+        _run(self.library.emulated_tile, work)
 
-    def token_stats_finish(self, _instruction_set, _threads, *arguments) -> None:
-        *shape_and_records, a, b, c, d = arguments
-        _run(self.library.emulated_finish, Finish(*shape_and_records, Outputs(a, b, c, d)))
+    def token_stats_finish(self, _instruction_set, _threads, work) -> None:
+        _run(self.library.emulated_finish, work)
 
-    def token_stats_backward(self, _instruction_set, _threads, *arguments) -> None:
-        problem = Problem.of(*arguments[:PROBLEM_ARGUMENTS])
-        *addresses, sizes, strides = arguments[PROBLEM_ARGUMENTS:]
-        work = Backward(problem, *addresses, RowLayout.of(sizes, strides))
+    def token_stats_backward(self, _instruction_set, _threads, work) -> None:
         _run(self.library.emulated_backward, work)
 
 
-def _first_wrong_label(problem: Problem) -> int:
-    """What the op on the CPU promises, and the kernels on a card do not look for."""
+def _first_wrong_label(problem: Any) -> int:
+    """The check that the op makes on the CPU; the kernels do not make it on a card."""
     labels = ctypes.cast(problem.labels, POINTER(c_int64))
     for row in range(problem.rows):
         label = labels[row]

@@ -68,13 +68,16 @@ def library() -> ctypes.CDLL:
         flags = ["-O0", "-fopenmp", *emulated.SANITIZERS, "-shared"]  # quick to compile
         build(HARNESS / "harness.cpp", target, flags)
         loaded = ctypes.CDLL(str(target))
-    for name in ("forward", "tile", "finish", "backward", "instruction_sets"):
+    for name in ("forward", "tile", "finish", "backward", "instruction_sets", "description"):
         getattr(loaded, f"sanitized_{name}").restype = c_char_p
     return loaded
 
 
-class SanitizedCore:
+class SanitizedCore(emulated.StandIn):
     """The functions of tdpo_ext._core that serve the CPU."""
+
+    def description(self) -> str:
+        return library().sanitized_description().decode()
 
     def build_info(self) -> dict[str, Any]:
         because = "it is the build for the sanitizers"
@@ -83,27 +86,18 @@ class SanitizedCore:
     def instruction_sets(self) -> list[str]:
         return library().sanitized_instruction_sets().decode().split()
 
-    def token_stats_forward(self, instruction_set: str, threads: int, *arguments: Any) -> int:
-        problem = emulated.Problem.of(*arguments[: emulated.PROBLEM_ARGUMENTS])
-        outputs = emulated.Outputs(*arguments[emulated.PROBLEM_ARGUMENTS :])
+    def token_stats_forward(self, instruction_set: str, threads: int, work: Any) -> int:
         wrong = c_int64()
-        _run("forward", instruction_set, threads, emulated.Forward(problem, outputs), byref(wrong))
+        _run("forward", instruction_set, threads, work, byref(wrong))
         return wrong.value
 
-    def token_stats_tile(self, instruction_set: str, threads: int, *arguments: Any) -> None:
-        problem = emulated.Problem.of(*arguments[: emulated.PROBLEM_ARGUMENTS])
-        work = emulated.Tile(problem, *arguments[emulated.PROBLEM_ARGUMENTS :])
+    def token_stats_tile(self, instruction_set: str, threads: int, work: Any) -> None:
         _run("tile", instruction_set, threads, work)
 
-    def token_stats_finish(self, instruction_set: str, threads: int, *arguments: Any) -> None:
-        *shape_and_records, a, b, c, d = arguments
-        work = emulated.Finish(*shape_and_records, emulated.Outputs(a, b, c, d))
+    def token_stats_finish(self, instruction_set: str, threads: int, work: Any) -> None:
         _run("finish", instruction_set, threads, work)
 
-    def token_stats_backward(self, instruction_set: str, threads: int, *arguments: Any) -> None:
-        problem = emulated.Problem.of(*arguments[: emulated.PROBLEM_ARGUMENTS])
-        *addresses, sizes, strides = arguments[emulated.PROBLEM_ARGUMENTS :]
-        work = emulated.Backward(problem, *addresses, emulated.RowLayout.of(sizes, strides))
+    def token_stats_backward(self, instruction_set: str, threads: int, work: Any) -> None:
         _run("backward", instruction_set, threads, work)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from tdpo_ext.integrations.hidden import decoder_inputs
+from tdpo_ext.integrations.models import decoder_inputs
 
 VOCABULARY = 61
 _WIDTH: dict[str, Any] = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import tiny_batch, tiny_model
 
-from tdpo_ext.integrations.steps import ReferenceAdapter
+from tdpo_ext.integrations.adapters import ReferenceAdapter
 
 
 def lora(**options: Any) -> peft.LoraConfig:

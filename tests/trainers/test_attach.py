@@ -17,12 +17,8 @@ from torch.distributed.utils import _apply_to_tensors
 
 from tdpo_ext import LinearTDPOLoss, pair_loss, reference
 from tdpo_ext.integrations.attach import HEAD_INPUTS, TDPOTargets, attach_tdpo, detach_tdpo
-from tdpo_ext.integrations.hidden import (
-    HeadInputs,
-    LogitOptions,
-    head_of,
-    weight_and_bias,
-)
+from tdpo_ext.integrations.heads import head_of, weight_and_bias
+from tdpo_ext.integrations.hidden import HeadInputs, LogitOptions
 from tdpo_ext.integrations.probe import logit_options_of
 
 

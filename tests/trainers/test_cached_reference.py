@@ -7,6 +7,7 @@ import gc
 import itertools
 import math
 import pickle
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,14 @@ from trainer_checks import (
 )
 
 from tdpo_ext import LinearTDPOLoss
-from tdpo_ext.integrations import cached_reference
 from tdpo_ext.integrations import transformers as of_transformers
 from tdpo_ext.integrations import trl as of_trl
 from tdpo_ext.integrations.attach import HEAD_INPUTS, attach_tdpo
 from tdpo_ext.integrations.cached_reference import (
     CachedReference,
     CachedReferenceCollator,
+    cache_reference_of_trainer,
+    precompute,
     precompute_reference,
     reference_fingerprint,
 )
@@ -300,7 +302,7 @@ def test_its_size_is_told_before_it_starts(
         free = size - 1
 
     with monkeypatch.context() as patched:
-        patched.setattr(cached_reference.shutil, "disk_usage", lambda folder: Full)
+        patched.setattr(shutil, "disk_usage", lambda folder: Full)
         with pytest.raises(OSError, match=rf"{tokens} tokens x 16 x float32 = .*, but only"):
             precompute_reference(attached(), loader, tmp_path / "cache")
     assert files(tmp_path / "cache") == {}
@@ -352,7 +354,7 @@ def test_an_interrupted_trainer_leaves_the_policy_as_it_was(tmp_path: Path) -> N
 def test_the_order_of_training_is_left_alone(tmp_path: Path) -> None:
     made = trainer("transformers", tiny_model(), tmp_path)
     before = torch.get_rng_state()
-    cached_reference.cache_reference_of_trainer(made, made.reference, tmp_path / "cache")
+    cache_reference_of_trainer(made, made.reference, tmp_path / "cache")
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -361,7 +363,7 @@ def test_a_finished_cache_serves_where_nothing_can_be_written(
 ) -> None:
     """So several runs can share it, at the same time and from a folder to read alone."""
     precompute_reference(attached(), batches(), tmp_path, progress=False)
-    monkeypatch.setattr(cached_reference, "ReferenceCacheWriter", None)
+    monkeypatch.setattr(precompute, "ReferenceCacheWriter", None)
     cache, _ = precompute_reference(attached(), batches(7), tmp_path, progress=False)
     assert len(cache) == 22
 
@@ -579,4 +581,4 @@ def test_a_policy_that_is_sharded_later_is_not_its_own_cached_reference(
         monkeypatch.setattr(type(made.accelerator), "state", state, raising=False)
         monkeypatch.setitem(vars(made.accelerator), "state", state)
     with pytest.raises(ValueError, match="FSDP or ZeRO-3 shards it only when training starts"):
-        cached_reference.cache_reference_of_trainer(made, None, tmp_path)
+        cache_reference_of_trainer(made, None, tmp_path)

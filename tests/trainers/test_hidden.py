@@ -10,7 +10,7 @@ import torch
 import transformers
 from tiny_models import tiny_model
 
-from tdpo_ext.integrations.hidden import decoder_inputs, router_coefficient
+from tdpo_ext.integrations.models import decoder_inputs, router_coefficient
 
 LABELS = torch.tensor([[5, 6, 7], [8, -100, -100]])
 

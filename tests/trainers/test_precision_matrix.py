@@ -30,8 +30,8 @@ from trainer_checks import as_text, examples, tokenizer
 from tdpo_ext import LinearTDPOLoss, tdpo_loss
 from tdpo_ext.integrations import transformers as of_transformers
 from tdpo_ext.integrations import trl as of_trl
+from tdpo_ext.integrations.adapters import ReferenceAdapter
 from tdpo_ext.integrations.attach import HEAD_INPUTS, TDPOTargets, attach_tdpo
-from tdpo_ext.integrations.steps import ReferenceAdapter
 
 PAIRS, STEPS, LEARNING_RATE = 4, 3, 1e-2
 LORA = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}

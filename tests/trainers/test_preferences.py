@@ -110,7 +110,7 @@ def test_more_may_be_masked_in_a_plain_dictionary() -> None:
     batch = batch_of(1)
     scored = (batch["labels"][1] != -100).nonzero()[0]
     batch["labels"][1, scored] = -100
-    with pytest.raises(ValueError, match=r"not looked at as dict\(batch\)"):
+    with pytest.raises(ValueError, match=r"dict\(batch\), which is not checked"):
         operations.send_to_device(batch, "cpu")
     assert torch.equal(operations.send_to_device(dict(batch), "cpu")["labels"], batch["labels"])
 

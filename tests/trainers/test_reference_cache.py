@@ -20,8 +20,13 @@ from torch import Tensor
 from written_cache import FINGERPRINT, IDS, states, write
 
 import tdpo_ext
-from tdpo_ext.integrations import reference_cache
-from tdpo_ext.integrations.reference_cache import ReferenceCache, ReferenceCacheWriter, sequence_key
+from tdpo_ext.integrations.reference_cache import (
+    ReferenceCache,
+    ReferenceCacheWriter,
+    sequence_key,
+)
+from tdpo_ext.integrations.reference_cache import writer as writing
+from tdpo_ext.integrations.reference_cache.files import replace_description
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -157,7 +162,7 @@ import os, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
 from written_cache import write as write_cache
-from tdpo_ext.integrations import reference_cache
+from tdpo_ext.integrations.reference_cache import writer
 written, limit = 0, int(sys.argv[2])
 def write(file, data):
     global written
@@ -165,7 +170,7 @@ def write(file, data):
         if written == limit:
             os._exit(9)
         written += file.write(bytes([byte]))
-reference_cache._write = write
+writer._write = write
 write_cache(Path(sys.argv[1]))
 """
 
@@ -186,7 +191,7 @@ def test_a_killed_writer_is_gone_on_with(tmp_path: Path) -> None:
 def test_a_write_that_fails_leaves_no_half(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], which: int
 ) -> None:
-    real, calls = reference_cache._write, []
+    real, calls = writing._write, []
 
     def fail(file: Any, data: Any) -> None:
         calls.append(file)
@@ -195,7 +200,7 @@ def test_a_write_that_fails_leaves_no_half(
             raise error
         real(file, data)
 
-    monkeypatch.setattr(reference_cache, "_write", fail)
+    monkeypatch.setattr(writing, "_write", fail)
     with ReferenceCacheWriter(tmp_path / "failed", FINGERPRINT) as writer:
         for ids in IDS:
             with contextlib.suppress(error):
@@ -386,7 +391,7 @@ def test_the_description_is_replaced_at_once(
     monkeypatch.setattr(os, "fsync", fail)
     writer = ReferenceCacheWriter(tmp_path, FINGERPRINT)
     with pytest.raises(OSError, match="no space"):
-        reference_cache._replace_description(tmp_path, {"a": "b"})
+        replace_description(tmp_path, {"a": "b"})
     with pytest.raises(OSError, match="no space"):
         writer.close()
     assert [*files(tmp_path)] == ["description.json", "part-00000.hidden", "part-00000.index"]

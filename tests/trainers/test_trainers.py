@@ -30,7 +30,7 @@ from trainer_checks import (
 )
 
 from tdpo_ext import reference
-from tdpo_ext.integrations import attach
+from tdpo_ext.integrations import attachment
 from tdpo_ext.integrations import transformers as of_transformers
 from tdpo_ext.integrations import trl as of_trl
 from tdpo_ext.integrations.steps import TDPOSteps
@@ -518,13 +518,13 @@ def test_every_option_of_the_loss_reaches_it(tmp_path: Any, monkeypatch: Any) ->
         "chunk_bytes": 4096,
     }
     asked: list[dict[str, Any]] = []
-    function = attach.linear_tdpo_loss
+    function = attachment.linear_tdpo_loss
 
     def spy(*arguments: Any, **options: Any) -> Any:
         asked.append(options)
         return function(*arguments, **options)
 
-    monkeypatch.setattr(attach, "linear_tdpo_loss", spy)
+    monkeypatch.setattr(attachment, "linear_tdpo_loss", spy)
     transformers_trainer(tiny_model(), tmp_path, loss=given, max_steps=1).train()
     assert given.items() <= asked[0].items()
 
@@ -672,7 +672,7 @@ def test_a_trainer_that_does_not_ask_for_our_loss_is_found_out(tmp_path: Any) ->
         train_dataset=as_text(examples()),
         processing_class=tokenizer(),
     )
-    with pytest.raises(RuntimeError, match="something else than TDPO"):
+    with pytest.raises(RuntimeError, match="another loss than TDPO"):
         made.train()
 
 

@@ -20,6 +20,8 @@ from trainer_checks import ARGUMENTS, Recorder, as_text, examples, tokenizer, tr
 from tdpo_ext import TDPOLoss, reference
 from tdpo_ext.integrations import transformers as of_transformers
 from tdpo_ext.integrations import trl as of_trl
+from tdpo_ext.integrations.evaluation import GatheredPairs
+from tdpo_ext.integrations.trl_options import RESTRICTED_OPTIONS
 
 PAIRS = 5  # of two each: the last batch has one
 
@@ -240,7 +242,7 @@ def test_image_tokens_cut_off_by_max_length_are_explained(tmp_path: Any) -> None
 def test_every_option_that_is_refused_stands_in_the_documentation() -> None:
     """With what is allowed and why not more, in the code's own words."""
     page = (Path(__file__).parents[2] / "docs" / "usage.md").read_text()
-    for option in of_trl.ONLY:
+    for option in RESTRICTED_OPTIONS:
         assert f"| `{option.name}` | {option.shown()} | {option.why} |" in page
 
 
@@ -385,6 +387,6 @@ def test_what_other_processes_have_repeated_is_dropped_by_pairs() -> None:
         others = theirs if len(values) == 4 else torch.stack(theirs.chunk(2), dim=1)
         return torch.cat([values, others])[:3]
 
-    gather = of_trl._GatheredPairs(SimpleNamespace(gather_for_metrics=gather_for_metrics), 4)
+    gather = GatheredPairs(SimpleNamespace(gather_for_metrics=gather_for_metrics), 4)
     assert gather(torch.zeros(4, 1)).shape == (3, 1)  # the loss
     assert gather(mine).flatten().tolist() == [1, 2, 3, -1, -2, -3]

@@ -1,1 +1,34 @@
-"""From hidden states and the weights of a head: the statistics and the loss, without logits."""
+"""The fused head: from hidden states and heads to statistics and loss, without [N, V] logits.
+
+A head is the last layer of a language model, W [V, H] and an optional bias. A tile is the logits of
+some tokens over some vocabulary entries. A record is what is kept of one token while tiles come and
+go: running maxima and sums, and the label's logits.
+
+Cost is counted in units of 2 N V H operations, one matrix product, for the N tokens that are not
+ignored. Forward makes a tile of policy logits and one of reference logits, adds both to the records
+of their tokens, and forgets them: 2 units. With the gradient of the policy's logits, dz, two more
+products give the gradients dh = dz W and dW = dz^T h. There are three paths to them:
+
+    recompute    backward makes tiles once more, those that a token's upstream gradients need:
+                 TDPO1 2 + 1 + 2 = 5 units, TDPO2 2 + 1.5 + 2 = 5.5, any gradients 2 + 2 + 2 = 6
+    direction    for a frozen head: forward makes dh from whole rows of logits, except for a factor
+                 that is the same for all tokens of a pair: 2 + 1 = 3 units
+    whole pairs  forward has the logits of all tokens of a pair, so it knows the pair's loss and
+                 makes dh and dW from the same logits: 2 + 2 = 4 units
+
+Half-width operands are not cast on CUDA. There the kernel rounds dz to their type as it stores it,
+in memory beside the float32 logits. So whole rows of logits exist for one group of tokens at a
+time, and dz for several groups.
+
+    functional.py         the public functions: checks, and the choice of a path
+    ops.py                the ops for torch.library, and an autograd.Function for each path
+    problem.py            both heads, the labels and the memory limit; the gradient of a tile
+    forward.py            the statistics
+    backward.py           recompute
+    forward_gradients.py  direction and whole pairs
+    pairs.py              the derivative of the loss for whole pairs
+    head.py, products.py  logits from hidden states, gradients back; all matrix products
+    tiles.py              the sizes of tiles, and memory for them
+
+See docs/fused-head.md.
+"""

@@ -1,4 +1,4 @@
-"""The public functions of the fused head: checks, the choice of a path to gradients, the loss."""
+"""The public functions that take hidden states and heads: checks, choice of a path, the loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tdpo_ext.distributed import Shard, local_head, local_labels, shard_of
 from tdpo_ext.fused_head import ops
 from tdpo_ext.fused_head.ops import Heads, Options
 from tdpo_ext.fused_head.pairs import Batch, kl_ratio_of_tokens
-from tdpo_ext.fused_head.passes import captured, default_chunk_bytes
+from tdpo_ext.fused_head.problem import default_chunk_bytes, is_captured
 from tdpo_ext.fused_head.products import accumulation_dtype
 from tdpo_ext.fused_head.tiles import costs, pairs_that_fit
 from tdpo_ext.loss import LossOptions, loss_from_stats
@@ -43,52 +43,57 @@ def linear_token_stats(
     chunk_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
 ) -> TokenStats:
-    r"""``token_stats`` from hidden states and the heads' weights; the logits never exist.
+    """``token_stats`` from hidden states and the heads' weights, without all logits in memory.
 
-    The logits of policy and reference are, with h, W and b of each,
+    The logits of policy and reference, with the hidden states h, weight W and bias b of each, are:
 
-        softcap tanh(scale (h W^T + b) / softcap)        without softcap: scale (h W^T + b)
+        scale (h W^T + b)                               without a softcap
+        softcap tanh(scale (h W^T + b) / softcap)       with one
 
-    in float32 (float64 for float64), tile by tile. log p(y), log q(y) and KL(q || p) are those of
-    ``token_stats`` (Zeng et al., 2024, arXiv 2404.11999), in nats.
+    They are made in float32 (float64 for float64), tile by tile: some tokens by some vocabulary
+    entries at a time. From them log p(y), log q(y) and KL(q || p) are computed as ``token_stats``
+    defines them (Zeng et al., 2024, arXiv 2404.11999).
 
     Args:
-        policy_hidden: ``[..., H]``, float32, bfloat16, float16 or float64: what the policy's head
-            takes.
-        policy_weight: ``[V, H]``, the dtype of policy_hidden (under autocast: any).
-        reference_hidden: ``[..., H_ref]``, not requiring grad.
-        reference_weight: ``[V, H_ref]``, the dtype of reference_hidden, not requiring grad.
-        labels: ``[...]`` int64 or int32, aligned with the hidden states (nothing is shifted).
-        policy_bias: ``[V]``.
-        reference_bias: ``[V]``.
-        logit_scale: factor of the policy's logits.
-        logit_softcap: the policy's logits are capped at this, as Gemma 2 does; None: not at all.
-        reference_logit_scale: factor of the reference's logits; None: the policy's.
-        reference_logit_softcap: cap of the reference's logits; None: the policy's.
-        ignore_index: tokens with this label are left out before the first product: they cost
+        policy_hidden: ``[..., H]``, float32, bfloat16, float16 or float64: the input of the
+            policy's head.
+        policy_weight: ``[V, H]``, of the dtype of policy_hidden (under autocast of any of these
+            dtypes).
+        reference_hidden: ``[..., H_ref]``, of any of these dtypes (float64 if and only if
+            policy_hidden is), not requiring grad.
+        reference_weight: ``[V, H_ref]``, of the dtype of reference_hidden, not requiring grad.
+        labels: ``[...]``, int64 or int32, aligned with the hidden states (nothing is shifted).
+        policy_bias: ``[V]``, of the dtype of policy_hidden, or None.
+        reference_bias: ``[V]``, of the dtype of reference_hidden, not requiring grad, or None.
+        logit_scale: Factor of the policy's logits, as above, finite.
+        logit_softcap: Softcap of the policy's logits, as above, positive; None: no softcap.
+        reference_logit_scale: Factor of the reference's logits; None: the policy's.
+        reference_logit_softcap: Softcap of the reference's logits; None: the policy's.
+        ignore_index: Tokens with this label are left out before the first product. They cost
             nothing, and their outputs and gradients are 0.
-        chunk_bytes: scratch memory beyond inputs, outputs and gradients. None: 256 MiB, and on
-            CUDA a 32nd of the card's memory, between 256 MiB and 2 GiB. Results do not depend on
-            it beyond rounding.
-        process_group: the processes that share the vocabulary (tensor parallel). Weights and
-            biases are this process's rows, all parts equally wide and in the order of ranks; hidden
-            states and labels (global ids) are the same everywhere, and so are the results and the
-            gradient of policy_hidden. Weights that are DTensors sharded on dimension 0 are taken
-            without it, of any width, if the hidden states are DTensors replicated over their mesh.
+        chunk_bytes: Scratch memory, in bytes, beyond inputs, outputs and gradients. None: 256 MiB;
+            on CUDA a 32nd of the card's memory, between 256 MiB and 2 GiB. It changes results by
+            rounding alone.
+        process_group: The processes that share the vocabulary (tensor parallel). Weights and biases
+            are then this process's rows, where all parts are equally wide and follow the ranks.
+            Hidden states and labels (global ids) are the same on all processes, and so are the
+            results and the gradient of policy_hidden. Weights that are DTensors sharded on
+            dimension 0 need no process group, and their parts may differ in width; the hidden
+            states must then be DTensors replicated over the same mesh.
 
     Returns:
-        ``TokenStats(policy_logps, reference_logps, forward_kl)``, each ``[...]``, float32 (float64
-        for float64). Differentiable once in policy_hidden, policy_weight and policy_bias, those
-        that require grad, for any upstream gradients of policy_logps and forward_kl;
-        ``tdpo_ext.reference.linear_token_stats`` twice.
+        ``TokenStats(policy_logps, reference_logps, forward_kl)``, each ``[...]``, in nats, float32
+        (float64 for float64). Differentiable once with respect to those of policy_hidden,
+        policy_weight and policy_bias that require grad, for any upstream gradients of policy_logps
+        and forward_kl; ``tdpo_ext.reference.linear_token_stats`` is differentiable twice.
 
     Raises:
-        TypeError: a dtype that is not listed, or differing dtypes.
-        ValueError: differing shapes or devices, an option outside its range, a tensor of the
-            reference that requires grad.
-        IndexError: on the CPU, a label outside [0, V) that is not ``ignore_index``. On an
-            accelerator that token's outputs are NaN; and all are where the processes of
-            ``process_group`` disagree on labels or parts, which on the CPU is a ValueError.
+        TypeError: A dtype is not listed, or dtypes differ.
+        ValueError: Shapes or devices differ, an option is outside its range, or a tensor of the
+            reference requires grad. On the CPU also if the processes of ``process_group`` disagree
+            on labels or parts; on an accelerator all outputs are NaN then.
+        IndexError: On the CPU, a label outside [0, V) is not ``ignore_index``. On an accelerator
+            that token's outputs are NaN.
     """
     labels = local_labels(labels, policy_weight)
     heads, options = _checked(
@@ -129,49 +134,51 @@ def linear_tdpo_loss(
     chunk_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
 ) -> TDPOOutput:
-    r"""``tdpo_loss`` from hidden states and the heads' weights; the logits never exist.
+    """``tdpo_loss`` from hidden states and the heads' weights, without all logits in memory.
+
+    The loss is that of ``tdpo_loss``, the logits are those of ``linear_token_stats``.
 
     Args:
         policy_hidden: ``[2B, T, H]``, the chosen sequences stacked on the rejected ones in the same
-            order; or ``[total, H]`` together with ``cu_seqlens``.
-        policy_weight: ``[V, H]``, the dtype of policy_hidden (under autocast: any).
-        reference_hidden: the same of the reference model, ``[..., H_ref]``, not requiring grad.
-        reference_weight: ``[V, H_ref]``, the dtype of reference_hidden, not requiring grad.
-        labels: ``[2B, T]`` or ``[total]`` int64 or int32, as the model saw them, prompt and padding
-            replaced by ``ignore_index``; position t is scored against label t + 1 of its sequence.
-        shift_labels: the same, already aligned with the hidden states. Give exactly one of the two.
-        cu_seqlens: ``[2B + 1]`` int32 or int64, ascending from 0 to total: the boundaries of packed
-            sequences.
-        policy_bias: ``[V]``.
-        reference_bias: ``[V]``.
-        logit_scale: factor of the policy's logits.
-        logit_softcap: the policy's logits are capped at this, as Gemma 2 does; None: not at all.
-        reference_logit_scale: factor of the reference's logits; None: the policy's.
-        reference_logit_softcap: cap of the reference's logits; None: the policy's.
-        beta: strength of the KL constraint, positive.
-        alpha: weight of the sequential KL in TDPO2, at least 0; 0 is DPO. TDPO1 ignores it.
+            order; or ``[total, H]`` together with ``cu_seqlens``. float32, bfloat16, float16 or
+            float64.
+        policy_weight: ``[V, H]``, see ``linear_token_stats``.
+        reference_hidden: ``[2B, T, H_ref]`` or ``[total, H_ref]``, see ``linear_token_stats``.
+        reference_weight: ``[V, H_ref]``, see ``linear_token_stats``.
+        labels: ``[2B, T]`` or ``[total]``, int64 or int32, as the model saw them, see
+            ``tdpo_loss``.
+        shift_labels: ``[2B, T]`` or ``[total]``, int64 or int32, already aligned with the hidden
+            states. Give exactly one of labels and shift_labels.
+        cu_seqlens: ``[2B + 1]``, int32 or int64, the boundaries of packed sequences, see
+            ``tdpo_loss``.
+        policy_bias: ``[V]`` or None.
+        reference_bias: ``[V]`` or None, not requiring grad.
+        logit_scale: Factor of the policy's logits, see ``linear_token_stats``.
+        logit_softcap: Softcap of the policy's logits, see ``linear_token_stats``; None: none.
+        reference_logit_scale: Factor of the reference's logits; None: the policy's.
+        reference_logit_softcap: Softcap of the reference's logits; None: the policy's.
+        beta: Strength of the KL constraint, positive.
+        alpha: Weight of the sequential KL in TDPO2, at least 0; 0 is DPO. TDPO1 ignores it.
         variant: "tdpo2" or "tdpo1".
-        label_smoothing: probability, in [0, 0.5), that a preference is the wrong way round.
-        average_log_prob: divide log-probabilities, margin and SeqKL by the sequence's kept tokens.
+        label_smoothing: Probability, in [0, 0.5), that the recorded preference is the reverse of
+            the true one.
+        average_log_prob: Divide log-probabilities, margin and SeqKL by the number of the sequence's
+            tokens that are not ignored.
         reduction: "mean", "sum" or "none" over the B pairs.
-        ignore_index: the label of tokens that do not count.
-        chunk_bytes: scratch memory, as ``linear_token_stats``. Large enough for the logits of whole
-            pairs it saves the work of making them twice (docs/fused-head.md), but not with a
-            sharded vocabulary.
-        process_group: as ``linear_token_stats``.
+        ignore_index: The label of tokens that do not count; they cost nothing.
+        chunk_bytes: Scratch memory, in bytes, see ``linear_token_stats``. If it holds the logits of
+            a whole pair, they are made once instead of twice (docs/fused-head.md), unless the
+            vocabulary is sharded or reduction is "none".
+        process_group: The processes that share the vocabulary, see ``linear_token_stats``.
 
     Returns:
-        ``TDPOOutput``; only ``loss`` carries a gradient, for policy_hidden, policy_weight and
+        ``TDPOOutput``; only its ``loss`` carries a gradient, to policy_hidden, policy_weight and
         policy_bias.
 
     Raises:
-        TypeError: a dtype or an option of the wrong type.
-        ValueError: shapes or devices that do not fit, an odd number of sequences, both or neither
-            of labels and shift_labels, cu_seqlens that do not ascend from 0 to total (NaN losses on
-            an accelerator), an unknown variant or reduction, an option outside its range, a tensor
-            of the reference that requires grad.
-        IndexError: on the CPU, a label outside [0, V) that is not ``ignore_index``. On an
-            accelerator that token's numbers are NaN.
+        TypeError: As ``tdpo_loss`` and ``linear_token_stats``.
+        ValueError: As ``tdpo_loss`` and ``linear_token_stats``.
+        IndexError: As ``linear_token_stats``.
     """
     labels, shift_labels = (local_labels(x, policy_weight) for x in (labels, shift_labels))
     heads, options = _checked(
@@ -198,7 +205,7 @@ def linear_tdpo_loss(
 def _loss(
     inputs: Heads, options: Options, aligned: Tensor, batch: Batch, loss: LossOptions
 ) -> TDPOOutput:
-    """The loss by the path that costs least (``passes.py``)."""
+    """The loss, by the path that costs least (see ``tdpo_ext.fused_head``)."""
 
     def output_of(stats: TokenStats) -> TDPOOutput:
         shaped = TokenStats(*(values.view(aligned.shape) for values in stats))
@@ -240,6 +247,7 @@ def _checked(
     chunk_bytes: int | None,
     process_group: ProcessGroup | None,
 ) -> tuple[tuple[Side, Side], Options]:
+    """Both heads (this process's parts, if they are sharded) and the options, checked."""
     checks.check_ignore_index(ignore_index)
     checks.check_chunk_bytes(chunk_bytes)
     policy, reference, shard = _own_heads(_autocast(policy), _autocast(reference), process_group)
@@ -253,7 +261,7 @@ def _checked(
 def _own_heads(
     policy: Side, reference: Side, process_group: ProcessGroup | None
 ) -> tuple[Side, Side, Shard | None]:
-    """The heads, or this process's parts of heads that are sharded, checked against each other."""
+    """The two heads, or this process's parts of sharded ones, checked against each other."""
     policy, shard = local_head("policy", *policy, process_group)
     reference, shard_of_reference = local_head("reference", *reference, process_group)
     if shard != shard_of_reference:
@@ -266,7 +274,7 @@ def _own_heads(
 
 
 def _autocast(side: Side) -> Side:
-    """As torch.nn.functional.linear does: under autocast the operands get its dtype."""
+    """Cast the operands to autocast's dtype where it is on, as torch.nn.functional.linear does."""
     device = side[0].device.type if isinstance(side[0], Tensor) else "cpu"
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return side
@@ -280,6 +288,7 @@ def _autocast(side: Side) -> Side:
 
 
 def flat(heads: tuple[Side, Side], labels: Tensor) -> Heads:
+    """Both heads and the labels, with all tokens in one dimension."""
     (hidden, weight, bias), (reference_hidden, reference_weight, reference_bias) = heads
     return Heads(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -293,11 +302,11 @@ def flat(heads: tuple[Side, Side], labels: Tensor) -> Heads:
 
 
 def _pairs_at_once(heads: Heads, options: Options, batch: Batch) -> int:
-    """How many pairs fit ``chunk_bytes`` at a time if no token is ignored; 0: not even one.
+    """How many pairs fit ``chunk_bytes`` at a time if no token is ignored; 0 if not even one does.
 
-    Only the device knows the lengths of packed sequences, so there all pairs must fit.
+    The host does not know the lengths of packed sequences, so with these all pairs must fit.
     """
-    if batch.sequences == 0 or captured(heads.labels):
+    if batch.sequences == 0 or is_captured(heads.labels):
         return 0
     packed = batch.cu_seqlens is not None
     problem = ops.problem_of(heads, options)

@@ -1,8 +1,9 @@
 """The ops of the fused head, and an autograd.Function for each of its paths to gradients.
 
-An op hides the loop over tiles from torch.compile. All ops take two flat heads first (``Heads``)
-and options (``Options``). The paths are ``recompute``, ``with_direction`` and ``with_gradients``;
-``passes.py`` says what each costs.
+torch.compile sees an op as one node, not its loop over tiles. The first arguments of every op are
+the fields of ``Heads``; those of ``Options`` follow. The paths are ``recompute``,
+``with_direction`` and ``with_gradients`` (whole pairs); ``tdpo_ext.fused_head`` says what each
+costs.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from tdpo_ext.autograd import (
     saved,
 )
 from tdpo_ext.distributed import Shard
-from tdpo_ext.fused_head import passes
+from tdpo_ext.fused_head import backward, forward, forward_gradients
 from tdpo_ext.fused_head.head import Head, Wanted
 from tdpo_ext.fused_head.pairs import Batch, TokenSlopes, kl_ratio_of_tokens
-from tdpo_ext.fused_head.passes import Problem, Upstream
+from tdpo_ext.fused_head.problem import Problem, Upstream
 from tdpo_ext.fused_head.products import accumulation_dtype
 from tdpo_ext.loss import LossOptions
 from tdpo_ext.outputs import TokenStats
@@ -60,25 +61,28 @@ library.define(
 
 
 class Options(NamedTuple):
-    """How logits are made of a head, which tokens count, and how the vocabulary is sharded."""
+    """The options of the logits, the ignored label, the memory limit, and the shard."""
 
     policy_scale: float
-    policy_softcap: float  # 0: none
+    policy_softcap: float
+    """0: no softcap."""
     reference_scale: float
     reference_softcap: float
     ignore_index: int
     chunk_bytes: int
-    group: str  # "": the vocabulary is not sharded
+    group: str
+    """The processes that share the vocabulary; "": it is not sharded."""
     shard_start: int
     shard_total: int
 
     @property
     def shard(self) -> Shard | None:
+        """This process's part of the vocabulary; None: it is not sharded."""
         return Shard(self.group, self.shard_start, self.shard_total) if self.group else None
 
 
 class Heads(NamedTuple):
-    """Hidden states ``[N, H]``, weight ``[V, H]`` and bias ``[V]`` of both; labels ``[N]``."""
+    """Hidden states ``[N, H]``, weight ``[V, H]``, bias ``[V]`` of both heads; labels ``[N]``."""
 
     policy_hidden: Tensor
     policy_weight: Tensor
@@ -93,16 +97,16 @@ class Heads(NamedTuple):
         return Heads(*tensors)
 
     @property
-    def of_policy(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def policy(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.policy_hidden, self.policy_weight, self.policy_bias
 
     @property
-    def of_reference(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def reference(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.reference_hidden, self.reference_weight, self.reference_bias
 
     @property
     def wanted(self) -> Wanted:
-        """Which of the policy's tensors ask for a gradient."""
+        """The policy's tensors that require a gradient."""
         on = torch.is_grad_enabled()
         bias = self.policy_bias is not None and self.policy_bias.requires_grad
         return Wanted(
@@ -114,8 +118,8 @@ class Heads(NamedTuple):
 
 def problem_of(heads: Heads, options: Options) -> Problem:
     return Problem(
-        Head(*heads.of_policy, options.policy_scale, options.policy_softcap),
-        Head(*heads.of_reference, options.reference_scale, options.reference_softcap),
+        Head(*heads.policy, options.policy_scale, options.policy_softcap),
+        Head(*heads.reference, options.reference_scale, options.reference_softcap),
         kernels.contiguous_int64(heads.labels),
         options.ignore_index,
         options.chunk_bytes,
@@ -134,7 +138,7 @@ def _checked_problem(heads: Heads, options: Options) -> Problem:
 
 def _empty_gradients(heads: Heads, wanted: list[bool]) -> list[Tensor]:
     gradients = []
-    for tensor, is_wanted in zip(heads.of_policy, wanted, strict=True):
+    for tensor, is_wanted in zip(heads.policy, wanted, strict=True):
         if is_wanted and tensor is not None:
             gradients.append(torch.empty_like(tensor, dtype=accumulation_dtype(tensor.dtype)))
         else:
@@ -147,7 +151,7 @@ def _empty_gradients(heads: Heads, wanted: list[bool]) -> list[Tensor]:
 
 
 def _forward(heads: Heads, options: Options) -> kernels.Outputs:
-    return passes.forward(_checked_problem(heads, options))
+    return forward.forward(_checked_problem(heads, options))
 
 
 def _forward_fake(heads: Heads, options: Options) -> kernels.Outputs:
@@ -157,7 +161,7 @@ def _forward_fake(heads: Heads, options: Options) -> kernels.Outputs:
 def _backward(
     heads: Heads, upstream: Upstream, options: Options, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
-    return passes.backward(problem_of(heads, options), upstream, Wanted(*wanted))
+    return backward.backward(problem_of(heads, options), upstream, Wanted(*wanted))
 
 
 def _backward_fake(
@@ -167,7 +171,9 @@ def _backward_fake(
 
 
 def _direction(heads: Heads, ratio: Tensor, options: Options) -> tuple[Tensor, ...]:
-    outputs, direction = passes.forward_with_direction(_checked_problem(heads, options), ratio)
+    outputs, direction = forward_gradients.forward_with_direction(
+        _checked_problem(heads, options), ratio
+    )
     return *outputs[:3], direction
 
 
@@ -185,15 +191,15 @@ def _gradients(
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     problem = _checked_problem(heads, options)
-    dtype = accumulation_dtype(heads.policy_hidden.dtype)  # which alpha is rounded to
+    dtype = accumulation_dtype(heads.policy_hidden.dtype)  # alpha is rounded to it
     slopes = TokenSlopes(batch, loss, problem.labels, problem.ignore_index)
     ratio = kl_ratio_of_tokens(slopes.sequence, batch.pairs, loss.alpha, loss.variant, dtype)
-    outputs, gradients = passes.forward_by_pairs(
+    outputs, gradients = forward_gradients.forward_by_pairs(
         problem,
         chunk_of_token=(slopes.sequence % batch.pairs) // pairs_at_once,
         chunks=-(-batch.pairs // pairs_at_once),
         ratio=ratio,
-        slopes_of=lambda outputs: slopes.of(TokenStats(*outputs[:3])),
+        slopes_of=lambda outputs: slopes.from_stats(TokenStats(*outputs[:3])),
         wanted=Wanted(*wanted),
     )
     return *outputs[:3], *gradients, ratio.new_tensor(slopes.unit)
@@ -231,7 +237,7 @@ differentiable_once("linear_token_stats_backward")
 
 
 class _Recompute(torch.autograd.Function):
-    """Any upstream gradients: backward makes the logits once more."""
+    """The path "recompute": backward makes the logits once more, for any upstream gradients."""
 
     @staticmethod
     def forward(
@@ -259,13 +265,13 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (*policy, normalizers), constants = saved(ctx)
-        of_logps, _, of_kl = upstream
+        grad_logps, _, grad_kl = upstream
         gradients = torch.ops.tdpo_ext.linear_token_stats_backward(
             *policy,
             *constants,
             normalizers,
-            of_logps.contiguous(),
-            of_kl.contiguous(),
+            grad_logps.contiguous(),
+            grad_kl.contiguous(),
             *ctx.options,
             list(ctx.wanted),
         )
@@ -277,15 +283,15 @@ class _Recompute(torch.autograd.Function):
 
 
 def recompute(heads: Heads, options: Options) -> TokenStats:
-    """The statistics, differentiable for any upstream gradients where a gradient is wanted."""
+    """The statistics, differentiable for any upstream gradients."""
     wanted = heads.wanted
     if not any(wanted):
         return TokenStats(*torch.ops.tdpo_ext.linear_token_stats(*heads, *options)[:3])
     return TokenStats(*_Recompute.apply(*heads, options, wanted))  # type: ignore[no-untyped-call]
 
 
-class _Scaled(torch.autograd.Function):
-    """A gradient of the hidden states that lacks only the upstream gradient of log p(y)."""
+class _WithDirection(torch.autograd.Function):
+    """The path "direction": backward scales the gradient that forward has made."""
 
     @staticmethod
     def forward(
@@ -303,16 +309,19 @@ class _Scaled(torch.autograd.Function):
 
 
 def with_direction(heads: Heads, options: Options, ratio: Tensor) -> TokenStats:
-    """The statistics, for upstream gradients of the KL that are ``ratio`` times those of log p."""
+    """The statistics, differentiable with respect to the hidden states alone.
+
+    Each token's upstream gradient of the KL must be ``ratio`` times that of log p(y).
+    """
     logps, reference_logps, kl, direction = torch.ops.tdpo_ext.linear_token_stats_direction(
         *heads.detached(), ratio, *options
     )
-    logps, kl = _Scaled.apply(heads.policy_hidden, direction, logps, kl)  # type: ignore[no-untyped-call]
+    logps, kl = _WithDirection.apply(heads.policy_hidden, direction, logps, kl)  # type: ignore[no-untyped-call]
     return TokenStats(logps, reference_logps, kl)
 
 
 class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients forward has made already, as multiples of ``unit``."""
+    """The path "whole pairs": forward has made the loss's gradients, in multiples of a unit."""
 
     @staticmethod
     def forward(
@@ -344,14 +353,14 @@ class _WithGradients(torch.autograd.Function):
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != gradient.dtype:
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
-    # In place, since memory for a second gradient of the head might not be there. A second backward
-    # raises: the saved tensor has changed.
+    # In place, since there may be no memory for a second gradient of the head. A second backward
+    # raises, because the saved tensor has changed.
     return gradient.mul_(factor).detach()
 
 
 def with_gradients(
     loss: Tensor, heads: Heads, gradients: tuple[Tensor, ...], wanted: Wanted
 ) -> Tensor:
-    """``loss`` with the gradients, and their unit, of ``linear_tdpo_gradients``."""
-    result: Tensor = _WithGradients.apply(loss, wanted, *heads.of_policy, *gradients)  # type: ignore[no-untyped-call]
+    """``loss``, differentiable by the results of ``linear_tdpo_gradients``: gradients and unit."""
+    result: Tensor = _WithGradients.apply(loss, wanted, *heads.policy, *gradients)  # type: ignore[no-untyped-call]
     return result

@@ -1,9 +1,10 @@
-"""The slope of each token's log p(y) in the loss: what autograd would give, written out.
+"""The derivative of the loss with respect to each token's log p(y) and KL, written out.
 
-The fused head makes the gradients of whole pairs in forward, before autograd runs. With d_i the
-``pair_difference`` of pair i, token t of its chosen response has the slope dL/dd_i, and token t of
-its rejected response - dL/dd_i (both over the sequence's kept tokens, for means). The slope of the
-token's KL is ``kl_ratios`` times that.
+The fused head makes the gradients of whole pairs in forward, before autograd runs. Let L be the
+loss and d_i the ``pair_difference`` of pair i. The derivative of L with respect to a token's log
+p(y), here called its slope, is dL/dd_i in the chosen response and -dL/dd_i in the rejected one. For
+means over tokens it is divided by the sequence's number of kept tokens. The derivative with respect
+to the token's KL is the slope times its ``kl_ratios``.
 """
 
 from __future__ import annotations
@@ -21,43 +22,46 @@ from tdpo_ext.sequences import sequence_of_tokens
 
 
 class Batch(NamedTuple):
-    """How flat tokens ``[N]`` are sequences: B chosen ones, then B rejected ones."""
+    """The sequences that flat tokens ``[N]`` form: B chosen ones, then B rejected ones."""
 
     cu_seqlens: Tensor | None
-    """Their boundaries ``[2B + 1]``; None: all have the same length."""
+    """The boundaries of the sequences, ``[2B + 1]``; None: all have the same length."""
     sequences: int
-    """2B."""
+    """The number of sequences, 2B."""
 
     @property
     def pairs(self) -> int:
         return self.sequences // 2
 
     def sequence_of_tokens(self, labels: Tensor) -> Tensor:
-        """``[N]``, numbers from 0."""
+        """The number of each token's sequence, from 0: ``[N]``."""
         return sequence_of_tokens(labels, self.cu_seqlens, self.sequences)
 
     def shaped(self, values: Tensor) -> Tensor:
-        """Flat values as the functions of sequences take them: ``[2B, T]``, or packed."""
+        """Flat values in the shape that functions of sequences take: ``[2B, T]``, or packed."""
         return values.view((self.sequences, -1) if self.cu_seqlens is None else (-1,))
 
 
 def kl_ratio_of_tokens(
     sequence: Tensor, pairs: int, alpha: float, variant: Variant, dtype: torch.dtype
 ) -> Tensor:
-    """The slope of each token's KL over that of its log p(y), ``[N]``."""
+    """Each token's derivative of the loss by its KL, divided by that by its log p(y): ``[N]``."""
     chosen, rejected = kl_ratios(alpha, variant)
     ratio = torch.full_like(sequence, chosen, dtype=dtype)
     return ratio.masked_fill(sequence >= pairs, rejected)
 
 
 def gradient_unit(slope: float) -> float:
-    """The power of 2 next to a slope. Gradients that are made in forward are multiples of it: their
-    numbers are then near 1, inside float16's range, and the factor costs no rounding."""
+    """The power of 2 that is nearest to a slope.
+
+    Gradients made in forward are stored in multiples of it. Their numbers are then near 1, inside
+    float16's range, and a power of 2 as factor causes no rounding error.
+    """
     return float(2.0 ** round(math.log2(slope)))
 
 
 class TokenSlopes:
-    """The slope of each token's log p(y), in multiples of ``unit``, from the statistics so far."""
+    """The slope of each token's log p(y), in multiples of ``unit``, from the tokens' statistics."""
 
     def __init__(
         self,
@@ -74,8 +78,8 @@ class TokenSlopes:
         self.weight = 1 / batch.pairs if options.reduction == "mean" else 1.0
         self.unit = gradient_unit(options.beta * self.weight)
 
-    def of(self, stats: TokenStats) -> Tensor:
-        """``[N]``. Those of pairs whose statistics are not complete mean nothing yet."""
+    def from_stats(self, stats: TokenStats) -> Tensor:
+        """The slopes, ``[N]``; only those of pairs whose statistics are complete have a meaning."""
         options = self.options
         terms = sequence_terms(
             TokenStats(*map(self.batch.shaped, stats)),
@@ -87,7 +91,7 @@ class TokenSlopes:
         difference = pair_difference(terms.margin, terms.kl, options.alpha, options.variant)
         slopes = pair_slopes(difference, options.beta, options.label_smoothing)
         slopes = self.weight / self.unit * slopes
-        of_sequences = torch.cat((slopes, -slopes))
+        slopes = torch.cat((slopes, -slopes))  # from pairs to sequences
         if terms.kept is not None:
-            of_sequences = of_sequences / terms.kept
-        return of_sequences[self.sequence]
+            slopes = slopes / terms.kept
+        return slopes[self.sequence]

@@ -1,8 +1,8 @@
-"""Matrix products whose results have the accumulation type, whatever type the operands have.
+"""Matrix products whose results have the accumulation type: float32, or float64 for float64.
 
-Every product of the fused head goes through here. On CUDA half-width operands stay as they are: the
-tensor cores accumulate in float32, and ``out_dtype`` keeps that. Elsewhere PyTorch would round such
-results to the operands' type, so the operands are cast first, which is exact.
+Every product of the fused head is made here. On CUDA half-width operands are not cast: the tensor
+cores sum in float32, and ``out_dtype`` returns that sum. Elsewhere PyTorch would round the results
+to the operands' type, so the operands are cast first, which is exact.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ HALF_WIDTH = (torch.bfloat16, torch.float16)
 
 
 def takes_half_width(device: torch.device) -> bool:
-    """Whether products of half-width operands can have float32 results."""
-    # Since PyTorch 2.8.
+    """Whether products of half-width operands can have float32 results: on CUDA, from torch 2.8."""
     return device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")
 
 
@@ -29,7 +28,7 @@ def operand_dtype(x: Tensor) -> torch.dtype:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b, with operands of one ``operand_dtype``."""
+    """out = a b; both operands have one ``operand_dtype``."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -37,7 +36,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def multiply_add(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out += a b."""
+    """out += a b; both operands have one ``operand_dtype``."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out)
     else:

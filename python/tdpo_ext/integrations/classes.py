@@ -1,9 +1,8 @@
-"""Give one module another forward, by a class of its own.
+"""Override one module's forward, by giving the module a subclass of its class.
 
-A module whose ``forward`` is replaced on the instance cannot be pickled, its copies call the
-original, and wrappers that look for ``forward.__func__`` miss it. So the module gets a subclass of
-its class, with the same name, instead: copy, pickle, torch.save and torch.compile see a method like
-any other.
+A ``forward`` that is set on the instance has three faults: the module cannot be pickled, its copies
+call the original module's forward, and wrappers that look for ``forward.__func__`` miss it. With a
+subclass of the same name, copy, pickle, torch.save and torch.compile see an ordinary method.
 """
 
 from __future__ import annotations
@@ -21,22 +20,30 @@ Forward = Callable[..., Any]
 
 
 def override_forward(module: nn.Module, forward: Forward) -> None:
-    """Nothing happens where that was done before."""
+    """Call ``forward`` instead of the module's own; one that is overridden already is left alone.
+
+    Args:
+        module: changed in place.
+        forward: a function of a module, so that it can be pickled; it gets the forward that was
+            there as its first argument.
+    """
     if hasattr(type(module), "_tdpo_plain_class"):
         return
     plain: Any = type(module)
     ours = module.__class__ = _subclass(plain, forward)
     if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__:
-        # accelerate's hook brings the weights, then calls _old_forward: that has to be ours.
+        # accelerate's hook brings the weights, then calls _old_forward: override that one.
         module.__dict__["_old_forward"] = types.MethodType(ours.forward, module)
-    elif "forward" in module.__dict__:  # somebody's wrapper, such as accelerate's: ours around it
+    elif "forward" in module.__dict__:  # a wrapper, such as accelerate's: go around it
         module.__dict__["_tdpo_forward_before"] = module.__dict__["forward"]
         module.__dict__["forward"] = types.MethodType(ours._tdpo_around, module)
 
 
 def restore_forward(module: nn.Module) -> None:
-    """Undo that, unless somebody has wrapped the forward or the class since: then it stays below
-    theirs."""
+    """Undo ``override_forward``.
+
+    If the forward or the class was wrapped since, the override stays inside that wrapper.
+    """
     ours: Any = type(module)
     plain = vars(ours).get("_tdpo_plain_class")
     if plain is None:
@@ -47,7 +54,7 @@ def restore_forward(module: nn.Module) -> None:
     elif _is_ours(module, attributes.get("forward")):
         is_around = attributes.pop("forward").__func__ is ours._tdpo_around
         before = attributes.pop("_tdpo_forward_before", None)
-        if is_around:  # else accelerate has taken its wrapper off, and ours with it
+        if is_around:  # else accelerate has taken off its wrapper and this one around it
             attributes["forward"] = before
     elif "forward" in attributes:
         return
@@ -55,7 +62,7 @@ def restore_forward(module: nn.Module) -> None:
 
 
 def plain_forward(module: nn.Module) -> Any:
-    """The forward of the class that a module had before."""
+    """The forward of the class that the module has, or had before ``override_forward``."""
     plain: Any = getattr(type(module), "_tdpo_plain_class", type(module))
     return plain.forward
 
@@ -70,12 +77,12 @@ def _subclass(plain: Any, override: Forward) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return override(functools.partial(plain.forward, self), self, *args, **kwargs)
 
-    # As the class's own to whoever looks at its signature, as generate does. No __wrapped__:
-    # accelerate takes wrappers off as far as that leads.
+    # generate reads the signature, so it is the class's own. functools.wraps would set __wrapped__
+    # too, and accelerate would take this forward off.
     forward.__signature__ = inspect.signature(plain.forward)  # type: ignore[attr-defined]
     forward.__qualname__ = f"{plain.__qualname__}.forward"
 
-    @functools.wraps(forward)  # to here, where what it goes around is taken off
+    @functools.wraps(forward)  # accelerate, which takes its wrapper off, then ends at forward
     def around(self: Any, *args: Any, **kwargs: Any) -> Any:
         return override(self.__dict__["_tdpo_forward_before"], self, *args, **kwargs)
 
@@ -83,7 +90,7 @@ def _subclass(plain: Any, override: Forward) -> Any:
         if type(self) is not subclass:
             return super(subclass, self).__reduce_ex__(protocol)
         made = plain.__reduce_ex__(self, 2)
-        if made[1][:1] != (subclass,):  # a class with ways of its own
+        if made[1][:1] != (subclass,):  # the class has a __reduce__ of its own
             return made
         return (_new, (plain, override), *made[2:])
 
@@ -104,6 +111,6 @@ def _subclass(plain: Any, override: Forward) -> Any:
 
 
 def _new(plain: Any, override: Forward) -> Any:
-    """What pickle and copy make first, before they give it its attributes."""
+    """An empty module for pickle and copy, which then set its attributes."""
     subclass = _subclass(plain, override)
     return subclass.__new__(subclass)

@@ -1,81 +1,33 @@
-"""What every trainer derived from ``transformers.Trainer`` does alike, over public hooks alone."""
+"""What TDPO changes in every trainer derived from ``transformers.Trainer``, by public hooks."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.data_loader import IterableDatasetShard  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
-from tdpo_ext.integrations.hidden import language_model
+from tdpo_ext.integrations.evaluation import count_stream, unrepeated_pairs
+from tdpo_ext.integrations.metrics import PairMetrics
 from tdpo_ext.outputs import TDPOOutput
-
-
-class PairMetrics:
-    """Means over pairs and batches; nothing waits for a device until asked."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.sums: Tensor | None = None
-        """One for each name."""
-        self.pairs = 0
-
-    def add(self, names: list[str], values: Tensor) -> None:
-        """``[pairs, names]``"""
-        wide = torch.float32 if values.device.type == "mps" else torch.float64
-        sums = values.sum(0, dtype=wide)
-        self.names, self.sums = names, sums if self.sums is None else self.sums + sums
-        self.pairs += len(values)
-
-    def take(self, accelerator: Any = None) -> dict[str, float]:
-        """Means since the last time; of all processes together, if each passes its accelerator."""
-        sums, pairs = self.sums, self.pairs
-        self.sums, self.pairs = None, 0
-        if sums is None:
-            return {}
-        sums = torch.cat([sums, sums.new_tensor([pairs])])
-        if accelerator is not None:
-            sums = accelerator.gather(sums[None]).sum(0)
-        *means, pairs = sums.tolist()
-        return {name: value / pairs for name, value in zip(self.names, means, strict=True)}
-
-
-class CountedStream(IterableDataset):  # type: ignore[type-arg]
-    """An iterable data set that knows how many examples its last iteration gave."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        self.count = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        self.count = 0
-        for example in self.stream:
-            self.count += 1
-            yield example
-
-    def __getattr__(self, name: str) -> Any:  # set_epoch, generator
-        return getattr(self.__dict__["stream"], name)
 
 
 class RouterLoss(NamedTuple):
     """The auxiliary loss of a mixture of experts' router."""
 
     value: Tensor
-    """As the model returns it, and as it is logged."""
+    """A scalar, as the model returns it and as it is logged."""
     coefficient: float
     """The loss gets coefficient times value."""
 
 
 class TDPOSteps:
-    """To be inherited from before a Trainer; ``tdpo_output`` is what differs.
+    """A base class to name before a Trainer; a subclass defines ``tdpo_output``.
 
-    The loss of an optimizer step is the mean over all its pairs, however they fall into
-    micro-batches and processes.
+    The loss of an optimizer step is the mean over all its pairs, independent of how they are split
+    into micro-batches and over processes.
     """
 
     accelerator: Any
@@ -87,11 +39,20 @@ class TDPOSteps:
     def tdpo_output(
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[TDPOOutput, RouterLoss | None]:
-        """Of one batch, and the loss of a mixture of experts' router, if it has one."""
+        """The loss of one batch, and the router's loss of a mixture of experts or None.
+
+        Args:
+            model: the policy, wrapped as the trainer has wrapped it.
+            inputs: the batch, a dictionary that may be changed.
+        """
         raise NotImplementedError
 
     def begin(self) -> None:
-        """After the Trainer's own construction."""
+        """To be called after the Trainer's own construction.
+
+        Raises:
+            ValueError: an option of accelerate that would split sequences or pairs.
+        """
         self.training_metrics, self.evaluation_metrics = PairMetrics(), PairMetrics()
         self.unlogged_tokens: Any = 0
         parallelism = getattr(self.accelerator, "parallelism_config", None)
@@ -102,37 +63,43 @@ class TDPOSteps:
                     "loss sums over them; examples/sequence_parallel.py does it in a loop"
                 )
         self._keep_batches_whole()
-        self.model_accepts_loss_kwargs = True  # to Trainers that do not know loss_is_scaled_for_ga
+        # Trainers that do not know loss_is_scaled_for_ga read this instead.
+        self.model_accepts_loss_kwargs = True
 
     def _keep_batches_whole(self) -> None:
-        """Accelerate's default for a stream is that one process cuts batches for all."""
+        """Let every process read its own batches of an iterable data set.
+
+        By default accelerate lets one process read them and cut them for the others.
+        """
         trainer: Any = self
         for config in (trainer.args.accelerator_config, self.accelerator.dataloader_config):
             if config.dispatch_batches:
                 raise ValueError(
                     "accelerator_config has dispatch_batches=True: it cuts the batches of one "
                     "process by rows, so that the two sequences of a pair land on different "
-                    "processes; leave it unset or say False"
+                    "processes; leave it unset or set it to False"
                 )
             config.dispatch_batches = False
 
     @contextmanager
     def reference_precision(self) -> Iterator[None]:
-        """Around every forward of a reference: no gradients, and the policy's autocast, so that a
-        reference that equals the policy gives the same numbers, to the bit."""
+        """Around every forward of a reference: no gradients, and the policy's autocast.
+
+        A reference that equals the policy then gives the same numbers, to the bit.
+        """
         try:
             with torch.no_grad(), self.accelerator.autocast():
                 yield
-        finally:  # else the policy may meet casts of its own weights made without gradients
+        finally:  # the policy must not use casts of its weights that were made without gradients
             torch.clear_autocast_cache()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self.training_metrics.take()  # of a run that an error has ended
+        self.training_metrics.take()  # drop what a run that an error has ended left
         self.unlogged_tokens = 0
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """With the number of pairs of this step, in all processes, instead of that of tokens."""
+        """The batches of a step, and its number of pairs in all processes (not of tokens)."""
         batches, _ = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         count = sum(pairs_of(batch) for batch in batches)
         pairs = torch.tensor([count], device=self.accelerator.device)
@@ -146,7 +113,7 @@ class TDPOSteps:
         num_items_in_batch: Any = None,
     ) -> Any:
         pairs = pairs_of(inputs)
-        with self.accelerator.autocast():  # also for a model that has not been prepared as yet
+        with self.accelerator.autocast():  # the model may not be prepared yet
             output, router = self.tdpo_output(model, dict(inputs))
         metrics, loss, losses = output.metrics_of_pairs(), output.loss, output.losses
         if router is not None:
@@ -160,38 +127,20 @@ class TDPOSteps:
         else:
             metrics["loss"] = losses
             values = torch.stack([*metrics.values()], dim=-1)
-            self.evaluation_metrics.add([*metrics], values[: self._unrepeated(pairs)])
+            kept = unrepeated_pairs(self.accelerator, pairs)
+            self.evaluation_metrics.add([*metrics], values[:kept])
         self.tdpo_ran = True
         if num_items_in_batch is not None:
-            # Gradients are averaged over processes; so the whole is a mean over all pairs.
+            # Gradients are averaged over processes: together that makes a mean over all pairs.
             loss = loss * (pairs * self.accelerator.num_processes / num_items_in_batch)
         return (loss, {"loss": loss, "tdpo": output}) if return_outputs else loss
-
-    def _unrepeated(self, pairs: int) -> int:
-        """How many of an evaluation batch's pairs, from its first on, are no repetitions.
-
-        Accelerate fills the last batches of all processes with examples from the beginning.
-        """
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader:
-            return pairs
-        dataloader = state.active_dataloader
-        stream, sampler = dataloader.dataset, dataloader.batch_sampler
-        if isinstance(stream, IterableDatasetShard):
-            counted = isinstance(stream.dataset, CountedStream) and not stream.drop_last
-            left = stream.dataset.count % (pairs * stream.num_processes) if counted else 0
-            process = stream.process_index
-        else:
-            left = state.remainder if getattr(sampler, "even_batches", True) else 0
-            process = getattr(sampler, "process_index", 0)
-        return min(max(left - process * pairs, 0), pairs) if left > 0 else pairs
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if not self.tdpo_ran:
             raise RuntimeError(
-                f"{type(self).__mro__[2].__module__} did not call compute_loss, so it trains "
-                "something else than TDPO; use a version that tdpo_ext names in its extras"
+                f"{type(self).__mro__[2].__module__} did not call compute_loss, so it would "
+                "train another loss than TDPO; use a version that tdpo_ext names in its extras"
             )
         return loss
 
@@ -217,38 +166,31 @@ class TDPOSteps:
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """With the loss and the metrics of all pairs, each counted once. The Trainer's own loss is
-        a mean over batches and the repetitions that fill them."""
-        self.evaluation_metrics.take()  # of a loop that an error has ended
-        self._count_stream(dataloader)
+        """The Trainer's loop, with the loss and the metrics as means over all pairs.
+
+        Each pair counts once. The Trainer's own loss is a mean over batches, and counts the
+        examples that are repeated to fill the last ones.
+        """
+        self.evaluation_metrics.take()  # drop what a loop that an error has ended left
+        count_stream(dataloader)
         self._cast_reference()
         output = super().evaluation_loop(  # type: ignore[misc]
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         means = self.evaluation_metrics.take(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in means.items()})
+        self.after_evaluation(output.metrics, metric_key_prefix)
         return output
 
+    def after_evaluation(self, metrics: dict[str, float], prefix: str) -> None:
+        """A hook for subclasses: ``metrics`` are those of a whole evaluation, named prefix_*."""
+
     def prediction_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """What ``use_legacy_prediction_loop`` asks older Trainers for."""
+        """The loop of older Trainers with ``use_legacy_prediction_loop``."""
         return self.evaluation_loop(*args, **kwargs)
 
-    def _count_stream(self, dataloader: Any) -> None:
-        shard = getattr(dataloader, "dataset", None)
-        if not isinstance(shard, IterableDatasetShard):
-            return
-        if dataloader.num_workers > 0:
-            raise ValueError(
-                f"evaluation of an iterable data set on {shard.num_processes} processes with "
-                f"dataloader_num_workers={dataloader.num_workers}: which examples are repetitions "
-                "that fill the last batches is known only in the workers. Use "
-                "dataloader_num_workers=0 or a data set with a length"
-            )
-        if not isinstance(shard.dataset, CountedStream):
-            shard.dataset = CountedStream(shard.dataset)
-
     def _cast_reference(self) -> None:
-        """As the Trainer casts the policy for ``bf16_full_eval`` and ``fp16_full_eval``."""
+        """Cast the reference as ``bf16_full_eval`` and ``fp16_full_eval`` cast the policy."""
         trainer: Any = self
         if trainer.is_in_train or not (trainer.args.fp16_full_eval or trainer.args.bf16_full_eval):
             return
@@ -258,7 +200,7 @@ class TDPOSteps:
                 reference.to(dtype)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs or "train_runtime" in logs:  # the Trainer's own, on every process
+        if "loss" in logs or "train_runtime" in logs:  # a log of training, on every process
             means = self.training_metrics.take(self.accelerator)
             logs.update(means)
             if means and isinstance(self.unlogged_tokens, Tensor):
@@ -267,8 +209,10 @@ class TDPOSteps:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _tokens_until_now(self) -> int:
-        """All that were trained on, in all processes; from what was logged last, also before the
-        checkpoint that a run was resumed from."""
+        """The number of tokens trained on, in all processes.
+
+        It goes on from the last log, which may stand in the checkpoint that the run resumed from.
+        """
         trainer: Any = self
         history: Any = (
             each["num_tokens"] for each in trainer.state.log_history if "num_tokens" in each
@@ -276,11 +220,16 @@ class TDPOSteps:
         own = torch.as_tensor(self.unlogged_tokens, device=self.accelerator.device).reshape(1)
         tokens = self.accelerator.gather(own).sum().item()
         parallelism = getattr(self.accelerator, "parallelism_config", None)
-        size = getattr(parallelism, "tp_size", 1) or 1  # of processes that have the same tokens
-        return int(max(history, default=0) + tokens // size)
+        copies = getattr(parallelism, "tp_size", 1) or 1  # processes that have the same tokens
+        return int(max(history, default=0) + tokens // copies)
 
 
 def pairs_of(batch: Mapping[str, Any]) -> int:
+    """The number of pairs in a batch.
+
+    Raises:
+        ValueError: ``batch`` has no ``input_ids``, or an odd number of rows.
+    """
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if ids is None or len(ids) % 2:
         given = f"fields {[*batch]}" if isinstance(batch, Mapping) else type(batch).__name__
@@ -292,141 +241,3 @@ def pairs_of(batch: Mapping[str, Any]) -> int:
             "nothing may cut its batches (accelerate does with dispatch_batches=True)"
         )
     return len(ids) // 2
-
-
-def unwrapped(model: nn.Module) -> Any:
-    """The Hugging Face model inside PEFT, DDP, DeepSpeed and torch.compile."""
-    inner: Any = model
-    while hasattr(inner, "module") or hasattr(inner, "_orig_mod"):
-        inner = inner.module if hasattr(inner, "module") else inner._orig_mod
-    return inner
-
-
-def text_config(model: nn.Module) -> Any:
-    return language_model(unwrapped(model)).config.get_text_config()
-
-
-_ROUTER_NOISE = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    """Every dropout of the model off, in training too, and every noise of a router: TDPO compares
-    two models token by token."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():  # attention keeps its own as a number
-            random = "drop" in name or name in _ROUTER_NOISE
-            if random and isinstance(value, float):
-                setattr(module, name, 0.0)
-    return model
-
-
-class ReferenceAdapter:
-    """Within it, a PEFT model is its own reference: adapter "ref" if it has one, else none.
-
-    It changes only what adapter layers read in their forward, and puts that back, errors or not.
-    PEFT's own ways to switch (``set_adapter``, ``disable_adapter``) also set requires_grad, know a
-    single active adapter, and do not merge again what they have unmerged.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.undo = ExitStack()
-        try:
-            self._switch("ref" if "ref" in self.model.peft_config else None)
-        except BaseException:
-            self.undo.close()
-            raise
-
-    def __exit__(self, *error: Any) -> None:
-        self.undo.close()
-
-    def _switch(self, adapter: str | None) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
-
-        self._switch_whole_model(adapter)
-        for module in [*self.model.modules()]:
-            if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                continue
-            if module.merged_adapters:
-                self._unmerge(module)
-            self._set(module, "_disable_adapters", adapter is None)
-            if adapter is not None:
-                # A module trained whole has one for some adapters, and is itself for the others.
-                has = isinstance(module, BaseTunerLayer) or adapter in module._adapters
-                self._set(module, "_active_adapter", [adapter] if has else [])
-
-    def _switch_whole_model(self, adapter: str | None) -> None:
-        """What PEFT keeps beside the layers, and adapters that have no layers."""
-        configs = self.model.peft_config
-        tuner = getattr(self.model, "base_model", None)
-        if any(getattr(config, "is_adaption_prompt", False) for config in configs.values()):
-            self._swap_attention(tuner, adapter)
-        if adapter is None:
-            _warn_of_biases(configs)
-        if adapter is None and any(c.is_prompt_learning for c in configs.values()):
-            self._set(self.model, "forward", tuner.forward)  # type: ignore[union-attr]
-        for module in (self.model, tuner):
-            known = {} if module is None else vars(module)
-            if adapter is not None and "active_adapter" in known:
-                self._set(module, "active_adapter", adapter)
-            for name in ("_adapters_disabled", "disabled"):  # PEFT's wrapper; X-LoRA
-                if name in known:
-                    self._set(module, name, adapter is None)
-
-    def _swap_attention(self, tuner: Any, adapter: str | None) -> None:
-        """Adaption prompts replace whole attention modules, so PEFT's own way is the only one."""
-        enabled, before = tuner._enabled, tuner._active_adapter
-        if adapter is None and enabled:
-            tuner.disable_adapter_layers()
-            self.undo.callback(tuner.enable_adapter_layers)
-        if adapter is not None and not enabled:
-            tuner.enable_adapter_layers()
-            self.undo.callback(tuner.disable_adapter_layers)
-        if adapter is not None:
-            tuner.set_adapter(adapter)
-            self.undo.callback(tuner.set_adapter, before)
-
-    def _set(self, module: Any, name: str, value: Any) -> None:
-        if name in vars(module):
-            self.undo.callback(setattr, module, name, vars(module)[name])
-        else:
-            self.undo.callback(delattr, module, name)
-        setattr(module, name, value)
-
-    def _unmerge(self, layer: Any) -> None:
-        """Adding and subtracting rounds, so what was merged is kept and put back."""
-        for module in [*layer.modules()]:
-            for held in vars(module).values():  # parameters, buffers, modules, names, caches
-                if isinstance(held, (dict, list)):
-                    self.undo.callback(_refill, held, held.copy())
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    self.undo.callback(_rewrite, tensor, tensor.data, tensor.data.clone())
-        layer.unmerge()
-
-
-def _warn_of_biases(configs: Mapping[str, Any]) -> None:
-    for name, config in configs.items():
-        bias = getattr(config, "bias", "none")
-        if bias != "none":
-            warnings.warn(
-                f"adapter {name!r} has bias={bias!r}: it trains biases of the base model, so the "
-                "model without adapters does not stay the reference that it was; use "
-                'bias="none", or pass a reference of its own',
-                stacklevel=2,
-            )
-
-
-def _refill(container: Any, contents: Any) -> None:
-    container.clear()
-    (container.update if isinstance(container, dict) else container.extend)(contents)
-
-
-def _rewrite(tensor: Tensor, data: Tensor, contents: Tensor) -> None:
-    tensor.data = data
-    data.copy_(contents)

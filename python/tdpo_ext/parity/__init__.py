@@ -1,8 +1,9 @@
-"""Every backend present against float64: errors, the bounds they must keep, and eager PyTorch's.
+"""Check the numbers of every backend on this machine against float64.
 
     python -m tdpo_ext.parity [--devices cpu cuda] [--quick] [--json PATH]
 
-or ``tdpo_ext.parity.check()``. A new card, processor or compiler is checked by this one command.
+or ``tdpo_ext.parity.check()``. It reports errors, the bounds that they must keep, and the errors of
+eager PyTorch. Run it on a new card, processor or compiler.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ __all__ = ["Report", "Row", "check"]
 
 
 def chunks_of(vocabulary: int) -> tuple[int | None, ...]:
-    """Of the fused head: a few tokens and words at a time, and the default."""
+    """Two values of the fused head's ``chunk_bytes``: one for small tiles, and the default."""
     return max(30_000, 30 * vocabulary), None
 
 
 class Report(NamedTuple):
+    """The result of ``check``."""
+
     rows: list[Row]
+    """One for each backend, dtype and quantity."""
 
     @property
     def misses(self) -> list[Row]:
-        """The rows whose largest error is beyond its bound."""
+        """The rows whose largest error exceeds its bound."""
         return [row for row in self.rows if not row.kept]
 
     @property
@@ -46,23 +50,25 @@ def check(
     quick: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
-    """Hold every backend to float64 on a grid of inputs.
+    """Compare every backend with float64 on a grid of inputs.
 
-    The grid: dtypes, vocabulary sizes, kinds of rows (identical, close, far apart, certain of the
-    label, underflowing, masked with -inf, shifted), strides, ignored rows full of NaN, and upstream
-    gradients. The backends: each instruction set of the CPU's kernels, the CUDA kernels, plain
-    PyTorch, and the fused head on each. Quantities: the statistics and the gradients.
+    The grid has all dtypes, several vocabulary sizes, kinds of rows (identical, close, far apart,
+    certain of the label, underflowing, masked with -inf, shifted), strides, ignored rows full of
+    NaN, and upstream gradients. The backends are each instruction set of the CPU's kernels, the
+    CUDA kernels and plain PyTorch, each also under the fused head. The quantities are the
+    statistics and the gradients.
 
     Args:
-        devices: device names such as "cpu", "cuda", "cuda:1"; None: all that are here.
-        quick: small vocabularies only; seconds.
-        progress: called with the name of each backend before it is checked.
+        devices: Device names such as "cpu", "cuda", "cuda:1"; None: all that are present.
+        quick: Check small vocabularies only, which takes seconds.
+        progress: Called with a line of text before each group of backends is checked.
 
     Returns:
-        ``Report``: one row for each backend, dtype and quantity; ``passed`` if all bounds are kept.
+        ``Report``: ``rows`` has one entry for each backend, dtype and quantity, with relative
+        errors; ``passed`` is True if all bounds are kept.
 
     Raises:
-        ValueError: a device that is not here.
+        ValueError: A device is not present.
     """
     chosen = [checked_device(name) for name in (devices or devices_present())]
     rows: list[Row] = []
@@ -86,13 +92,13 @@ class _Checked(NamedTuple):
 def _check_logits(backends: list[Backend], cases: Iterable[Case]) -> Iterator[_Checked]:
     for case in cases:
         here = _moved(case.logits(), backends[0].device)
-        true = wanted.of_logits(here)  # in float64, which a card does in a fraction of the time
+        true = wanted.from_logits(here)  # on the device, since float64 on a CPU takes far longer
         layout = LAYOUTS[case.layout]
         here = here._replace(policy=layout(here.policy), reference=layout(here.reference))
-        eager = formulas.of_logits(here, eager=True)
+        eager = formulas.from_logits(here, eager=True)
         for backend in backends:
             with backend.serving():
-                ours = formulas.of_logits(here, eager=False)
+                ours = formulas.from_logits(here, eager=False)
             cells = cells_of(str(case), ours, eager, true, backend.is_fallback)
             yield _Checked(str(backend), case.dtype, cells)
 
@@ -100,13 +106,13 @@ def _check_logits(backends: list[Backend], cases: Iterable[Case]) -> Iterator[_C
 def _check_heads(backends: list[Backend], cases: Iterable[Case]) -> Iterator[_Checked]:
     for case in cases:
         here = _moved(case.heads(), backends[0].device)
-        true = wanted.of_heads(here)
-        eager = formulas.of_heads(here, eager=True)
+        true = wanted.from_heads(here)
+        eager = formulas.from_heads(here, eager=True)
         half_width = case.dtype in (torch.bfloat16, torch.float16)
-        as_run = formulas.of_heads(here, eager=True, as_run=True) if half_width else None
+        as_run = formulas.from_heads(here, eager=True, as_run=True) if half_width else None
         for backend, chunk_bytes in itertools.product(backends, chunks_of(case.vocabulary)):
             with backend.serving():
-                ours = formulas.of_heads(here, eager=False, chunk_bytes=chunk_bytes)
+                ours = formulas.from_heads(here, eager=False, chunk_bytes=chunk_bytes)
             cells = cells_of(str(case), ours, eager, true, backend.is_fallback, as_run)
             yield _Checked(f"{backend}, fused head", case.dtype, cells)
 

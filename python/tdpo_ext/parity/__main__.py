@@ -15,10 +15,10 @@ from tdpo_ext.token_statistics import native
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tdpo_ext.parity",
-        description="Hold every backend to float64. Exit status: 0 all bounds kept, 1 a miss, "
-        "2 a device that is not here.",
+        description="Check every backend against float64. Exit status: 0 all bounds are kept, 1 "
+        "a bound is missed, 2 a device is not present.",
     )
-    parser.add_argument("--devices", nargs="+", metavar="NAME", help="default: all that are here")
+    parser.add_argument("--devices", nargs="+", metavar="NAME", help="default: all present")
     parser.add_argument("--quick", action="store_true", help="small vocabularies only; seconds")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all rows there as well")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""The backends that are present, and how to make each serve."""
+"""The backends that are present, and a context in which one of them serves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tdpo_ext.token_statistics import kernels, native
 class Backend(NamedTuple):
     device: torch.device
     name: str
-    """An instruction set, "kernels" or "fallback"."""
+    """An instruction set of the CPU, "kernels" (CUDA) or "fallback" (plain PyTorch)."""
 
     def __str__(self) -> str:
         return f"{self.device} {self.name}"
@@ -28,7 +28,7 @@ class Backend(NamedTuple):
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
-        """This backend serves every call in here."""
+        """A context in which this backend serves every call."""
         with contextlib.ExitStack() as stack:
             if self.is_fallback:
                 stack.enter_context(mock.patch.object(kernels, "core", None))
@@ -45,7 +45,7 @@ def devices_present() -> list[str]:
 
 
 def backends_of(device: torch.device) -> list[Backend]:
-    """Those that can serve a device: compiled ones first, plain PyTorch last."""
+    """The backends that can serve a device: compiled ones first, plain PyTorch last."""
     names = []
     if device.type == "cpu" and native.core is not None:
         names = native.core.instruction_sets()
@@ -55,7 +55,7 @@ def backends_of(device: torch.device) -> list[Backend]:
 
 
 def checked_device(name: str) -> torch.device:
-    """Raises ValueError for a device that torch does not know or that is not here."""
+    """The device of this name; ValueError if torch does not know it or it is not present."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -1,5 +1,8 @@
-"""The inputs that parity is checked on: a grid of dtypes, sizes, kinds of rows, strides, masks and
-upstream gradients. Made on the CPU from fixed seeds, so every machine gets the same ones."""
+"""The inputs that parity is checked on.
+
+They are a grid of dtypes, sizes, kinds of rows, strides, masks and upstream gradients, made on the
+CPU from fixed seeds, so that every machine gets the same ones.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ from tdpo_ext.checks import LOGIT_DTYPES
 SEQUENCES, TOKENS = 4, 3
 VOCABULARIES, QUICK_VOCABULARIES = (1, 2, 17, 1000, 32003, 128256), (2, 33, 1000)
 WIDTHS = {17: 5, 33: 8, 1000: 64, 32003: 64}
-"""Of the hidden states, for the vocabularies that the fused head is checked on."""
+"""The width of the hidden states, for each vocabulary that the fused head is checked on."""
 IGNORED = (0.0, 0.4)
 UPSTREAMS_OF_A_CASE = 2
-"""Kinds of upstream gradients for each dtype, size and kind of rows. They take turns, and five
-sizes of one dtype go through all of them."""
+"""The number of kinds of upstream gradients for each dtype, size and kind of rows. They take turns,
+so five sizes of one dtype go through all kinds."""
 
 
 class Inputs(NamedTuple):
@@ -44,10 +47,10 @@ class HeadInputs(NamedTuple):
     grad_kl: Tensor
 
 
-# --- kinds of rows: how policy and reference lie to each other ------------------------------------
+# --- kinds of rows: how far policy and reference are apart, and in which way ----------------------
 
 Kind = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Two tensors of standard normal numbers and the labels -> logits of policy and reference."""
+"""Makes logits of policy and reference, from two tensors of normal numbers and the labels."""
 
 
 def _apart(scale: float, gap: float) -> Kind:
@@ -71,7 +74,7 @@ def _underflow(x: Tensor, y: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _masked(x: Tensor, y: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """-inf on both sides, and on the reference's alone; never at the label."""
+    """Some logits of both sides are -inf, and some of the reference's alone; never the label's."""
     policy, reference = x + y, x.clone()
     policy[..., 1::5] = reference[..., 1::5] = -torch.inf
     reference[..., 2::5] = -torch.inf
@@ -162,7 +165,7 @@ class Case(NamedTuple):
         shape = (SEQUENCES, TOKENS)
         labels = torch.randint(0, self.vocabulary, shape, generator=generator)
         ignored = torch.rand(shape, generator=generator) < self.ignored
-        # What float32 holds, so that every backend gets the same.
+        # Rounded to float32, so that every backend gets the same numbers.
         upstream = torch.randn((2, *shape), generator=generator).to(self.accumulation)
         return labels, ignored, *UPSTREAM[self.upstream](upstream[0], upstream[1])
 
@@ -172,7 +175,7 @@ class Case(NamedTuple):
         shape = (2, SEQUENCES, TOKENS, self.vocabulary)
         normal = torch.randn(shape, generator=generator, dtype=torch.float64)
         policy, reference = KINDS[self.kind](normal[0], normal[1], labels)
-        for logits in (policy, reference):  # which must not be read
+        for logits in (policy, reference):  # ignored rows must not be read
             logits[ignored] = torch.nan
         labels = labels.masked_fill(ignored, -100)
         return Inputs(policy.to(self.dtype), reference.to(self.dtype), labels, *upstream)
@@ -196,7 +199,7 @@ class Case(NamedTuple):
 
 
 def logit_cases(quick: bool) -> Iterator[Case]:
-    """Every dtype, size and kind of row; the others take turns."""
+    """Every dtype with every size and kind of row; layouts, masks and upstream take turns."""
     vocabularies = QUICK_VOCABULARIES if quick else VOCABULARIES
     upstream = itertools.cycle(UPSTREAM)
     layouts, ignored = itertools.cycle(LAYOUTS), itertools.cycle(IGNORED * 2 + IGNORED[:1])

@@ -1,6 +1,6 @@
-"""What is compared: the library, and the usual formula in eager PyTorch, on the same inputs.
+"""The two sides that are compared: the library, and the usual formula in eager PyTorch.
 
-Both give a dictionary from the name of a quantity to its tensor.
+Both return the same quantities: tensors by name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Quantities = dict[str, Tensor]
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
+    """The tensor in float32, or in float64 if it has that type."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -40,17 +40,17 @@ def _with_gradients(
     return {**{name: x.detach() for name, x in stats._asdict().items()}, **found}
 
 
-def of_logits(inputs: Inputs, *, eager: bool) -> Quantities:
+def from_logits(inputs: Inputs, *, eager: bool) -> Quantities:
     policy = inputs.policy.detach().requires_grad_()
     function = eager_token_stats if eager else tdpo_ext.token_stats
     stats = function(policy, inputs.reference, inputs.labels)
     return _with_gradients(stats, {"gradient": policy}, inputs.grad_logps, inputs.grad_kl)
 
 
-def of_heads(
+def from_heads(
     inputs: HeadInputs, *, eager: bool, chunk_bytes: int | None = None, as_run: bool = False
 ) -> Quantities:
-    """``as_run``: eager PyTorch as people run it, the products in the operands' own type."""
+    """``as_run``: eager PyTorch as people run it, with products in the operands' own type."""
     hidden = inputs.policy_hidden.detach().requires_grad_()
     weight = inputs.policy_weight.detach().requires_grad_()
     reference = (inputs.reference_hidden, inputs.reference_weight)

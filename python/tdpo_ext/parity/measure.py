@@ -1,4 +1,4 @@
-"""Errors against the truth, row by row, and the bounds they must keep."""
+"""Errors against the truth, row by row, and the bounds that they must keep."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def stored_dtype(quantity: str, dtype: torch.dtype) -> torch.dtype:
 def bound_of(quantity: str, dtype: torch.dtype, head: bool) -> float:
     """The largest error that is allowed.
 
-    A half-width gradient of the logits is rounded once, where it is stored: half a unit. A head's
-    is rounded twice on CUDA: dz, half a unit of each of its entries, before the tensor cores
-    multiply it (they take half-width operands, and sum in float32), and the product where it is
-    stored. In units of the sum of |dz| |W| (`wanted.Wanted.sizes`) each is half a unit at most.
+    A half-width gradient of the logits is rounded once, where it is stored: half a unit in the last
+    place. A head's gradient is rounded twice on CUDA: dz before the tensor cores multiply it (they
+    take half-width operands and sum in float32), and the product where it is stored. Relative to
+    the sum of |dz| |W| (`wanted.Wanted.sizes`) each rounding is half a unit at most.
     """
     if quantity == "forward_kl":
         return _KL_BOUNDS.get(dtype, _OTHERS_KL)
@@ -44,9 +44,9 @@ def bound_of(quantity: str, dtype: torch.dtype, head: bool) -> float:
 
 
 def errors(ours: Tensor, wanted: Tensor, sizes: Tensor, least: float) -> Tensor:
-    """The largest error in each row over the row's size, ``[rows]``, float64, on the CPU.
+    """The largest error in each row relative to the row's size, ``[rows]``, float64, on the CPU.
 
-    Infinite where one of the two is NaN or infinite and the other is not.
+    It is infinite where one of the two is NaN or infinite and the other is not.
     """
     ours = ours.detach().to(wanted.device, torch.float64)
     difference = (ours - wanted).abs().masked_fill(ours == wanted, 0)
@@ -57,19 +57,19 @@ def errors(ours: Tensor, wanted: Tensor, sizes: Tensor, least: float) -> Tensor:
 
 
 class CellErrors(NamedTuple):
-    """Of one quantity in one case."""
+    """The errors of one quantity in one case."""
 
     ours: Tensor
     eager: Tensor
     case: str
     ulp: float
-    """Of the type that the quantity is stored in, relative."""
+    """The relative unit in the last place of the type that the quantity is stored in."""
     as_run: Tensor | None = None
-    """Eager PyTorch's, with products in the type of the operands; of a half-width head alone."""
+    """Errors of eager PyTorch with products in the operands' type; for half-width heads only."""
 
     @property
     def worse_than_eager(self) -> bool:
-        """By more than one unit in the last place."""
+        """Whether our largest error exceeds eager PyTorch's by more than 1 ulp."""
         return bool(self.ours.max() > self.eager.max() + self.ulp)
 
     @property
@@ -112,14 +112,15 @@ class Row(NamedTuple):
     eager_largest: float
     eager_median: float
     worse_than_eager: int | None
-    """In how many cases our largest error exceeds that of eager PyTorch by more than 1 ulp. None
-    for float64: the truth is no better."""
+    """The number of cases where our largest error exceeds eager PyTorch's by more than 1 ulp. None
+    for float64, where the truth is no more accurate."""
     worst_case: str
-    """The one with the largest error."""
+    """The case with the largest error."""
     as_run_largest: float | None = None
-    """Of eager PyTorch as it is run: half-width heads multiplied in their own type. None for all
-    other inputs, which have no such products."""
+    """The largest error of eager PyTorch as it is run, with half-width heads multiplied in their
+    own type. None for all other inputs, which have no such products."""
     worse_than_as_run: int | None = None
+    """As ``worse_than_eager``, against eager PyTorch as it is run."""
 
     @property
     def kept(self) -> bool:

@@ -1,4 +1,4 @@
-"""The report as a table: with rich where it is installed, else in plain text."""
+"""The report as a table, by rich if it is installed, else in plain text."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _show_plainly(report: Report) -> None:
 
 
 def _closing(report: Report) -> list[str]:
-    """What was missed and where, or that nothing was."""
+    """The lines below the table: how to read it, which bounds were missed, and the totals."""
     lines = [
         "",
         "Errors are relative, against float64. eager: the usual formula in PyTorch, in float32.",

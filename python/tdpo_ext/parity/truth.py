@@ -1,8 +1,9 @@
-"""What the backends are held to: the equations in float64, with the label beside the rest.
+"""The truth that backends are compared with: the equations in float64.
 
-Written for this purpose, apart from ``tdpo_ext.reference``: that one is a definition to read and to
-differentiate, and its 1 - p(y) has no digits left where the label has almost all of the mass. z are
-the policy's logits, r the reference's, p and q their softmaxes, y the label.
+``tdpo_ext.reference`` would not do. It is a definition to read and to differentiate, and where the
+label has almost all of the mass its 1 - p(y) has lost all digits. Here the label's probability is
+computed from the odds of all other entries. z are the policy's logits, r the reference's, p and q
+their softmaxes, y the label.
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ from torch import Tensor
 
 
 class Truth(NamedTuple):
-    """float64: ``[N]`` but for the gradient of the logits, ``[N, V]``."""
+    """float64 tensors, ``[N]``; the gradient of the logits is ``[N, V]``."""
 
     policy_logps: Tensor
     reference_logps: Tensor
     forward_kl: Tensor
     gradient: Tensor
     terms: Tensor
-    """The largest of the terms that the gradient of a row is the sum of: what its rounding errors
-    are relative to."""
+    """The largest term in the sums that make the gradient of a row. Its rounding errors are
+    relative to this."""
 
 
 def log_softmax(x: Tensor, label: Tensor) -> Tensor:
-    """``[N, V]``; at the label as -log(1 + odds of the rest), which keeps its digits near 0."""
+    """Log-softmax, ``[N, V]``.
+
+    At the label it is -log(1 + odds of all other entries), which keeps its digits near 0.
+    """
     at_label = x.gather(-1, label)
     rest = x.scatter(-1, label, -torch.inf).logsumexp(-1, keepdim=True)
     total = torch.logaddexp(rest, at_label)
@@ -34,26 +38,26 @@ def log_softmax(x: Tensor, label: Tensor) -> Tensor:
 
 
 def token_stats(z: Tensor, r: Tensor, labels: Tensor, grad_logps: Tensor, grad_kl: Tensor) -> Truth:
-    """Of float64 rows ``[N, V]`` and labels ``[N]``; 0 for those that are ignored (-100)."""
+    """The truth for float64 rows ``[N, V]`` and labels ``[N]``; 0 where the label is -100."""
     ignored = labels == -100
     blank = ignored.unsqueeze(-1)
     label = labels.masked_fill(ignored, 0).unsqueeze(-1)
     log_p, log_q = (log_softmax(x.masked_fill(blank, 0), label) for x in (z, r))
     p, q = log_p.exp(), log_q.exp()
-    # log p - log q; where both are -inf neither side has mass.
+    # u = log p - log q, and 0 where both are -inf: neither side has mass there.
     u = (log_p - log_q).masked_fill((log_p == -torch.inf) & (log_q == -torch.inf), 0)
     close = u.abs() < 0.5
     small = u.masked_fill(~close, 0)
-    # KL = sum of q (e^u - 1 - u), no term of which is negative; q = 0 leaves p.
+    # KL = sum of q (e^u - 1 - u). No term is negative; where q = 0 the term is p.
     large = u.masked_fill(q == 0, 0)
     kl = torch.where(close, q * (torch.expm1(small) - small), p - q - q * large).sum(-1)
     difference = torch.where(close, q * torch.expm1(small), p - q)  # p - q
     g_m, g_k = grad_logps.double().unsqueeze(-1), grad_kl.double().unsqueeze(-1)
     at_p, at_q = (x.gather(-1, label) for x in (log_p, log_q))
-    of_label = g_m * -torch.expm1(at_p) + g_k * difference.gather(-1, label)
-    gradient = (g_k * difference - g_m * p).scatter(-1, label, of_label)
-    # p - q = q (e^u - 1) with u = z - r - ..., so it is known no better than z - r is. At the label
-    # it is the difference of 1 - q(y) and 1 - p(y).
+    at_label = g_m * -torch.expm1(at_p) + g_k * difference.gather(-1, label)
+    gradient = (g_k * difference - g_m * p).scatter(-1, label, at_label)
+    # p - q = q (e^u - 1) with u = z - r - ..., so p - q is no more accurate than z - r. At the
+    # label it is the difference of 1 - q(y) and 1 - p(y).
     not_p, not_q = (x.scatter(-1, label, -torch.expm1(y)) for x, y in ((p, at_p), (q, at_q)))
     gap = (z - r).abs().nan_to_num(1).clamp(max=1)
     terms = g_m.abs() * not_p + g_k.abs() * torch.maximum(not_p, not_q) * gap

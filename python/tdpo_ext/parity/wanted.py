@@ -12,21 +12,22 @@ from tdpo_ext.parity.cases import HeadInputs, Inputs
 
 STATISTICS = ("policy_logps", "reference_logps", "forward_kl")
 SMALLEST_KL = 1e-6
-"""Below it errors are relative to this: rounded logits say no more."""
+"""Errors of a smaller KL are relative to this, since rounded logits determine it no better."""
 
 
 class Wanted(NamedTuple):
     values: dict[str, Tensor]
     sizes: dict[str, Tensor]
-    """A number for each row of a quantity.
+    """A number for each row of a quantity, which its errors are relative to.
 
-    Of a statistic it is the statistic; of the logits' gradient the largest term that its row is a
-    sum of. A head's gradients are products, sum of dz W or of dz h, whose rounding errors are
-    relative to sum of |dz| |W|: it is the largest of these in the row of a token, or of all words.
+    For a statistic it is the statistic itself. For the gradient of the logits it is the largest
+    term in the sums of its row. A head's gradients are sums of dz W or dz h, whose rounding errors
+    are relative to the sum of |dz| |W| or |dz| |h|: it is the largest of these sums in the row of a
+    token (hidden states), or of all vocabulary entries (weight).
     """
 
 
-def of_logits(inputs: Inputs) -> Wanted:
+def from_logits(inputs: Inputs) -> Wanted:
     shape, vocabulary = inputs.labels.shape, inputs.policy.shape[-1]
     rows = [x.double().reshape(-1, vocabulary) for x in (inputs.policy, inputs.reference)]
     found = truth.token_stats(rows[0], rows[1], *(x.flatten() for x in inputs[2:]))
@@ -38,12 +39,12 @@ def of_logits(inputs: Inputs) -> Wanted:
     return Wanted(values, sizes)
 
 
-def of_heads(inputs: HeadInputs) -> Wanted:
+def from_heads(inputs: HeadInputs) -> Wanted:
     blank = (inputs.labels == -100).unsqueeze(-1)
     hidden, weight, reference_hidden, reference_weight = (x.double() for x in inputs[:4])
     hidden, reference_hidden = (x.masked_fill(blank, 0) for x in (hidden, reference_hidden))
     logits = Inputs(hidden @ weight.T, reference_hidden @ reference_weight.T, *inputs[4:])
-    values, sizes = of_logits(logits)
+    values, sizes = from_logits(logits)
     by_logits = values.pop("gradient")
     del sizes["gradient"]
     by_hidden = by_logits @ weight
@@ -51,16 +52,16 @@ def of_heads(inputs: HeadInputs) -> Wanted:
     values |= {"gradient of hidden": by_hidden, "gradient of weight": by_weight}
     terms = by_logits.abs()
     sizes["gradient of hidden"] = (terms @ weight.abs()).amax(-1)
-    of_weight = terms.flatten(0, 1).T @ hidden.flatten(0, 1).abs()
-    sizes["gradient of weight"] = of_weight.amax().expand(by_weight.shape[:-1])
+    weight_sizes = terms.flatten(0, 1).T @ hidden.flatten(0, 1).abs()
+    sizes["gradient of weight"] = weight_sizes.amax().expand(by_weight.shape[:-1])
     return Wanted(values, sizes)
 
 
 def least_size(quantity: str, dtype: torch.dtype, fallback: bool) -> float:
-    """No error is relative to less.
+    """The smallest size that errors are relative to.
 
-    Plain PyTorch subtracts logarithms, so near 0 it promises log p(y) to an absolute error. And
-    below the smallest normal number of its dtype nothing keeps its digits.
+    Plain PyTorch subtracts logarithms, so its error of log p(y) has an absolute bound where log
+    p(y) is near 0. Below the smallest normal number of its dtype no number keeps its digits.
     """
     if fallback and quantity.endswith("logps"):
         return 1.0

@@ -1,7 +1,7 @@
 """The ops in plain PyTorch, for tensors that no compiled kernel serves.
 
-Rows are taken a block at a time, so that the temporaries stay small beside the logits. What forward
-saves for backward, ``normalizers``, is what the kernels save too (``csrc/token_stats.h``).
+Rows are taken a block at a time, so that temporaries stay small beside the logits. Forward saves
+the same ``normalizers`` for backward as the kernels do (``csrc/token_stats.h``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def warn_once(device: str, reason: str) -> None:
 
 
 def _row_blocks(leading: torch.Size, vocabulary: int) -> Iterator[tuple[int | slice, ...]]:
-    """Indices of blocks of rows, as views whatever the strides: nothing is flattened."""
+    """Indices of blocks of rows. Each selects a view, whatever the strides: nothing is copied."""
     if len(leading) == 0:
         yield ()
     elif len(leading) == 1:
@@ -73,8 +73,10 @@ def forward(
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    """Subtracts the maximum first: torch's own subtracts maximum and log-sum together, which is
-    less accurate."""
+    """Log-softmax that subtracts the maximum first and the logarithm of the sum second.
+
+    PyTorch's own adds the two before it subtracts, which is less accurate.
+    """
     shifted = logits - logits.amax(dim=-1, keepdim=True)
     return shifted - shifted.exp().sum(dim=-1, keepdim=True).log()
 
@@ -95,7 +97,8 @@ def _normalizers(z: Tensor, r: Tensor, kl: Tensor, label: Tensor) -> Tensor:
     z_scale = 1 / (z - z_max).exp().sum(-1, keepdim=True)
     r_scale = 1 / (r - r_max).exp().sum(-1, keepdim=True)
     p, q = (z - z_max).exp() * z_scale, (r - r_max).exp() * r_scale
-    # KL = lse(z) - lse(r) - E_q[z - r]: where it is small this order keeps the small digits.
+    # lse(z) - lse(r) = KL + E_q[z - r]. Where the KL is small, this sum is more accurate than the
+    # difference of the two lse.
     expected_gap = (q * (z - r).masked_fill(q == 0, 0)).sum(-1, keepdim=True)
     gap = torch.where(
         kl < 0.5, expected_gap + kl, z_max - r_max - torch.log(z_scale) + torch.log(r_scale)
@@ -103,8 +106,8 @@ def _normalizers(z: Tensor, r: Tensor, kl: Tensor, label: Tensor) -> Tensor:
     p_rest, q_rest = (x.scatter(-1, label, 0).sum(-1, keepdim=True) for x in (p, q))
     difference = _difference(z, r, p, q, gap)
     p_label, label_gap = p.gather(-1, label), difference.gather(-1, label)
-    # Over a row p - q sums to 0. Where the label has most of the mass, the sum over the others has
-    # the digits that the difference lost.
+    # p - q sums to 0 over a row. Where the label has most of the mass, its difference has lost
+    # digits, and the sum over all other entries has them.
     lost = (p_label > 0.5) & (label_gap.abs() < 0.5 * p_label)
     from_rest = -difference.scatter(-1, label, 0).sum(-1, keepdim=True)
     label_gap = torch.where(lost, from_rest, label_gap)
@@ -113,9 +116,9 @@ def _normalizers(z: Tensor, r: Tensor, kl: Tensor, label: Tensor) -> Tensor:
 
 
 def _difference(z: Tensor, r: Tensor, p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
-    """p - q, with its digits where p and q are close."""
+    """p - q, accurate also where p and q are close. ``gap`` is lse(z) - lse(r)."""
     u = z - r - gap  # log p - log q
-    # Shifted far against each other, z - r has lost the digits that u would keep.
+    # With a large gap, z - r has lost the digits of a small u.
     close = (u.abs() < 0.5) & (gap.abs() < 2)
     return torch.where(close, q * torch.expm1(u.masked_fill(~close, 0)), p - q)
 
@@ -130,7 +133,11 @@ def backward(
     grad_kl: Tensor,
     ignore_index: int,
 ) -> None:
-    """dz = g_m (onehot(y) - p) + g_k (p - q), to ``gradient``, which may be ``policy_logits``."""
+    """Write dz = g_m (onehot(y) - p) + g_k (p - q) to ``gradient``.
+
+    g_m and g_k are ``grad_logps`` and ``grad_kl``. ``gradient`` may be ``policy_logits`` or
+    ``reference_logits``.
+    """
     for rows in _row_blocks(labels.shape, policy_logits.shape[-1]):
         z = policy_logits[rows].to(normalizers.dtype)
         r = reference_logits[rows].to(normalizers.dtype)
@@ -138,12 +145,13 @@ def backward(
         z_max, z_scale, r_max, r_scale, gap, p_rest, _, label_gap = saved
         p, q = (z - z_max).exp() * z_scale, (r - r_max).exp() * r_scale
         g_m, g_k = grad_logps[rows].unsqueeze(-1), grad_kl[rows].unsqueeze(-1)
-        of_kl = torch.where(g_k == 0, 0, g_k * _difference(z, r, p, q, gap))
+        kl_part = torch.where(g_k == 0, 0, g_k * _difference(z, r, p, q, gap))
         at_label = torch.where(g_k == 0, 0, g_k * label_gap) + g_m * p_rest
         label = labels[rows].to(torch.int64).unsqueeze(-1)
         ignored = label == ignore_index
-        result = of_kl - g_m * p
-        outside = (label < 0) | (label >= z.shape[-1])  # in another tile, or nowhere: NaN anyway
+        result = kl_part - g_m * p
+        # The label is in another tile, or in none; then the normalizers are NaN, and so is dz.
+        outside = (label < 0) | (label >= z.shape[-1])
         label = label.masked_fill(outside, 0)
         at_label = torch.where(outside, result.gather(-1, label), at_label)
         result.scatter_(-1, label, at_label)

@@ -1,6 +1,8 @@
-"""Calls of the compiled core: here tensors become integers. Where it is absent, plain PyTorch.
+"""Calls of the compiled core: tensors become the core's structs, which hold addresses.
 
-Arguments have been checked. ``add_tile`` has no plain version: ask ``serves`` first.
+Where no compiled kernels serve a device, plain PyTorch (``fallback``) does the same. Only
+``add_tile`` and ``finish`` have no plain version: ask ``serves`` first. The public functions have
+checked all arguments.
 """
 
 from __future__ import annotations
@@ -20,10 +22,7 @@ from tdpo_ext.token_statistics.native import (
     instruction_set,
 )
 
-RECORD = 9
-"""Numbers in the record of a row (LabelledStats in csrc/vocab_stats.h)."""
-
-_DTYPE_CODES = {dtype: code for code, dtype in enumerate(checks.LOGIT_DTYPES)}
+_DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in checks.LOGIT_DTYPES}
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -45,18 +44,26 @@ def _warn_of_fallback(device: torch.device) -> None:
     fallback.warn_once(device.type, _absent_because(device) or core_absent_because)
 
 
-def _run(name: str, device: torch.device, *arguments: Any) -> Any:
-    """A function of the core, where tensors of a device are: on the CPU its instruction set and
-    threads, on CUDA the device and the caller's stream."""
+def _run(name: str, device: torch.device, work: Any, *workspace: int) -> Any:
+    """Call a function of the core for tensors on a device: on the CPU with an instruction set and a
+    number of threads, on CUDA on the caller's stream and with the address of a workspace."""
     if device.type == "cpu":
-        where: tuple[Any, Any] = instruction_set(core), torch.get_num_threads()
-        return getattr(core, name)(*where, *arguments)
+        return getattr(core, name)(instruction_set(core), torch.get_num_threads(), work)
     stream = torch.cuda.current_stream(device)
-    return getattr(core, f"cuda_{name}")(stream.device.index, stream.cuda_stream, *arguments)
+    function = getattr(core, f"cuda_{name}")
+    return function(stream.device.index, stream.cuda_stream, work, *workspace)
 
 
-def _row_layout(logits: Tensor) -> tuple[list[int], list[int]]:
-    """Sizes and strides of the leading dimensions, merged where one stride serves several."""
+# --- the core's structs: each field is described in csrc/token_stats.h ----------------------------
+
+
+def _dtype(tensor: Tensor) -> int:
+    code: int = core.DTYPES[_DTYPE_NAMES[tensor.dtype]]
+    return code
+
+
+def _row_layout(logits: Tensor) -> Any:
+    """The leading dimensions, merged where one stride serves several."""
     sizes: list[int] = []
     strides: list[int] = []
     for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
@@ -68,44 +75,60 @@ def _row_layout(logits: Tensor) -> tuple[list[int], list[int]]:
         else:
             sizes.append(size)
             strides.append(stride)
-    if len(sizes) > 4:
+    if len(sizes) > core.MOST_LEADING_DIMENSIONS:
         raise ValueError(
-            "logits may have at most 4 leading dimensions that strides keep apart, got shape "
-            f"{list(logits.shape)} with strides {list(logits.stride())}; call .contiguous()"
+            f"logits may have at most {core.MOST_LEADING_DIMENSIONS} leading dimensions that "
+            f"strides keep apart, got shape {list(logits.shape)} with strides "
+            f"{list(logits.stride())}; call .contiguous()"
         )
-    return sizes, strides
+    return core.RowLayout(dims=len(sizes), sizes=sizes, strides=strides)
+
+
+def _logits(logits: Tensor) -> Any:
+    return core.Logits(data=logits.data_ptr(), rows=_row_layout(logits))
 
 
 def _problem(
     policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, ignore_index: int
-) -> tuple[Any, ...]:
-    """What all passes over logits take (``_core.pyi``)."""
+) -> Any:
     if policy_logits.device.type == "cuda":
-        checks.check_cuda_vocabulary(policy_logits)
-    return (
-        _DTYPE_CODES[policy_logits.dtype],
-        labels.numel(),
-        policy_logits.shape[-1],
-        ignore_index,
-        policy_logits.data_ptr(),
-        *_row_layout(policy_logits),
-        reference_logits.data_ptr(),
-        *_row_layout(reference_logits),
-        labels.data_ptr(),
+        checks.check_cuda_vocabulary(policy_logits, core.LARGEST_CUDA_VOCABULARY)
+    return core.Problem(
+        dtype=_dtype(policy_logits),
+        rows=labels.numel(),
+        vocabulary=policy_logits.shape[-1],
+        ignore_index=ignore_index,
+        policy=_logits(policy_logits),
+        reference=_logits(reference_logits),
+        labels=labels.data_ptr(),
     )
 
 
-def _workspace(device: torch.device, problem: tuple[Any, ...]) -> list[Tensor]:
-    """On CUDA the memory that forward needs beside its outputs, from torch's allocator."""
+def _outputs(outputs: Outputs) -> Any:
+    policy_logps, reference_logps, forward_kl, normalizers = outputs
+    return core.Outputs(
+        policy_logps=policy_logps.data_ptr(),
+        reference_logps=reference_logps.data_ptr(),
+        forward_kl=forward_kl.data_ptr(),
+        normalizers=normalizers.data_ptr(),
+    )
+
+
+def _run_over_logits(name: str, device: torch.device, work: Any) -> Any:
+    """``_run`` with the workspace that forward needs on CUDA, from torch's allocator."""
     if device.type == "cpu":
-        return []
-    size = core.cuda_forward_workspace_bytes(*problem[:3])
-    return [torch.empty(size, dtype=torch.uint8, device=device)]
+        return _run(name, device, work)
+    size = core.cuda_forward_workspace_bytes(work.problem)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    return _run(name, device, work, workspace.data_ptr())
+
+
+# --- the calls ------------------------------------------------------------------------------------
 
 
 def _with_dense_rows(logits: Tensor) -> Tensor:
-    """What a kernel can read. The public functions have checked that, but of the tensor they were
-    given: a subclass, or PyTorch's own lazy zeros, may hand the op another one."""
+    """Logits that a kernel can read. The public functions have checked the tensor that they were
+    given, but a subclass, or PyTorch's own lazy zeros, may hand the op another one."""
     dense = logits.stride(-1) == 1 or logits.shape[-1] == 1
     return logits if dense else logits.contiguous()
 
@@ -121,14 +144,10 @@ def empty_outputs(like: Tensor, shape: torch.Size) -> Outputs:
     return logps, reference_logps, kl, like.new_empty((*shape, fallback.NORMALIZERS), dtype=dtype)
 
 
-def _addresses(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
-
-
 def token_stats(
     policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, ignore_index: int
 ) -> Outputs:
-    """Of whole rows. On the CPU a label outside the vocabulary raises IndexError."""
+    """The statistics of whole rows. On the CPU a label outside the vocabulary raises IndexError."""
     device, vocabulary = policy_logits.device, policy_logits.shape[-1]
     if not serves(device):
         _warn_of_fallback(device)
@@ -138,11 +157,11 @@ def token_stats(
     outputs = empty_outputs(policy_logits, labels.shape)
     labels = contiguous_int64(labels)
     policy_logits, reference_logits = map(_with_dense_rows, (policy_logits, reference_logits))
-    problem = _problem(policy_logits, reference_logits, labels, ignore_index)
-    workspace = _workspace(device, problem)
-    wrong_label = _run(
-        "token_stats_forward", device, *_addresses(workspace), *problem, *_addresses(outputs)
+    work = core.Forward(
+        problem=_problem(policy_logits, reference_logits, labels, ignore_index),
+        outputs=_outputs(outputs),
     )
+    wrong_label = _run_over_logits("token_stats_forward", device, work)
     if device.type == "cpu" and wrong_label >= 0:
         label = int(labels.view(-1)[wrong_label])
         raise checks.label_range_error(label, vocabulary, ignore_index)
@@ -150,35 +169,37 @@ def token_stats(
 
 
 def empty_records(rows: int, like: Tensor) -> Tensor:
-    """The records of no entry."""
-    records = like.new_zeros(rows, RECORD, dtype=fallback.accumulation_dtype(like))
+    """Records ``[rows, 9]`` to which no vocabulary entry has been added (LabelledStats in
+    csrc/vocab_stats.h)."""
+    records = like.new_zeros(rows, core.RECORD, dtype=fallback.accumulation_dtype(like))
     records[:, :2] = -torch.inf  # maxima
     records[:, 7:] = -torch.inf  # the label's logits
     return records
 
 
 def add_tile(records: Tensor, policy_tile: Tensor, reference_tile: Tensor, labels: Tensor) -> None:
-    """Merge the records of a tile ``[..., columns]`` into ``records``; labels count from it."""
+    """Add the entries of a tile ``[..., columns]`` to ``records``; labels count from the tile's
+    first column."""
     problem = _problem(policy_tile, reference_tile, labels, IGNORED)
-    workspace = _workspace(records.device, problem)
-    _run("token_stats_tile", records.device, *_addresses(workspace), *problem, records.data_ptr())
+    work = core.Tile(problem=problem, records=records.data_ptr())
+    _run_over_logits("token_stats_tile", records.device, work)
 
 
 def finish(records: Tensor, labels: Tensor, vocabulary: int, ignore_index: int) -> Outputs:
-    """Outputs ``[rows]`` from records ``[sets, rows, 9]``; NaN for labels outside."""
+    """Outputs ``[rows]`` from records ``[sets, rows, 9]``; NaN where a label lies outside the
+    vocabulary."""
     outputs = empty_outputs(records, labels.shape)
-    _run(
-        "token_stats_finish",
-        records.device,
-        _DTYPE_CODES[records.dtype],
-        labels.numel(),
-        vocabulary,
-        ignore_index,
-        labels.data_ptr(),
-        records.shape[0],
-        records.data_ptr(),
-        *_addresses(outputs),
+    work = core.Finish(
+        dtype=_dtype(records),
+        rows=labels.numel(),
+        vocabulary=vocabulary,
+        ignore_index=ignore_index,
+        labels=labels.data_ptr(),
+        sets=records.shape[0],
+        records=records.data_ptr(),
+        outputs=_outputs(outputs),
     )
+    _run("token_stats_finish", records.device, work)
     return outputs
 
 
@@ -189,7 +210,8 @@ def token_stats_of_shard(
     ignore_index: int,
     *shard: Any,
 ) -> Outputs:
-    """As ``token_stats``, of rows whose vocabulary is sharded over processes; labels are global."""
+    """As ``token_stats``, of rows whose vocabulary is sharded over processes. Labels count from the
+    first entry of the whole vocabulary."""
     device, of = policy_logits.device, Shard(*shard)
     if device.type == "cpu":
         checks.check_label_range(labels, of.total, ignore_index)
@@ -208,7 +230,8 @@ def finish_of_shards(
 ) -> Outputs:
     """Outputs ``[...]`` from this process's records ``[N, 9]`` and those of the others."""
     gathered, agreed = gather_records(records, labels, width, shard)
-    # The row of headers is finished as one that is ignored, which saves a copy of all the others.
+    # A header lies behind the records. As a row that is ignored it need not be cut off, which would
+    # copy all records.
     with_header = torch.cat([labels.reshape(-1), labels.new_full((1,), ignore_index)])
     outputs = finish(gathered, with_header, shard.total, ignore_index)
     logps, reference_logps, kl, normalizers = (
@@ -227,25 +250,28 @@ def write_gradient(
     grad_kl: Tensor,
     ignore_index: int = IGNORED,
 ) -> None:
-    """dz = g_m (onehot(y) - p) + g_k (p - q) of whole rows, or of tiles (labels count from them).
+    """dz = g_m (onehot(y) - p) + g_k (p - q) of whole rows, or of a tile, from whose first column
+    labels then count.
 
-    ``gradient`` may be the policy's logits. It may be the reference's where g_m = g_k in all rows.
-    Of float32 logits it may be bfloat16 or float16, in memory of its own: rounded once, to nearest.
+    ``gradient`` has the logits' dtype and may be the policy's logits or the reference's: each entry
+    of both is read before its gradient is stored. Where logits are float32 it may instead be
+    bfloat16 or float16, in memory of its own; it is then rounded once, to nearest.
     """
     if not serves(gradient.device):
         arguments = (labels, normalizers, grad_logps, grad_kl, ignore_index)
         fallback.backward(gradient, policy_logits, reference_logits, *arguments)
         return
-    # Incoming gradients are often expanded scalars, whose rows have no addresses of their own.
+    # Upstream gradients are often expanded scalars, whose rows have no addresses of their own.
     labels = contiguous_int64(labels)
     policy_logits, reference_logits = map(_with_dense_rows, (policy_logits, reference_logits))
-    saved = [x.contiguous() for x in (normalizers, grad_logps, grad_kl)]
-    _run(
-        "token_stats_backward",
-        gradient.device,
-        *_problem(policy_logits, reference_logits, labels, ignore_index),
-        *_addresses(saved),
-        _DTYPE_CODES[gradient.dtype],
-        gradient.data_ptr(),
-        *_row_layout(gradient),
+    normalizers, grad_logps, grad_kl = (x.contiguous() for x in (normalizers, grad_logps, grad_kl))
+    work = core.Backward(
+        problem=_problem(policy_logits, reference_logits, labels, ignore_index),
+        normalizers=normalizers.data_ptr(),
+        grad_policy_logps=grad_logps.data_ptr(),
+        grad_forward_kl=grad_kl.data_ptr(),
+        gradient_dtype=_dtype(gradient),
+        gradient=gradient.data_ptr(),
+        gradient_rows=_row_layout(gradient),
     )
+    _run("token_stats_backward", gradient.device, work)

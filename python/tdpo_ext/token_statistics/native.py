@@ -1,4 +1,4 @@
-"""The compiled core, if there is one, and what was built."""
+"""The compiled core, if it was built and loads, and a description of the build."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import importlib
 import os
 from typing import Any
 
-# torch first: the core then shares torch's OpenMP runtime. Two live runtimes in one process fight
-# over the processors.
+# torch must be imported before the core, which then shares torch's OpenMP runtime. With two
+# runtimes in one process, the threads of one wait for processors that the other keeps busy.
 import torch
 
 
@@ -27,7 +27,7 @@ INSTRUCTION_SET_VARIABLE = "TDPO_EXT_INSTRUCTION_SET"
 
 
 def instruction_set(core: Any) -> str:
-    """The instruction set the CPU kernels use: the best one here, or what the variable asks for."""
+    """The instruction set of the CPU kernels: that of the environment variable, else the best."""
     present: list[str] = core.instruction_sets()
     asked = os.environ.get(INSTRUCTION_SET_VARIABLE)
     if asked is None:
@@ -40,13 +40,13 @@ def instruction_set(core: Any) -> str:
 
 
 def _version(number: int) -> str:
-    """CUDA writes 13.2 as 13020."""
+    """A CUDA version as text, from CUDA's number: 13020 is 13.2."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
 @functools.cache
 def _no_cuda_because() -> str:
-    """Why no CUDA device can be served, in plain words; empty if one can."""
+    """The reason why no CUDA device can be served, for users; empty if one can."""
     if core is None:
         return core_absent_because
     build = core.build_info()
@@ -74,7 +74,7 @@ def _architectures() -> list[str]:
 
 @functools.cache
 def cuda_absent_because(device: torch.device) -> str:
-    """Why the CUDA kernels do not serve a device, in plain words; empty if they do."""
+    """The reason why the CUDA kernels do not serve a device, for users; empty if they do."""
     if _no_cuda_because():
         return _no_cuda_because()
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -123,14 +123,19 @@ def _cuda_backend() -> dict[str, Any]:
 
 
 def backends() -> dict[str, dict[str, Any]]:
-    """What was built and what serves tensors here, by device type.
+    """Describe what was built, and what serves tensors of each device type here.
 
     Returns:
-        A dictionary for each of "cpu" and "cuda". In it ``"compiled"`` says whether compiled
-        kernels serve the device; if not, ``"reason"`` says why in plain words, and the
-        plain-PyTorch fallback serves it. For the CPU also the compiler, the instruction sets of
-        this processor that have kernels, the one in use, whether OpenMP was built in, and the
-        threads used. For CUDA, if its kernels were built, also their architectures, the versions of
-        CUDA that the runtime has and the driver supports, and the devices.
+        ``{"cpu": {...}, "cuda": {...}}``. Each entry has ``"compiled"``, a bool: compiled kernels
+        serve the device. If they do not, the plain-PyTorch fallback does, and ``"reason"`` says
+        why. The CPU's entry also has ``"compiler"``, ``"openmp"``, ``"instruction_sets"`` (those of
+        this processor that have kernels), ``"instruction_set"`` (the one in use) and ``"threads"``.
+        The entry of CUDA, if its kernels were built, also has ``"architectures"``, ``"runtime"``
+        (the CUDA version they were built with), ``"driver"`` (the newest CUDA that the driver
+        supports) and ``"devices"``.
+
+    Raises:
+        ValueError: The environment variable TDPO_EXT_INSTRUCTION_SET names an instruction set that
+            this processor does not have.
     """
     return {"cpu": _cpu_backend(), "cuda": _cuda_backend()}

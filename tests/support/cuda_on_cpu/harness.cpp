@@ -4,6 +4,7 @@
 #include <exception>
 
 #include "cuda/team.cuh"
+#include "description.h"
 #include "token_stats.h"
 
 namespace tdpo::cuda {
@@ -32,13 +33,14 @@ const char* message_of(const Body& body) {
 
 }  // namespace
 
-// As it comes from an allocator: full of something else. NaN shows where it is read unwritten.
+// Memory from an allocator holds old data. Here that is NaN, which shows in the results if a kernel
+// reads what it has not written.
 std::vector<uint64_t> workspace_for(const tdpo::TokenStatsProblem& problem) {
   const size_t bytes = static_cast<size_t>(tdpo::cuda::forward_workspace_bytes(problem));
   return std::vector<uint64_t>(bytes / sizeof(uint64_t) + 1, ~uint64_t(0));
 }
 
-// Each returns an error message, empty if all is well.
+// Each function returns an error message, which is empty if there was no error.
 
 extern "C" const char* emulated_forward(const tdpo::TokenStatsForward* work) {
   return message_of([&] {
@@ -60,11 +62,16 @@ extern "C" const char* emulated_backward(const tdpo::TokenStatsBackward* work) {
   return message_of([&] { tdpo::cuda::token_stats_backward(*work, {0, nullptr}); });
 }
 
+extern "C" const char* emulated_description() {
+  static const std::string text = tdpo::description();
+  return text.c_str();
+}
+
 extern "C" long emulated_launches() { return cuda_on_cpu::launches; }
 
 extern "C" const char* emulated_path() { return TDPO_INLINE_PTX ? "inline PTX" : "plain"; }
 
-// Of a product and a sum: whether the product was rounded before the sum.
+// Whether a * b + c rounds the product before the sum ("plain") or not ("fma").
 extern "C" const char* emulated_rounding() {
   volatile float above_1 = 1 + 0x1p-12f, minus_square = -(1 + 0x1p-11f);
   const float factor = above_1;

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cpu/row_kernels.h"
+#include "description.h"
 #include "token_stats.h"
 
 namespace {
@@ -33,6 +34,11 @@ const char* sanitized_instruction_sets() {
     names += (names.empty() ? "" : " ") + std::string(kernels->instruction_set);
   }
   return names.c_str();
+}
+
+const char* sanitized_description() {
+  static const std::string text = tdpo::description();
+  return text.c_str();
 }
 
 const char* sanitized_forward(const char* instruction_set, int threads,

@@ -54,16 +54,16 @@ struct Tensors {
         logps(kRows),
         reference_logps(kRows),
         kl(kRows),
-        normalizers(kRows * 8),
-        records(kRows * 9) {
+        normalizers(kRows * tdpo::kNormalizers),
+        records(kRows * tdpo::kRecord) {
     for (int64_t at = 0; at < kRows * vocabulary; ++at) {
       policy[at] = number<Storage>(std::sin(0.37 * at));
       reference[at] = number<Storage>(std::cos(0.11 * at));
     }
     for (int64_t row = 0; row < kRows; ++row) labels[row] = row % vocabulary;
     labels[1] = -100;
-    for (int64_t at = 0; at < kRows * 9; ++at)
-      records[at] = Real(at % 9 < 2 || at % 9 > 6 ? -INFINITY : 0);
+    for (int64_t at = 0; at < kRows * tdpo::kRecord; ++at)
+      records[at] = Real(at % tdpo::kRecord < 2 || at % tdpo::kRecord > 6 ? -INFINITY : 0);
   }
 
   tdpo::RowLayout rows() const {
@@ -86,22 +86,23 @@ struct Tensors {
 
   tdpo::TokenStatsOutputs outputs(int64_t first) {
     return {logps.data() + first, reference_logps.data() + first, kl.data() + first,
-            normalizers.data() + 8 * first};
+            normalizers.data() + tdpo::kNormalizers * first};
   }
 
   // All passes over one thread's rows; the gradient overwrites the policy's logits.
   void work(DType dtype, const tdpo::cpu::RowKernels& kernels, int64_t first) {
     const tdpo::TokenStatsProblem mine = problem(dtype, first);
-    tdpo::cpu::token_stats_tile({mine, records.data() + 9 * first}, kernels, 1);
+    tdpo::cpu::token_stats_tile({mine, records.data() + tdpo::kRecord * first}, kernels, 1);
     tdpo::cpu::token_stats_finish({dtype, kRowsOfAThread, vocabulary, -100, mine.labels, 1,
-                                   records.data() + 9 * first, outputs(first)},
+                                   records.data() + tdpo::kRecord * first, outputs(first)},
                                   1);
     tdpo::cpu::token_stats_forward({mine, outputs(first)}, kernels, 1);
     const std::vector<Real> g_m = {Real(1), Real(1), Real(0.5)},
                             g_k = {Real(0.5), Real(1), Real(0)};
-    tdpo::cpu::token_stats_backward({mine, normalizers.data() + 8 * first, g_m.data(), g_k.data(),
-                                     dtype, policy.data() + first * vocabulary, rows()},
-                                    kernels, 1);
+    tdpo::cpu::token_stats_backward(
+        {mine, normalizers.data() + tdpo::kNormalizers * first, g_m.data(), g_k.data(), dtype,
+         policy.data() + first * vocabulary, rows()},
+        kernels, 1);
   }
 };
 

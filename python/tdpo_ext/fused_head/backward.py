@@ -1,0 +1,103 @@
+"""The path "recompute": gradients for any upstream gradients, from logits that are made once more.
+
+With the products of dh and dW it takes 3 to 4 units.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tdpo_ext.distributed import sum_gradient
+from tdpo_ext.fused_head.head import HeadGradients, Wanted
+from tdpo_ext.fused_head.problem import Problem, Upstream, tile_gradient
+from tdpo_ext.fused_head.tiles import (
+    Rows,
+    Scratch,
+    column_ranges,
+    row_chunks,
+    row_count,
+    rows_of_groups,
+)
+from tdpo_ext.token_statistics import kernels
+
+
+class Kind(NamedTuple):
+    """Whose logits the gradient of a row needs (docs/algebra.md)."""
+
+    policy: bool
+    reference: bool
+
+
+KINDS = (Kind(True, True), Kind(True, False), Kind(False, True))
+
+
+def rows_of_kinds(problem: Problem, upstream: Upstream) -> list[Rows]:
+    """The rows of each of ``KINDS``; rows with gradient 0 are left out."""
+    if problem.captured:
+        return [slice(0, problem.labels.numel()), slice(0, 0), slice(0, 0)]
+    _, grad_logps, grad_kl = upstream
+    kind = torch.zeros_like(problem.labels)
+    if kernels.serves(kind.device):  # plain PyTorch reads both in any case
+        kind.masked_fill_(grad_kl == 0, 1).masked_fill_(grad_kl == grad_logps, 2)
+    nothing = (grad_kl == 0) & (grad_logps == 0)
+    return rows_of_groups(kind.masked_fill_(nothing | ~problem.kept, len(KINDS)), len(KINDS))
+
+
+def backward(problem: Problem, upstream: Upstream, wanted: Wanted) -> tuple[Tensor, ...]:
+    """Gradients of the policy's hidden states, weight and bias for any upstream gradients."""
+    if problem.captured:  # no row is left out, so ignored ones get upstream gradients 0
+        ignored = ~problem.kept
+        grads = (grad.masked_fill(ignored, 0) for grad in upstream[1:])
+        upstream = Upstream(upstream.normalizers, *grads)
+    gradients = HeadGradients(problem.policy, wanted)
+    for kind, rows in zip(KINDS, rows_of_kinds(problem, upstream), strict=True):
+        if row_count(rows):
+            backward_of_kind(problem, kind, rows, upstream, gradients)
+    if problem.shard is not None and wanted.hidden:
+        sum_gradient(gradients.hidden, problem.shard)
+    return gradients.results()
+
+
+def backward_of_kind(
+    problem: Problem, kind: Kind, rows: Rows, upstream: Upstream, gradients: HeadGradients
+) -> None:
+    """Add the gradients of all rows of one kind.
+
+    Its scratch memory is freed on return, before the next kind allocates some.
+    """
+    whole_rows = not kernels.serves(problem.labels.device)
+    tiles = 2 if problem.policy.softcap else kind.policy + kind.reference
+    plan = problem.plan(rows, tiles, whole_rows=whole_rows, gradients=True)
+    scratch = Scratch(plan, problem.heads, tiles, gradients=True)
+    for chunk in row_chunks(rows, plan.rows):
+        recompute(problem, kind, chunk, upstream.of_rows(chunk), gradients, scratch)
+
+
+def recompute(
+    problem: Problem,
+    kind: Kind,
+    rows: Rows,
+    upstream: Upstream,
+    gradients: HeadGradients,
+    scratch: Scratch,
+) -> None:
+    """Add the gradients of some rows of one kind, tile by tile."""
+    policy, reference = problem.heads
+    states = policy.states_of(rows)
+    reference_states = reference.states_of(rows) if kind.reference else states
+    labels = problem.own_labels[rows]
+    gradients.begin_pass(rows, states)
+    for columns in column_ranges(policy.vocabulary, scratch.plan.columns):
+        shape = labels.numel(), len(columns)
+        z, r = scratch.tile(0, *shape), scratch.tile(-1, *shape)
+        if kind.reference:
+            reference.write_logits(reference_states, columns, r, scratch.cast)
+        if kind.policy or policy.softcap:  # last, so that dh can use the cast weights again
+            policy.write_logits(states, columns, z, scratch.cast)
+        own_labels = labels - columns.start
+        gradient = tile_gradient(problem, (z, r), own_labels, upstream, scratch.gradient(*shape))
+        gradients.add(columns, gradient, scratch.cast)
+    gradients.end_pass()

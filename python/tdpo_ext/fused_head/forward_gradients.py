@@ -1,0 +1,135 @@
+"""The paths "direction" and "whole pairs": gradients made in forward, from the same logits.
+
+They take 3 and 4 units. A row's whole logits exist, so its statistics are known before its gradient
+is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from tdpo_ext.fused_head.head import HeadGradients, Wanted
+from tdpo_ext.fused_head.problem import (
+    Problem,
+    Upstream,
+    empty_outputs,
+    put,
+    tile_gradient,
+    whole_logits,
+)
+from tdpo_ext.fused_head.tiles import Rows, Scratch, row_chunks, row_count, rows_of_groups
+from tdpo_ext.token_statistics import kernels
+
+
+def forward_and_gradient(
+    problem: Problem,
+    rows: Rows,
+    upstream_of: Callable[[Rows], tuple[Tensor, Tensor]],
+    factor_of: Callable[[Rows], Tensor] | None,
+    outputs: kernels.Outputs,
+    gradients: HeadGradients,
+    scratch: Scratch,
+) -> None:
+    """Write the statistics of some rows to ``outputs``, and add their gradients to ``gradients``.
+
+    Args:
+        problem: The inputs.
+        rows: Whole rows; they are taken in groups, or as one group where the gradient of the logits
+            overwrites them.
+        upstream_of: The upstream gradients of log p(y) and of the KL, for the rows of one group,
+            whose statistics are known.
+        factor_of: A factor for each row's gradient, asked for when the statistics of all ``rows``
+            are known; None: 1.
+        outputs: The statistics of all rows of the problem.
+        gradients: The gradients of the policy's head.
+        scratch: Memory for the logits.
+    """
+    states, start = problem.policy.states_of(rows), 0
+    beside = scratch.gradient(row_count(rows), problem.policy.vocabulary)
+    gradient = beside
+    for group in row_chunks(rows, scratch.plan.rows):
+        at = slice(start, start + row_count(group))
+        tiles = whole_logits(problem, states[at], problem.reference.states_of(group), scratch)
+        labels = problem.labels[group]
+        values = kernels.token_stats(*tiles, labels, problem.ignore_index)
+        put(outputs, group, values)
+        upstream = Upstream(values[3], *upstream_of(group))
+        group_gradient = None if beside is None else beside[at]
+        made = tile_gradient(problem, tiles, labels, upstream, group_gradient)
+        gradient = made if beside is None else beside
+        start = at.stop
+    assert gradient is not None
+    gradients.begin_pass(rows, states, None if factor_of is None else factor_of(rows))
+    gradients.add(range(problem.policy.vocabulary), gradient, scratch.cast)
+    gradients.end_pass()
+
+
+def unit_upstream(problem: Problem, ratio: Tensor) -> Callable[[Rows], tuple[Tensor, Tensor]]:
+    """The upstream gradients of log p(y) and KL in log p(y) + ratio KL; 0 for ignored rows."""
+    unit = problem.kept.to(ratio.dtype)
+    return lambda rows: (unit[rows], ratio[rows] * unit[rows])
+
+
+def forward_with_direction(problem: Problem, ratio: Tensor) -> tuple[kernels.Outputs, Tensor]:
+    """The statistics, and the gradient of log p(y) + ratio KL for the hidden states, ``[N, H]``.
+
+    If the upstream gradient of each token's KL is ``ratio``, ``[N]``, times that of its log p(y),
+    then backward only multiplies this by the upstream gradient of log p(y).
+    """
+    rows, outputs = problem.kept_rows(), empty_outputs(problem)
+    gradients = HeadGradients(problem.policy, Wanted(hidden=True, weight=False, bias=False))
+    plan = problem.plan_with_gradients(rows, all_at_once=False)
+    scratch = Scratch(plan, problem.heads, tiles=2, gradients=True)
+    upstream_of = unit_upstream(problem, ratio.to(outputs[0].dtype))
+    for chunk in row_chunks(rows, plan.gradient_rows):
+        forward_and_gradient(problem, chunk, upstream_of, None, outputs, gradients, scratch)
+    return outputs, gradients.hidden
+
+
+def forward_by_pairs(
+    problem: Problem,
+    chunk_of_token: Tensor,
+    chunks: int,
+    ratio: Tensor,
+    slopes_of: Callable[[kernels.Outputs], Tensor],
+    wanted: Wanted,
+) -> tuple[kernels.Outputs, tuple[Tensor, ...]]:
+    """The statistics, and the gradients of the loss for the policy's head, some pairs at a time.
+
+    If the gradient of the logits lies beside them, it is made without the slopes, which then scale
+    the gradients that its products give: the slopes need the statistics of all tokens of a pair.
+
+    Args:
+        problem: The inputs.
+        chunk_of_token: The number of each token's chunk, ``[N]``. A chunk holds whole pairs.
+        chunks: The number of chunks.
+        ratio: The upstream gradient of each token's KL over that of its log p(y), ``[N]``.
+        slopes_of: The derivative of the loss with respect to each token's log p(y), ``[N]``, from
+            the outputs so far. It is read for tokens of pairs whose statistics are complete.
+        wanted: The tensors that get a gradient.
+
+    Returns:
+        The outputs, and the gradients of hidden states, weight and bias.
+    """
+    outputs = empty_outputs(problem)
+    gradients = HeadGradients(problem.policy, wanted)
+    groups = rows_of_groups(chunk_of_token.masked_fill(~problem.kept, chunks), chunks)
+    plan = problem.plan_with_gradients(max(groups, key=row_count), all_at_once=True)
+    scratch = Scratch(plan, problem.heads, tiles=2, gradients=True)
+
+    def factor_of(rows: Rows) -> Tensor:
+        return slopes_of(outputs)[rows]
+
+    def upstream_of(rows: Rows) -> tuple[Tensor, Tensor]:
+        slopes = slopes_of(outputs)[rows]
+        return slopes, slopes * ratio[rows]
+
+    unit = unit_upstream(problem, ratio)
+    for rows in filter(row_count, groups):
+        if problem.policy.rounds_gradient:
+            forward_and_gradient(problem, rows, unit, factor_of, outputs, gradients, scratch)
+        else:
+            forward_and_gradient(problem, rows, upstream_of, None, outputs, gradients, scratch)
+    return outputs, gradients.results()

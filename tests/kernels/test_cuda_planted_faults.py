@@ -130,6 +130,7 @@ def test_a_fault_in_a_hot_loop(tmp_path, fault):
     assert status == 1, output[-3000:]
 
 
+@pytest.mark.slow  # compiled with a sanitizer, which takes a minute
 @needs_sanitizer
 def test_a_load_past_the_end(tmp_path):
     """What is read there is not even used: only the sanitizer sees it."""

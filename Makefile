@@ -36,8 +36,8 @@ bench: .venv/installed .venv/demo
 	$(python) benchmarks/training_step.py benchmarks/results
 	$(python) benchmarks/render.py
 
-docs: # options, measured errors and figures, put into the pages
-	python3 docs/fill.py
+docs: .venv/installed .venv/demo # options, measured errors and figures, put into the pages
+	$(python) docs/fill.py
 
 clean:
 	rm -rf .venv build dist

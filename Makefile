@@ -24,14 +24,15 @@ lint: .venv/installed .venv/development
 	$(python) -m mypy
 	$(python) .ci/check_imports.py
 	$(python) .ci/check_links.py
-	.venv/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh')
+	.venv/bin/clang-format --dry-run --Werror $$(find csrc tests benchmarks \
+		-name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 site: .venv/site # the pages and the docstrings, in build/site
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
 	@echo "== Built: build/site/index.html"
 
 bench: .venv/installed .venv/demo
-	$(python) benchmarks/logits_cpu.py
+	$(python) benchmarks/logits_cpu.py benchmarks/results
 	$(python) benchmarks/fused_head.py benchmarks/results
 	$(python) benchmarks/training_step.py benchmarks/results
 	$(python) benchmarks/render.py

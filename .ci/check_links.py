@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python" / "tdpo_ext"
-PAGES = ("*.md", "docs/*.md", "tests/*.md", "examples/*.md")
+PAGES = ("*.md", "docs/*.md", "tests/*.md", "examples/*.md", "benchmarks/results/*.md")
 
 MADE = ("build", "dist", ".venv")  # by commands
 
@@ -39,7 +39,13 @@ TEST = re.compile(r"(?<![\w./])test_\w+(?![\w.*/])")
 
 @functools.cache
 def files() -> frozenset[str]:
-    """All files of the repository, also those that are not committed yet."""
+    """All files of the repository, also those that are not committed yet.
+
+    In a copy without git: all but what commands make.
+    """
+    if not (ROOT / ".git").exists():
+        paths = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+        return frozenset(path.as_posix() for path in paths if path.parts[0] not in MADE)
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     names = subprocess.check_output(listed, cwd=ROOT, text=True).splitlines()
     return frozenset(name for name in names if (ROOT / name).exists())

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitizes and measures the CUDA kernels on a machine with a GPU, which may be
-# offline and just started. Writes logs and JSON into OUT. It takes about seven minutes; each step has
-# a time limit.
+# offline and just started. Writes logs and JSON into OUT, over those of an earlier run; all other
+# files there stay. It takes about seven minutes; each step has a time limit.
 #
 #   bash benchmarks/gpu_check.sh OUT [WHEELS]
 #   bash benchmarks/gpu_check.sh OUT --choices    only times what a card decides (choices.cuh)
@@ -22,7 +22,14 @@ esac
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 site=$PWD/build/gpu-site
-rm -rf "$site" "$out"/*.log "$out"/*.json
+# What an earlier run has left, so that nothing of it is taken for this one's.
+logs=(kernel_times warm_up build memcheck racecheck initcheck synccheck tests parity benchmark fused
+  training choices steps sanitizers)
+reports=(gpu-check parity gpu-against-copy fused-head-cuda training-step-cuda)
+rm -rf "$site"
+if [ "$choices" = 0 ]; then
+  (cd "$out" && rm -f "${logs[@]/%/.log}" "${reports[@]/%/.json}")
+fi
 export PYTHONPATH=$site PYTHONUNBUFFERED=1 PATH=$PATH:/usr/local/cuda/bin:$site/bin
 
 # step NAME SECONDS COMMAND...: its output goes to NAME.log, its status and time to steps.log.
@@ -130,9 +137,10 @@ for name, step in steps.items():
 (out / "gpu-check.json").write_text(json.dumps(steps, indent=1) + "\n")
 (out / "steps.log").unlink()
 with (out / "sanitizers.log").open("w") as log:
-    for one in sorted(out.glob("*check.log")):
-        log.write(f"== {one.stem}\n{one.read_text()}")
-        one.unlink()
+    for name in ("initcheck", "memcheck", "racecheck", "synccheck"):
+        if (one := out / f"{name}.log").exists():
+            log.write(f"== {name}\n{one.read_text()}")
+            one.unlink()
 sys.exit(any(step["status"] for step in steps.values()))
 PYTHON
 }

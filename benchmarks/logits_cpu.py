@@ -2,9 +2,9 @@
 
 Providers and limits take turns round by round in one process, so a drift of the machine's speed
 meets all of them. The limits are a read of the same bytes, and a read with a write over the
-policy's logits. Writes benchmarks/results/logits-cpu.json.
+policy's logits. Writes logits-cpu.json into a folder.
 
-    python benchmarks/logits_cpu.py [--rounds 5] [--rows 64] [--out benchmarks/results]
+    python benchmarks/logits_cpu.py benchmarks/results [--rounds 5] [--rows 64]
 """
 
 from __future__ import annotations
@@ -165,9 +165,9 @@ def small_calls(repeats: int = 300) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks" / "results")
     parser.add_argument("--note", default="", help="a remark for readers of the numbers")
     options = parser.parse_args()
     measurements = []
@@ -190,7 +190,7 @@ def main() -> None:
         "small_call_microseconds": small_calls(),
         "measurements": measurements,
     }
-    options.out.mkdir(exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "logits-cpu.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

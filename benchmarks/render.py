@@ -75,19 +75,25 @@ def load(name: str) -> Report | None:
 
 
 HOW = """\
-All figures of this page come from the reports in `benchmarks/results/`. To repeat them, on a
+All figures of this page come from the reports in `benchmarks/results/`. One of them, `by-hand.json`
+of the run on a GPU, was filled in by hand
+([which report is behind which figure](../benchmarks/results/README.md)). To repeat the others, on a
 machine that does nothing else:
 
 ```bash
-make bench                         # the CPU's, then this page and its pictures
-bash benchmarks/gpu_check.sh OUT   # a GPU's, with build and tests: about 7 minutes
-python benchmarks/render.py        # this page and its pictures, from the reports
-make docs                          # the figures of the other pages
+make bench                               # the CPU's, then this page and its pictures
+bash benchmarks/gpu_check.sh OUT         # a GPU's, with build and tests: about 7 minutes
+.venv/bin/python benchmarks/render.py    # this page and its pictures, from the reports
+make docs                                # the figures of the other pages
 ```
 
-One table alone: the command that stands before it; it writes a report into the folder OUT. A
-report of a GPU goes into a folder of its own in `benchmarks/results/`, which `RUN` in
-`benchmarks/render_gpu.py` names."""
+One table alone: the command that stands before it. It writes a report into the folder OUT. Its
+`python` is one that has this package: `.venv/bin/python` after `make bench`, or on a machine with a
+GPU the one into which you installed it. `gpu_check.sh` needs nvcc and some packages, which its head
+lists, and writes over the logs and reports of an earlier run in OUT.
+
+To put a run on a GPU on this page: its reports go into a folder of their own in
+`benchmarks/results/`, which `RUN` in `benchmarks/render_gpu.py` names."""
 
 
 def page() -> str:

@@ -43,6 +43,13 @@ def training_step() -> Report:
     return load("training-step-cuda.json") or by_hand().get("training_step", {})
 
 
+NOTED = "Noted by hand (`by-hand.json`)."
+
+
+def step_is_by_hand() -> bool:
+    return not load("training-step-cuda.json")
+
+
 def made_on(report: Report) -> str:
     """Card, commit, torch and CUDA, to be named at every table."""
     known = {**by_hand().get("run", {}), **report}
@@ -171,7 +178,7 @@ def gap_section() -> list[str]:
         "deviation of the gap of two logits, which are N(0, 1)) and by the kind of upstream "
         "gradients. V = 4096 in float32 is a tile of the fused head. Made with a C++ program, "
         "without PyTorch, that was not kept; `benchmarks/kernel_times.cu` takes such a table now. "
-        + repeat("bash benchmarks/gpu_check.sh OUT"),
+        f"{NOTED} {repeat('bash benchmarks/gpu_check.sh OUT')}",
         *table(["V", "dtype", *gaps, *KINDS.values()], gap_rows(rows)),
         "",
         "![Share of a copy's bandwidth](gpu-copy.png)",
@@ -271,7 +278,8 @@ def chunk_section() -> list[str]:
         "",
         f"{made_on({})}. By `chunk_bytes`, at {shape_of(chunks)}. Only the largest holds a pair's "
         "logits, so that they need not be made again; a step takes "
-        f"{chunks['peak_gib_of_the_last']} GiB then. {repeat(CHOICES)}",
+        f"{chunks['peak_gib_of_the_last']} GiB then. {NOTED} `{CHOICES}` measures such a table "
+        "anew, into a report of its own, from which no page is made.",
         *table(["chunk_bytes, MiB", "full, ms", "frozen head, ms"], rows),
     ]
 
@@ -285,8 +293,8 @@ def products_section() -> list[str]:
     return [
         "",
         f"{made_on({})}. TFLOP/s of products alone by the columns of a tile, "
-        f"{products['rows']} tokens, H = {products['width']}, bfloat16 operands. The script was "
-        f"not kept; whole steps by the columns of a tile: `{CHOICES}`.",
+        f"{products['rows']} tokens, H = {products['width']}, bfloat16 operands. {NOTED} The "
+        f"script was not kept; whole steps by the columns of a tile: `{CHOICES}`.",
         *table(["result", *columns], rows),
     ]
 
@@ -339,7 +347,8 @@ def step_section(report: Report) -> list[str]:
     return [
         "### A whole training step",
         "",
-        f"{made_on(report)}. {repeat('python benchmarks/training_step.py OUT --device cuda')} "
+        f"{made_on(report)}. {f'{NOTED} ' if step_is_by_hand() else ''}"
+        f"{repeat('python benchmarks/training_step.py OUT --device cuda')} "
         f"{step_text(report)} The limit is the two backbones alone, without head and loss. Peak "
         "memory is all that was allocated, models included.",
         *step_table(report),
@@ -364,8 +373,8 @@ def small_section() -> list[str]:
         "### Small calls",
         "",
         f"{made_on({})}. Forward and backward, microseconds by the wall clock: the host's, since a "
-        "GPU has next to nothing to do. `tdpo_ext` is the whole loss. The script was not kept; "
-        "`benchmarks/logits_cpu.py` times small calls on the CPU.",
+        f"GPU has next to nothing to do. `tdpo_ext` is the whole loss. {NOTED} The script was not "
+        "kept; `benchmarks/logits_cpu.py` times small calls on the CPU.",
         *table(["tokens x V", *names], rows),
     ]
 

@@ -65,7 +65,7 @@ def logits_section(report: Report) -> list[str]:
     return [
         "## From logits, on the CPU",
         "",
-        f"To repeat: `python benchmarks/logits_cpu.py`. {report['processor']}, torch "
+        f"To repeat: `python benchmarks/logits_cpu.py OUT`. {report['processor']}, torch "
         f"{report['torch']}, commit {report['commit']}, instruction set "
         f"{report['instruction_set']}, {report['rows']} rows, medians of {report['rounds']} "
         "interleaved rounds, nanoseconds for each pair (policy logit, reference logit). `eager` is "

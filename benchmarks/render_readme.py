@@ -204,7 +204,22 @@ def about_the_gpu() -> str:
     logits, step = render_gpu.load(render_gpu.LOGITS), render_gpu.training_step()
     steps = f" The training step: {render_gpu.step_text(step)}" if step else ""
     notes = render_gpu.by_hand().get("notes", [])
-    return " ".join([f"**{render_gpu.made_on(logits)}**, {logits['dtype']}.{steps}", *notes[:1]])
+    return " ".join(
+        [f"**{render_gpu.made_on(logits)}**, {logits['dtype']}.{steps}", *notes[:1], sources()]
+    )
+
+
+def sources() -> str:
+    """Which rows of the GPU's table come from reports, and which were noted by hand."""
+    folder = f"benchmarks/results/{render_gpu.RUN.name}/"
+    by_hand = ["the training step"] if render_gpu.step_is_by_hand() else []
+    by_hand += ["the small call"] if render_gpu.by_hand().get("small_calls") else []
+    if not by_hand:
+        return f"From [{folder}]({folder})."
+    return (
+        f"From [{folder}]({folder}); {' and '.join(by_hand)} from its `by-hand.json`, which was "
+        "filled in by hand."
+    )
 
 
 def about_the_cpu() -> str:
@@ -216,8 +231,9 @@ def about_the_cpu() -> str:
         unnamed = f" The fused head: {fused['processor']}, commit {fused['commit']}."
     return (
         f"**{cpu['processor']}, {cpu['instruction_set'].upper()}**, {CPU_THREADS} threads, torch "
-        f"{cpu['torch']}, from logits at commit {cpu['commit']}; float32 to bfloat16 where there "
-        f"are two numbers, else float32.{unnamed}"
+        f"{cpu['torch']}, from logits at commit {cpu['commit']}. A range (x to y) has the results "
+        "of float32 and bfloat16 at its ends, the smaller first. The fused head and the small call "
+        f"are float32.{unnamed}"
     )
 
 
@@ -231,6 +247,11 @@ def where_it_is_slower() -> str:
             f"against {small['eager']:.0f} of eager PyTorch and {small['torch.compile']:.0f} of "
             "`torch.compile`."
         )
+    lines.append(
+        "- With bfloat16 heads on a CPU that multiplies bfloat16 in hardware (AVX512-BF16, AMX) "
+        "the fused head is slower than eager PyTorch, which rounds its logits to bfloat16. No "
+        "report times this."
+    )
     return "\n".join(lines)
 
 

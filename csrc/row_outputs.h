@@ -4,13 +4,12 @@
 //
 //   an entry   in [0, vocabulary): the row is computed.
 //   ignored    equal to ignore_index: the row is not read; its outputs and its gradient are 0.
-//   outside    any other: forward on the CPU returns the row's number and writes nothing, from
-//   which
+//   outside    any other. Forward on the CPU writes nothing and returns the row's number, of which
 //              Python makes an IndexError. Forward on CUDA and both `finish` write NaN to all
 //              outputs and normalizers of the row, which CUDA's forward does not read. Backward
 //              computes such a row from its NaN normalizers: its gradient is NaN, but 0 where both
-//              upstream gradients are 0. In a tile a label outside is another tile's, and nothing
-//              special.
+//              upstream gradients are 0. In a tile a label outside belongs to another tile, and
+//              the row is computed like any other.
 #pragma once
 
 #include <math.h>

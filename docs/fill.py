@@ -68,11 +68,12 @@ def tables_of_options() -> dict[str, list[dict[str, Any]]]:
     restricted = constants["RESTRICTED_OPTIONS"]
     assert isinstance(restricted, ast.Tuple)
     for call in restricted.elts:
-        assert isinstance(call, ast.Call)  # RestrictedOption(name, allowed, why)
-        name, allowed, why = (
+        assert isinstance(call, ast.Call)  # RestrictedOption(name, allowed, why[, free_from])
+        name, allowed, why, *free_from = (
             ast.literal_eval(constants[x.id] if isinstance(x, ast.Name) else x) for x in call.args
         )
         values = ", ".join(f"`{value!r}`" for value in allowed)
+        values += "".join(f"; any from TRL {version} on" for version in free_from)
         refused.append({"option": f"`{name}`", "allowed": values, "why": why})
     return {"options_of_tdpo_config": own, "refused_options": refused}
 

@@ -5,7 +5,7 @@
 // Reads [vocabulary] logits z and r of type T, only the side that the kind of gradient needs; a
 // label y that may lie outside; the Normalizers<Real> that forward has saved; and the upstream
 // gradients g_m (of log p(y)) and g_k (of KL(q || p)). Writes [vocabulary] entries of type G, which
-// may lie over z if G is T.
+// may lie over z or over r if G is T: entries are read before their gradient is written.
 //
 //   choose the kind of gradient from g_m and g_k
 //   for each group or each two vectors of entries:
@@ -32,7 +32,9 @@ namespace tdpo::cpu::TDPO_INSTRUCTION_SET {
 namespace {
 
 // The kinds of gradient of all entries but the label's. Each reads only the logits that its formula
-// needs. CUDA has the same kinds under the same names.
+// needs. csrc/cuda/token_stats_backward.cu has PolicyOnly, ReferenceOnly, Direct and Mixed too. It
+// has no Close, chooses Direct only for g_k between 0 and g_m, and has Zero where this file calls
+// memset.
 
 template <class M>
 struct PolicyOnly {  // g_k = 0: -g_m p
@@ -146,7 +148,8 @@ void write_divergence_gradient(G* gradient, const T* policy, const T* reference,
   write_gradient(gradient + at, policy + at, reference + at, count - at, mixed);
 }
 
-// Direct has enough digits as long as |g_k| is at most this many times |g_m|.
+// Direct has enough digits as long as |g_k| is at most this many times |g_m|. Rows whose gap has no
+// digits take it as well, since Close would need them.
 template <class Real>
 constexpr Real kLargestRatioOfDirect = 4;
 

@@ -31,7 +31,7 @@ struct RowBackward {
   const void* normalizers;       // Normalizers<Real> of the row
   const void* grad_policy_logp;  // Real, g_m
   const void* grad_forward_kl;   // Real, g_k
-  void* gradient;                // [vocabulary] of G; may be the policy's logits if G is T
+  void* gradient;                // [vocabulary] of G; may be the logits of a side if G is T
 };
 
 constexpr int kDTypes = 4;

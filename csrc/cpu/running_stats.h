@@ -19,8 +19,9 @@
 // on the close path that has a large |d|, or an entry out of range, adds nothing and goes by on the
 // mixed path.
 //
-// The base comes from a row's first 128 entries. It moves only where entries exceed it by more than
-// kHeadroom, so no pass looks for the maximum.
+// The base comes from a row's first 128 entries. Its maxima move only if entries exceed them by
+// more than kHeadroom, so no pass looks for the maximum. Its centre moves with them where it has to
+// (raise_base), and where sums with a good part of the mass show that it is off (recentre).
 #pragma once
 
 #include <cmath>
@@ -86,10 +87,11 @@ class RunningStats {
 
   // An entry may lie this far above the base: exp_in_range still holds there.
   static constexpr Real kHeadroom = 10;
-  // Maxima below this in size have an exact rounder (kExactSteps). The comparison also rejects
-  // infinity and NaN.
+  // While |maximum| is below this, the rounding constant that exp_in_range gets for it is exact.
+  // The comparison is false for infinity and NaN as well.
   static constexpr double kLargestBase = kExactSteps<Real>;
-  // The far path is exact enough if the excess is at least this part of the mass.
+  // The far path is exact enough if the excess, less what an inaccurate centre contributes to it,
+  // is at least this part of the mass.
   static constexpr double kFarPart = 1.0 / 12;
   // At a centre of this size or more, rounding z - r loses digits of both. The mixed path then
   // subtracts a whole number near the centre from the larger side first, which is exact for every
@@ -136,8 +138,9 @@ class RunningStats {
   // The base as the vectors need it; 0 where a side has no finite maximum yet.
   Real policy_base, reference_base, centre;
   double k;  // e^(reference_max + centre - policy_max); 0 where there is none
-  // For exp_in_range: the rounders of the maxima, which stand for whole powers of two, and the
-  // factors e^(those powers in nats - maximum) that its sums are multiplied by.
+  // For exp_in_range: a rounding constant for each side, made from its maximum rounded to a
+  // multiple of ln 2. The scales, e^(rounded maximum - maximum), correct the sums for that
+  // rounding.
   Real policy_rounder, reference_rounder;
   double policy_scale, reference_scale;
   bool base_is_quick;  // whether the close and far paths may be tried
@@ -180,8 +183,8 @@ class RunningStats {
     if (extremes.policy_max > base.policy_max) base.policy_max = extremes.policy_max;
     const bool higher = extremes.reference_max > base.reference_max;
     if (higher) base.reference_max = extremes.reference_max;
-    // A new centre with a new reference maximum; and where the policy's maximum has risen so far
-    // that k is 0, since gaps from the old centre might overflow.
+    // Compute the centre anew if the reference's maximum rose, or if the policy's rose so far that
+    // k underflows to 0: gaps from the old centre might overflow.
     if (higher || linear_scale(base.reference_max, base.centre, base.policy_max) == 0) {
       base.centre = centre_of(policy, reference, count, extremes);
     }
@@ -205,9 +208,9 @@ class RunningStats {
     if (try_far || !far_is_exact(0, 0, 0)) blocks_on_mixed_path = kBlocksOnMixedPath;
   }
 
-  // Whether the far path keeps enough digits, with these sums added to those so far. The part of
-  // the excess that a better centre would not remove must be at least kFarPart of the mass. With
-  // x = E[e^d] - 1 the centre is off by log(1 + x), which accounts for about x^2 / 2 of the excess.
+  // Whether the far path keeps enough digits, with these sums added to those so far. The excess,
+  // less what an inaccurate centre contributes to it, must be at least kFarPart of the mass. With
+  // x = E[e^d] - 1 the centre is off by log(1 + x) and contributes about x^2 / 2.
   bool far_is_exact(double policy_sum, double reference_sum, double excess_sum) const {
     const double p = stats.policy_sum + policy_sum, w = k * (stats.reference_sum + reference_sum);
     const double off = p - w;

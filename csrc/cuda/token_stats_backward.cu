@@ -15,18 +15,23 @@
 //
 // Roofline, per entry of S bytes: writes S, and reads 2 S where both sides are needed, S where one
 // distribution cancels (TDPO1 reads no policy; DPO and the chosen rows of TDPO2 no reference),
-// nothing where both upstream gradients are 0 or the label is ignored. One or two exponentials. An
-// H200 (4.3 TB/s in a copy, 132 multiprocessors at 1.9 GHz) leaves a bfloat16 entry that reads both
-// sides 45 issued instructions and 5.6 results of the special-function unit, of which it takes at
-// most 28 and 2; one that reads one side 30 and 3.7, of which it takes 6 and 1. So memory is the
-// limit, as long as enough of it is asked for: at a latency of 650 ns that is 21 KiB a
-// multiprocessor, and four blocks of seven warps with four vectors of 16 bytes a thread ask for up
-// to 56.
+// nothing where both upstream gradients are 0 or the label is ignored. One or two exponentials. In
+// the time that an H200 (4.3 TB/s in a copy, 132 multiprocessors at 1.9 GHz) needs for the bytes of
+// a bfloat16 entry, it has room for so many instructions and results of the special-function unit:
+//
+//   entry reads    instructions: room, used    special-function results: room, used
+//   both sides     45, at most 28              5.6, 2
+//   one side       30, 6                       3.7, 1
+//
+// So memory is the limit, as long as enough of it is asked for: at a latency of 650 ns that is 21
+// KiB a multiprocessor, and four blocks of seven warps with four vectors of 16 bytes a thread ask
+// for up to 56.
 //
 // Decomposition: every entry stands by itself, since forward has saved all that a row needs.
-// Vectors are aligned where the gradient is written. The gradient may lie over the policy's logits:
-// each thread reads a vector before it writes it, and both are aligned alike then. Where G is
-// narrower than T, a vector has as many entries as one of T, in half the bytes.
+// Vectors are aligned where the gradient is written. The gradient may lie over the logits of either
+// side: each thread reads its vectors of both before it writes the gradient's. In that case the
+// gradient and those logits have the same alignment. Where G is narrower than T, a vector has as
+// many entries as one of T, in half the bytes.
 #include <type_traits>
 
 #include "choices.cuh"
@@ -48,7 +53,9 @@ __device__ __forceinline__ RealOf<T> mass_of(RealOf<T> x, RealOf<T> max) {
 }
 
 // The five kinds of gradient: gradient() of all entries but the label's, and label(). Each reads
-// only the logits that its formula needs. The CPU has the same kinds under the same names.
+// only the logits that its formula needs. csrc/cpu/row_backward.inl has PolicyOnly, ReferenceOnly,
+// Direct and Mixed too. It writes zeros without a kind, chooses Direct for more rows, and has Close
+// for groups of close entries.
 
 template <class T>
 struct Zero {
@@ -273,8 +280,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
                                                         static_cast<int>(gridDim.y)};
   const Real g_m = static_cast<const Real*>(work.grad_policy_logps)[row];
   const Real g_k = static_cast<const Real*>(work.grad_forward_kl)[row];
-  // Where the label is outside the vocabulary the normalizers are NaN, and then so is the gradient,
-  // unless g_m and g_k are 0.
+  // In whole rows a label outside the vocabulary has left NaN normalizers, and then the gradient is
+  // NaN too, unless g_m and g_k are 0. In a tile a label outside belongs to another tile.
   const Normalizers<Real>& saved = static_cast<const Normalizers<Real>*>(work.normalizers)[row];
   const bool ignored = work.problem.labels[row] == work.problem.ignore_index;
   if (ignored || (g_m == Real(0) && g_k == Real(0))) {

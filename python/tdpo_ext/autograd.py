@@ -1,7 +1,7 @@
 """What both files of ops share: registration, refusal of second derivatives, saved tensors.
 
-The ops are differentiable once. Each autograd.Function calls its op from outside, so torch.compile
-traces the Function and sees the op as one node.
+The ops are differentiable once. Each autograd.Function calls a registered op. torch.compile traces
+the Function and keeps the op as one node.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def pair_slopes(difference: Tensor, beta: float, label_smoothing: float) -> Tens
 
 
 def kl_ratios(alpha: float, variant: Variant) -> tuple[float, float]:
-    """The ratio of two upstream gradients: that of a token's KL over that of its log p(y).
+    """The derivative of the loss by a token's KL, divided by that by its log p(y).
 
     Returns the ratio for tokens of chosen responses, and for tokens of rejected ones.
     """

@@ -1,6 +1,6 @@
 """Faults planted in the Python layers, one at a time: does a test notice?
 
-    python tests/support/planted_faults.py                      # all: an hour or more
+    python tests/support/planted_faults.py                      # all: an hour or two
     python tests/support/planted_faults.py --only checks.py     # of a file, or with these words
 
 Not run in CI. Each fault is applied to a copy of the package, on which the tests named in

@@ -12,13 +12,14 @@ products give the gradients dh = dz W and dW = dz^T h. There are three paths to 
     recompute    backward makes tiles once more, those that a token's upstream gradients need:
                  TDPO1 2 + 1 + 2 = 5 units, TDPO2 2 + 1.5 + 2 = 5.5, any gradients 2 + 2 + 2 = 6
     direction    for a frozen head: forward makes dh from whole rows of logits, except for a factor
-                 that is the same for all tokens of a pair: 2 + 1 = 3 units
-    whole pairs  forward has the logits of all tokens of a pair, so it knows the pair's loss and
-                 makes dh and dW from the same logits: 2 + 2 = 4 units
+                 that all tokens of a sequence share, the upstream gradient of log p(y):
+                 2 + 1 = 3 units
+    whole pairs  forward keeps what dh and dW need of all tokens of a pair (their logits, or dz but
+                 for that factor) until the pair's loss is known: 2 + 2 = 4 units
 
 Half-width operands are not cast on CUDA. There the kernel rounds dz to their type as it stores it,
 in memory beside the float32 logits. So whole rows of logits exist for one group of tokens at a
-time, and dz for several groups.
+time, and dz for several groups: those of whole pairs, or as many as fit.
 
     functional.py         the public functions: checks, and the choice of a path
     ops.py                the ops for torch.library, and an autograd.Function for each path

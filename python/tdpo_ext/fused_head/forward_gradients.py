@@ -36,12 +36,12 @@ def forward_and_gradient(
 
     Args:
         problem: The inputs.
-        rows: Whole rows; they are taken in groups, or as one group where the gradient of the logits
-            overwrites them.
-        upstream_of: The upstream gradients of log p(y) and of the KL, for the rows of one group,
-            whose statistics are known.
-        factor_of: A factor for each row's gradient, asked for when the statistics of all ``rows``
-            are known; None: 1.
+        rows: Whole rows. If the gradient of the logits overwrites them, all rows are one group.
+            Otherwise they are processed group by group.
+        upstream_of: The upstream gradients of log p(y) and of the KL for the rows of one group. It
+            is called when the statistics of the group are in ``outputs``.
+        factor_of: A factor for each row's gradient. It is called when the statistics of all
+            ``rows`` are in ``outputs``; None: 1.
         outputs: The statistics of all rows of the problem.
         gradients: The gradients of the policy's head.
         scratch: Memory for the logits.
@@ -67,7 +67,10 @@ def forward_and_gradient(
 
 
 def unit_upstream(problem: Problem, ratio: Tensor) -> Callable[[Rows], tuple[Tensor, Tensor]]:
-    """The upstream gradients of log p(y) and KL in log p(y) + ratio KL; 0 for ignored rows."""
+    """Upstream gradients of the objective log p(y) + ratio KL.
+
+    They are 1 for log p(y) and ``ratio`` for the KL; both are 0 for ignored rows.
+    """
     unit = problem.kept.to(ratio.dtype)
     return lambda rows: (unit[rows], ratio[rows] * unit[rows])
 
@@ -98,8 +101,10 @@ def forward_by_pairs(
 ) -> tuple[kernels.Outputs, tuple[Tensor, ...]]:
     """The statistics, and the gradients of the loss for the policy's head, some pairs at a time.
 
-    If the gradient of the logits lies beside them, it is made without the slopes, which then scale
-    the gradients that its products give: the slopes need the statistics of all tokens of a pair.
+    If the gradient of the logits lies beside them, it is made without the slopes, which need the
+    statistics of all tokens of a pair. The slopes come in later: the result of the product is
+    scaled for the hidden states, the hidden states are scaled before the product for the weight,
+    and the slopes are an operand of the product for the bias (``HeadGradients``).
 
     Args:
         problem: The inputs.
@@ -107,7 +112,7 @@ def forward_by_pairs(
         chunks: The number of chunks.
         ratio: The upstream gradient of each token's KL over that of its log p(y), ``[N]``.
         slopes_of: The derivative of the loss with respect to each token's log p(y), ``[N]``, from
-            the outputs so far. It is read for tokens of pairs whose statistics are complete.
+            the outputs so far. Only slopes of pairs whose statistics are complete are used.
         wanted: The tensors that get a gradient.
 
     Returns:

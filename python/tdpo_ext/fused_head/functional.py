@@ -166,9 +166,10 @@ def linear_tdpo_loss(
             tokens that are not ignored.
         reduction: "mean", "sum" or "none" over the B pairs.
         ignore_index: The label of tokens that do not count; they cost nothing.
-        chunk_bytes: Scratch memory, in bytes, see ``linear_token_stats``. If it holds the logits of
-            a whole pair, they are made once instead of twice (docs/fused-head.md), unless the
-            vocabulary is sharded or reduction is "none".
+        chunk_bytes: Scratch memory, in bytes, see ``linear_token_stats``. If a whole pair fits,
+            logits are made once instead of twice, unless the vocabulary is sharded or reduction is
+            "none". For half-width heads on CUDA a pair takes 2 bytes a logit, and 8 for a group of
+            its rows; elsewhere 8 bytes a logit (docs/fused-head.md, "Three paths").
         process_group: The processes that share the vocabulary, see ``linear_token_stats``.
 
     Returns:

@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 def kl_ratio_of_tokens(
     sequence: Tensor, pairs: int, alpha: float, variant: Variant, dtype: torch.dtype
 ) -> Tensor:
-    """Each token's derivative of the loss by its KL, divided by that by its log p(y): ``[N]``."""
+    """``kl_ratios`` for each token, ``[N]``."""
     chosen, rejected = kl_ratios(alpha, variant)
     ratio = torch.full_like(sequence, chosen, dtype=dtype)
     return ratio.masked_fill(sequence >= pairs, rejected)
@@ -79,7 +79,7 @@ class TokenSlopes:
         self.unit = gradient_unit(options.beta * self.weight)
 
     def from_stats(self, stats: TokenStats) -> Tensor:
-        """The slopes, ``[N]``; only those of pairs whose statistics are complete have a meaning."""
+        """The slopes, ``[N]``. Those of pairs whose statistics are incomplete must not be used."""
         options = self.options
         terms = sequence_terms(
             TokenStats(*map(self.batch.shaped, stats)),

@@ -82,11 +82,14 @@ class Problem(NamedTuple):
         return rows_of_groups((~self.kept).long(), 1)[0]
 
     def plan(self, rows: Rows, tiles: int, *, whole_rows: bool, gradients: bool = False) -> Plan:
-        """A plan for so many ``tiles`` at a time, of whole rows or of parts of them."""
+        """Tile sizes if ``tiles`` tiles are in memory at once.
+
+        Each tile spans the whole vocabulary (``whole_rows``) or a range of it.
+        """
         cost = costs(self.heads, tiles, not isinstance(rows, slice), gradients)
         count = row_count(rows)
-        # Plain PyTorch gathers the logits of each chunk of rows from all processes, so all must
-        # make the same chunks: those of the widest part.
+        # The fallback gathers logits chunk by chunk from all processes, so every process must use
+        # the same chunk size. It is computed from the widest shard.
         vocabulary = self.policy.vocabulary if self.shard is None else self.shard.widest
         if whole_rows:
             return plan_whole_rows(cost, count, vocabulary, self.chunk_bytes)
@@ -95,9 +98,9 @@ class Problem(NamedTuple):
         return plan_tiles(cost, count, vocabulary, self.chunk_bytes, most)
 
     def plan_with_gradients(self, rows: Rows, *, all_at_once: bool) -> Plan:
-        """A plan for whole rows whose gradients are made in forward.
+        """Tile sizes for whole rows whose gradients are made in forward.
 
-        ``all_at_once``: the gradients of all rows must exist at a time.
+        ``all_at_once``: the gradients of all rows must be in memory at once.
         """
         if not self.policy.rounds_gradient:
             return self.plan(rows, tiles=2, whole_rows=True, gradients=True)
@@ -161,10 +164,10 @@ def tile_gradient(
 ) -> Tensor:
     """The gradient of the policy's h W^T + b, from tiles of policy and reference logits.
 
-    Where the gradient needs only one of them, ``tiles`` is that tile twice. The result is written
-    to ``beside`` or, if that is None, over the policy's tile. With a softcap it is made in the
-    reference's tile in any case, since the softcap's derivative needs the policy's logits
-    afterwards.
+    If the gradient needs only one of them, ``tiles`` is that tile twice. The result is written to
+    ``beside``, or over the policy's tile if ``beside`` is None. With a softcap the gradient is
+    computed in the reference's tile, since the softcap's derivative needs the policy's logits
+    afterwards, and is copied to ``beside`` if that is given.
     """
     z, r = tiles
     policy = problem.policy

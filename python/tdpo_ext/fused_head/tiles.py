@@ -137,7 +137,7 @@ def plan_groups(
 ) -> Plan:
     """Whole logits of one group of rows at a time, and gradients of several groups.
 
-    ``all_at_once``: the gradients of all rows must exist at a time; else those of as many as fit.
+    ``all_at_once``: the gradients of all rows must be in memory at once; else as many as fit.
     """
     group = kept = 0
     for group in GROUP_ROWS:

@@ -30,8 +30,8 @@ class TDPOConfig(trl.DPOConfig):
     tdpo_chunk_bytes: int | None = field(
         default=None,
         metadata={
-            "help": "Scratch memory of the fused head in bytes; if the logits of a whole pair fit, "
-            "no product is made twice. None: the default of linear_tdpo_loss."
+            "help": "Scratch memory of the fused head in bytes; if a whole pair fits "
+            "(docs/fused-head.md), no product is made twice. None: the default of linear_tdpo_loss."
         },
     )
     tdpo_inplace_backward: bool = field(
@@ -56,10 +56,13 @@ class RestrictedOption(NamedTuple):
     """The values that are accepted, the default first."""
     why: str
     """The reason why others are refused."""
+    free_from: str = ""
+    """The version of TRL from which on any value is accepted; "": none."""
 
     def shown(self) -> str:
         """The allowed values as the documentation shows them."""
-        return ", ".join(f"`{value!r}`" for value in self.allowed)
+        values = ", ".join(f"`{value!r}`" for value in self.allowed)
+        return f"{values}; any from TRL {self.free_from} on" if self.free_from else values
 
 
 _OTHER_LOSS = "other values choose or change another loss than TDPO"
@@ -79,7 +82,8 @@ RESTRICTED_OPTIONS = (
         "use_liger_kernel",
         (False,),
         "before version 1.15 TRL replaces the loss with Liger's; since then it replaces layers "
-        "only, and True is accepted",
+        "only",
+        "1.15",
     ),
     RestrictedOption(
         "label_smoothing_factor",
@@ -118,11 +122,11 @@ def check_options(args: Any, functions: dict[str, Any]) -> None:
             f"args must be a TDPOConfig, got {type(args).__name__}; TDPOConfig takes all options "
             "of DPOConfig (from tdpo_ext.integrations.trl import TDPOConfig)"
         )
-    liger_is_for_layers = Version(trl.__version__) >= Version("1.15")
+    version = Version(trl.__version__)
     for option in (*RESTRICTED_OPTIONS, _WITH_FUSED_HEAD if args.tdpo_fused_head else _FROM_LOGITS):
         value = getattr(args, option.name, option.allowed[0])
         value = getattr(value, "value", value)  # an enum in some versions
-        if option.name == "use_liger_kernel" and liger_is_for_layers:
+        if option.free_from and version >= Version(option.free_from):
             continue
         if value not in option.allowed:
             raise ValueError(

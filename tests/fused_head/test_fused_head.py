@@ -13,6 +13,7 @@ from head_checks import (
     OPTIONS,
     arguments_of,
     bound_of,
+    check_ignored_tokens,
     loss_and_gradients,
     oracle_heads,
     requiring_grad,
@@ -241,17 +242,7 @@ def test_bfloat16_costs_nothing_but_the_rounding_of_what_is_stored(on_host, froz
 @pytest.mark.parametrize("frozen", [False, True])
 def test_what_stands_at_ignored_tokens_changes_no_bit(backend, frozen, chunk_bytes):
     given = arguments_of(4, 5, chunk_bytes=chunk_bytes)
-    labels = labels_for(torch.empty(4, 5, 131), 0.5)
-    results = []
-    for poison in (0.0, math.nan, math.inf):
-        for name in ("policy_hidden", "reference_hidden"):
-            given[name][labels == -100] = poison
-        with_grad, leaves = requiring_grad(given, frozen)
-        output, gradients = loss_and_gradients(with_grad, leaves, shift_labels=labels)
-        results.append([*output, *gradients])
-    for other in results[1:]:
-        for a, b in zip(other, results[0], strict=True):
-            assert torch.equal(a, b)
+    check_ignored_tokens(given, frozen)
 
 
 def test_a_policy_that_is_its_reference_has_no_divergence(backend):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import oracle
 import pytest
 import torch
-from inputs import numpy64
+from inputs import labels_for, numpy64
 from torch import Tensor
 
 import tdpo_ext
@@ -109,3 +110,18 @@ class CountedProducts:
     def units(self) -> float:
         taken, self.operations = self.operations / self.unit, 0
         return taken
+
+
+def check_ignored_tokens(given: dict[str, Any], frozen: bool) -> None:
+    """NaN or infinities in the hidden states of ignored tokens change no bit, of anything."""
+    labels = labels_for(torch.empty(4, 5, 131), 0.5)
+    results = []
+    for poison in (0.0, math.nan, math.inf):
+        for name in ("policy_hidden", "reference_hidden"):
+            given[name][labels == -100] = poison
+        with_grad, leaves = requiring_grad(given, frozen)
+        output, gradients = loss_and_gradients(with_grad, leaves, shift_labels=labels)
+        results.append([*output, *gradients])
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert torch.equal(a, b)

@@ -124,8 +124,8 @@ TDPO_INLINE void store_half_bits(void* to, Bits<float> value) {
   std::memcpy(to, &bits, sizeof(bits));
 }
 
-// A bfloat16 is the upper half of a float. Of the two in a 32-bit lane, one becomes a float by a
-// shift, the other by a mask.
+// A bfloat16 is the upper half of a float. A 32-bit lane holds two: one becomes a float by a shift,
+// the other by a mask.
 template <>
 struct Storage<BFloat16> {
   using Real = float;

@@ -73,7 +73,7 @@ def zero3_reference_too() -> dict[str, float]:
 
 @scenario
 def zero3_in_transformers_trainer() -> dict[str, float]:
-    """Of the steps' losses: DeepSpeed keeps its gradients to itself."""
+    """Errors of the steps' losses only, since DeepSpeed keeps its gradients to itself."""
     model = tiny_model()
     errors = trained(
         transformers_trainer,

@@ -46,7 +46,7 @@ def same_bits(tensor: Tensor) -> float:
 
 
 def whole(value: Any) -> Tensor:
-    """Of a DTensor, all of it."""
+    """The whole tensor, where a DTensor holds this process's part."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 

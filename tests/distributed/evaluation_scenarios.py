@@ -77,7 +77,7 @@ def evaluation_of_a_stream() -> dict[str, float]:
 
 @scenario
 def evaluation_of_a_stream_in_shards() -> dict[str, float]:
-    """Of ``datasets``, with a shard for each process: none repeats anything."""
+    """A stream of ``datasets`` with a shard for each process: no process repeats anything."""
     shards = dist.get_world_size()
 
     def sharded(rows: Any) -> Any:

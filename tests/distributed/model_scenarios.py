@@ -21,7 +21,7 @@ LEARNING_RATE = 0.5
 
 
 def batches(model: Any, step: int) -> list[dict[str, Any]]:
-    """Of one step, of all processes: equally many pairs, other tokens."""
+    """The batches of all processes in one step: equally many pairs, other tokens."""
     size = dist.get_world_size()
     return [tiny_batch(model, seed=step * size + rank) for rank in range(size)]
 

@@ -27,7 +27,10 @@ def scenarios_of(module: str) -> list[str]:
 
 @functools.cache
 def results_of(module: str, processes: int) -> dict[str, dict[str, float]] | str:
-    """Of all scenarios of a module, in one launch: processes take long to start. Or what failed."""
+    """The errors of all scenarios of a module, or a text that says what failed.
+
+    All run in one launch, since processes take long to start.
+    """
     with tempfile.TemporaryDirectory() as folder:
         errors = [Path(folder) / f"{rank}.txt" for rank in range(processes)]
         codes = run_all(folder, module, errors)

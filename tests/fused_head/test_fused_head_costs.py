@@ -33,7 +33,7 @@ def batch(request) -> tuple[dict[str, Any], torch.Tensor, int]:
     return given, labels, int((labels != -100).sum())
 
 
-# Of forward, and of forward and backward.
+# GEMM units of forward, and of forward and backward.
 UNITS = {
     ("recompute", "tdpo1"): (2, 5),
     ("recompute", "tdpo2"): (2, 5.5),
@@ -134,7 +134,8 @@ def test_tokens_that_no_gradient_reaches_cost_nothing(on_host, monkeypatch):
     stats = tdpo_ext.linear_token_stats(**given, labels=labels)
     counted.units()
     torch.autograd.grad(stats.policy_logps[: TOKENS // 2].sum(), leaves)
-    # Of the others logits of the policy, dh and dW; in plain PyTorch those of the reference too.
+    # The other tokens take logits of the policy, dh and dW; in plain PyTorch also logits of the
+    # reference.
     of_reference = 13 / WIDTH if on_host == "fallback" else 0
     assert counted.units() == (3 + of_reference) / 2
 

@@ -49,7 +49,7 @@ def backend(request, monkeypatch):
 
 @pytest.fixture
 def small_groups(monkeypatch):
-    """Of rows with whole logits, so that these tests' few rows make several groups."""
+    """Groups of rows so small that these tests' few rows make several."""
     monkeypatch.setattr("tdpo_ext.fused_head.tiles.GROUP_ROWS", (4, 2))
 
 
@@ -280,13 +280,14 @@ def test_units_of_a_frozen_head(backend, small_groups, monkeypatch, chunk_bytes)
 @pytest.mark.parametrize(
     ("way", "multiplications", "launches"),
     [
-        # Of 8 tiles of all rows: logits of both; the records of a tile, and their merge; at the end
-        # the outputs.
+        # For each of 8 tiles of all rows: logits of both; the records of a tile, and their merge.
+        # At the end the outputs.
         ("forward", 8 * 2, 8 * 2 + 1),
-        # And of the tiles of chosen rows the policy's logits, dh, dW and dz; of rejected rows also
-        # the reference's.
+        # Then for each tile of chosen rows: the policy's logits, dh, dW and dz. For rejected rows
+        # also the reference's logits.
         ("recompute", 8 * (2 + 3 + 4), 8 * (2 + 1 + 1) + 1),
-        # Of 6 groups of rows logits of both; a row's records, its outputs, dz; of 2 chunks dh, dW.
+        # For each of 6 groups of rows: logits of both; the rows' records, their outputs, dz. For
+        # each of 2 chunks: dh, dW.
         ("whole pairs", 6 * 2 + 2 * 2, 6 * 3),
         ("direction", 6 * 2 + 1, 6 * 3),
     ],

@@ -139,8 +139,8 @@ def test_groups_are_as_large_as_fits(all_at_once):
 
 @pytest.mark.parametrize(
     ("chunk", "wanted"),
-    # Of 8192 tokens at V = 128256, H = 4096, gathered: a token of which the gradient is kept takes
-    # 256512 + 40960 bytes, one in the group 1026048 more.
+    # 8192 tokens, gathered, V = 128256, H = 4096: a token whose gradient is kept takes
+    # 256512 + 40960 bytes, and a token of the group 1026048 more.
     [(2**31, (512, 5120)), (2**30, (512, 1024)), (2**29, (256, 896)), (2**28, (128, 384))],
 )
 def test_groups_of_rows_that_products_take_well(chunk, wanted):

@@ -12,8 +12,8 @@ from torch import Tensor
 from tdpo_ext.token_statistics import kernels
 
 HALF = [torch.bfloat16, torch.float16]
-# Of log p(y) and of the KL, row by row: each kind of gradient, and gradients that float16 rounds to
-# infinity and to 0.
+# Upstream gradients of log p(y) and of the KL, row by row: each kind of gradient, and gradients
+# that float16 rounds to infinity and to 0.
 UPSTREAM = torch.tensor(
     [[1.0, 1.0, 1.0, 0.0, 0.0, 0.3, 1e6, 1e-7], [0.5, 0.0, 1.0, 0.0, 1.0, 20.0, 1.0, 1e-7]]
 )

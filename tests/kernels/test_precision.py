@@ -138,8 +138,9 @@ def test_gradients_of_any_number_of_leading_dimensions(backend, shape):
 @pytest.mark.parametrize("level", [-60.3, 0.0, 41.7, 61.9, 90.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_log_sums_are_as_exact_wherever_the_maxima_lie(cuda, dtype, level):
-    """Of a label that is nearly certain log p(y) = -(mass of the rest), relative. An exponent
-    r log2(e) near 100 is rounded to 4e-6: as a constant of the row that can be put back."""
+    """A label that is nearly certain has log p(y) = -(mass of the rest), whose relative error is
+    held. An exponent r log2(e) near 100 is rounded to 4e-6; the error is a constant of the row, and
+    can be put back."""
     policy, reference = pair_of_logits(4, 9001, scale=1.0, gap=0.3)
     policy, reference = policy + level + 2.2, reference + level
     labels = labels_for(policy)

@@ -95,7 +95,7 @@ def row_truth(z: np.ndarray, r: np.ndarray, label: int) -> np.ndarray:
     rest = np.arange(len(z)) != label
     odds_p, odds_q = (np.exp(x[rest] - x[label]).sum() for x in (z, r))
     p_rest, q_rest = odds_p / (1 + odds_p), odds_q / (1 + odds_q)
-    # Of 1 - p(y) and p(y), the smaller one has the digits.
+    # The smaller one of 1 - p(y) and p(y) has the digits.
     from_rest = odds_p < 1 and odds_q < 1
     label_gap = q_rest - p_rest if from_rest else 1 / (1 + odds_p) - 1 / (1 + odds_q)
     values = (-np.log1p(odds_p), -np.log1p(odds_q), kl, gap, p_rest, q_rest, label_gap)

@@ -94,7 +94,7 @@ def test_metrics_against_the_oracle(backend, variant, alpha):
 
 
 def rewards(prefix, values, sizes):
-    """Of sixteen sequences; accuracies are counted where no rounding can turn the sign."""
+    """The metrics of sixteen sequences, in which no rounding can turn the sign of a margin."""
     (chosen, rejected), both = np.split(values, 2), np.add(*np.split(sizes, 2))
     assert np.all(abs(chosen - rejected) > 4e-6 * both)
     accuracies = (chosen > rejected).astype(float)

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from inputs import labels_for, numpy64, pair_of_logits, relative_error
-from logit_checks import METHODS, loss_and_gradient
+from logit_checks import METHODS, loss_beside_oracle
 
 from tdpo_ext import reference as plain
 
@@ -43,21 +43,8 @@ def test_the_loss_and_its_gradient(variant, alpha, smoothing, average):
         "label_smoothing": smoothing,
         "average_log_prob": average,
     }
-    output, gradient = loss_and_gradient(
-        policy,
-        reference,
-        shift_labels=labels,
-        loss=plain.tdpo_loss,
-        reduction="none",
-        weights=weights,
-        **options,
-    )
-    truth = oracle.tdpo_loss(
-        numpy64(policy),
-        numpy64(reference),
-        labels.cpu().numpy(),
-        weights=numpy64(weights),
-        **options,
+    output, gradient, truth = loss_beside_oracle(
+        policy, reference, labels, weights, loss=plain.tdpo_loss, **options
     )
     # kept counts and their quotients are float32 numbers, exact ones
     assert relative_error(output.losses, truth.losses) <= 1e-13

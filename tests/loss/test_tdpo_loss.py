@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from inputs import DTYPES, labels_for, numpy64, pair_of_logits, relative_error
-from logit_checks import METHODS, loss_and_gradient
+from inputs import DTYPES, labels_for, pair_of_logits, relative_error
+from logit_checks import METHODS, loss_and_gradient, loss_beside_oracle
 
 import tdpo_ext
 
@@ -28,21 +27,7 @@ def test_against_the_oracle(backend, variant, alpha, dtype, smoothing, average):
         "label_smoothing": smoothing,
         "average_log_prob": average,
     }
-    output, gradient = loss_and_gradient(
-        policy,
-        reference,
-        shift_labels=labels,
-        reduction="none",
-        weights=weights,
-        **options,
-    )
-    truth = oracle.tdpo_loss(
-        numpy64(policy),
-        numpy64(reference),
-        labels.cpu().numpy(),
-        weights=numpy64(weights),
-        **options,
-    )
+    output, gradient, truth = loss_beside_oracle(policy, reference, labels, weights, **options)
     bound = 1e-12 if dtype == torch.float64 else 1e-6
     assert relative_error(output.losses, truth.losses) <= bound
     assert relative_error(torch.cat((output.chosen_kl, output.rejected_kl)), truth.seq_kl) <= bound

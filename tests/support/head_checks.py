@@ -78,7 +78,7 @@ def requiring_grad(
 
 
 def bound_of(dtype: torch.dtype) -> float:
-    """Of gradients: half-width ones are rounded when they are stored, others not."""
+    """The bound of a gradient's error: half-width gradients are rounded when they are stored."""
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float64: 1e-12}
     return rounding.get(dtype, 2e-6)
 

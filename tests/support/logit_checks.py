@@ -65,3 +65,20 @@ def loss_and_gradient(policy, reference, *labels, loss=tdpo_ext.tdpo_loss, weigh
     scalar = output.loss if weights is None else (output.loss * weights).sum()
     (gradient,) = torch.autograd.grad(scalar, policy)
     return output, gradient
+
+
+def loss_beside_oracle(
+    policy, reference, shift_labels, weights, *, loss=tdpo_ext.tdpo_loss, **options
+):
+    """The losses of pairs, the gradient of their weighted sum, and what the oracle has for both."""
+    output, gradient = loss_and_gradient(
+        policy,
+        reference,
+        shift_labels=shift_labels,
+        loss=loss,
+        reduction="none",
+        weights=weights,
+        **options,
+    )
+    arrays = numpy64(policy), numpy64(reference), shift_labels.cpu().numpy()
+    return output, gradient, oracle.tdpo_loss(*arrays, weights=numpy64(weights), **options)

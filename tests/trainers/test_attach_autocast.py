@@ -97,7 +97,7 @@ def test_another_autocast_for_the_reference_is_said_once() -> None:
             policy(**batch["inputs"], tdpo=asked)  # once
         policy, half = attach_tdpo(tiny_model()), asked.reference.to(torch.bfloat16)
         with under(torch.bfloat16):
-            # Of a cache nobody knows what it was made under.
+            # Nobody knows under which autocast a cache was made.
             cached = HeadInputs(half.hidden, half.weight, None, half.logit_options)
             policy(**batch["inputs"], tdpo=TDPOTargets(cached, batch["labels"]))
             policy(**batch["inputs"], tdpo=targets(policy, frozen, batch))

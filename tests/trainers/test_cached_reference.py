@@ -102,7 +102,8 @@ PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bfloat16": (torch.bfloat16, {}),
     "bf16=True": (torch.float32, {"bf16": True}),
 }
-# Of losses and, over the largest of a parameter, of gradients; by another shape of the batch.
+# Bounds of losses, and of gradients over the largest of their parameter: a batch of another shape
+# rounds otherwise.
 ROUNDING = {"float32": (1e-6, 1e-5), "bfloat16": (2e-3, 2e-2), "bf16=True": (2e-3, 2e-2)}
 
 

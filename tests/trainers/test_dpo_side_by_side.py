@@ -178,7 +178,7 @@ def lora(**options: Any) -> peft.LoraConfig:
 @dataclass(frozen=True)
 class Setup:
     options: dict[str, Any] = field(default_factory=dict)
-    """Of both configs, beside ``ARGUMENTS``."""
+    """Options of both configs, beside ``ARGUMENTS``."""
     model: Callable[[str], Any] = fresh()  # noqa: RUF009
     reference: Callable[[str], Any] | None = fresh(seed=1)  # noqa: RUF009
     adapter: peft.PeftConfig | None = None

@@ -42,7 +42,7 @@ PRECISIONS = {
     "fp16=True": (torch.float16, torch.float32),
     "bfloat16 weights": (None, torch.bfloat16),
 }
-# Of a loss and of a gradient's norm after steps that round in other places.
+# Bounds of a loss and of a gradient's norm after steps that round in other places.
 BOUNDS = {"float32": 2e-6, "bf16=True": 1e-2, "fp16=True": 4e-3, "bfloat16 weights": 1e-2}
 REFERENCES = [
     ("full", "separate"),

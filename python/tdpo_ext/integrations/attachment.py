@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdpo_ext.distributed import is_dtensor
 from tdpo_ext.fused_head.functional import linear_tdpo_loss, linear_token_stats
 from tdpo_ext.integrations.classes import plain_forward
 from tdpo_ext.integrations.heads import parameter_of, weight_and_bias
 from tdpo_ext.integrations.hidden import HeadInputs, LogitOptions
-from tdpo_ext.integrations.parameters import is_dtensor, is_partitioned
+from tdpo_ext.integrations.parameters import is_partitioned
 from tdpo_ext.integrations.targets import TDPOTargets, check_targets
 from tdpo_ext.modules import LinearTDPOLoss
 from tdpo_ext.outputs import TDPOOutput, TokenStats

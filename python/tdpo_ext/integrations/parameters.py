@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tdpo_ext.distributed import is_dtensor
+
 
 def is_partitioned(parameter: Any) -> bool:
     """True if ZeRO-3 owns the parameter; its values may be gathered at the moment."""
@@ -17,11 +19,6 @@ def is_partitioned(parameter: Any) -> bool:
 def has_partitioned(model: nn.Module) -> bool:
     """True if ZeRO-3 owns a parameter of the model."""
     return any(is_partitioned(parameter) for parameter in model.parameters())
-
-
-def is_dtensor(value: Any) -> bool:
-    """True for a DTensor; found by its name, so that torch.distributed need not be there."""
-    return type(value).__name__ == "DTensor"
 
 
 def full_shape(parameter: Any) -> Any:

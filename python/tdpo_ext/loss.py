@@ -79,7 +79,12 @@ def pair_loss(
     """
     checks.check_pair_sums(logps_margin, seq_kl)
     checks.check_pair_options(beta, alpha, variant, label_smoothing)
-    logit = beta * pair_difference(logps_margin, seq_kl, alpha, variant)
+    return _losses(pair_difference(logps_margin, seq_kl, alpha, variant), beta, label_smoothing)
+
+
+def _losses(difference: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """The loss ``[B]`` of each pair from its ``pair_difference``."""
+    logit = beta * difference
     losses = -F.logsigmoid(logit)
     if label_smoothing > 0:
         losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-logit)
@@ -161,14 +166,8 @@ def loss_from_stats(
         average_log_prob=options.average_log_prob,
         ignore_index=ignore_index,
     )
-    losses = pair_loss(
-        margin,
-        seq_kl,
-        beta=options.beta,
-        alpha=options.alpha,
-        variant=options.variant,
-        label_smoothing=options.label_smoothing,
-    )
+    difference = pair_difference(margin, seq_kl, options.alpha, options.variant)
+    losses = _losses(difference, options.beta, options.label_smoothing)
     chosen_rewards, rejected_rewards = (options.beta * (margin + seq_kl)).detach().chunk(2)
     chosen_dpo_rewards, rejected_dpo_rewards = (options.beta * margin).detach().chunk(2)
     chosen_logps, rejected_logps = logps.detach().chunk(2)

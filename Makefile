@@ -1,11 +1,11 @@
-# make test | test-all | demo | lint | site | bench | docs: each does its own set-up, in .venv beside this file.
+# make test | test-all | demo | study | lint | site | bench | docs: each does its own set-up, in .venv beside this file.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 python := .venv/bin/python
 sources := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/*)
 
-.PHONY: test test-all demo lint site bench docs clean
+.PHONY: test test-all demo study lint site bench docs clean
 .DELETE_ON_ERROR:
 
 # Two test processes: most tests keep one core busy. Threads that wait for work must not spin then.
@@ -17,6 +17,10 @@ test: chosen := -m "not slow"
 
 demo: .venv/installed .venv/demo
 	$(python) examples/sentiment
+
+# It can be interrupted: the next call goes on with the runs that are missing. options="--budget 60" ends it in an hour.
+study: .venv/installed .venv/demo
+	$(python) examples/sentiment/study.py $(options)
 
 lint: .venv/installed .venv/development
 	$(python) -m ruff check .

@@ -1,6 +1,6 @@
 """Put what is made elsewhere between the marks of these pages and of README.md: measured errors,
-options of TRL's trainer, and figures of benchmarks/results/ with the sentences that tell them. All
-of benchmarks.md is written from there by benchmarks/render.py instead.
+options of TRL's trainer, and figures of benchmarks/results/ and examples/sentiment/results/ with
+the sentences that tell them. All of benchmarks.md is written by benchmarks/render.py instead.
 
     python docs/fill.py
 
@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parent.parent / "examples" / "sentiment"))
 import render_readme
 import scaling
+import study_page
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -36,12 +38,13 @@ def known_tables() -> dict[str, list[dict[str, Any]]]:
         **json.loads(ERRORS.read_text()),
         **scaling.tables(),
         **render_readme.tables(),
+        **study_page.tables(),
         **tables_of_options(),
     }
 
 
 def known_texts() -> dict[str, str]:
-    return {**scaling.texts(), **render_readme.texts()}
+    return {**scaling.texts(), **render_readme.texts(), **study_page.texts()}
 
 
 def tables_of_options() -> dict[str, list[dict[str, Any]]]:

@@ -27,24 +27,15 @@ from pathlib import Path
 import torch
 import transformers
 from config import QUICK, Config
-from data import (
-    Vocabulary,
-    build_vocabulary,
-    covered,
-    load_reviews,
-    plain_sentences,
-    prompts_of,
-    split_reviews,
-)
 from evaluation import Evaluator
-from language_model import build_model, held_out_loss, train_on_text
-from preferences import PreferencePairs, sample_pairs
+from preferences import PreferencePairs
 from report import console, draw, print_closing, print_completions, print_table
-from reward import SentimentReward
+from start import choose_text, learn_reward, make_evaluator, make_pairs, train_reference
 from training import Run, train_on_preferences
 from transformers import GPT2LMHeadModel
 
 import tdpo_ext
+from tdpo_ext import TDPOLoss
 
 
 def main() -> None:
@@ -58,42 +49,28 @@ def main() -> None:
     console.print(f"Device: {device}, {torch.get_num_threads()} CPU threads. {kernel_line(device)}")
 
     with stage("Learning the sentiment reward from the labels", seconds, "reward"):
-        reviews, held_out = split_reviews(load_reviews(), config.held_out_share, config.seed)
-        reward = SentimentReward(reviews, config.seed)
+        reward, reviews, held_out = learn_reward(config)
         accuracy = reward.accuracy(held_out)
     console.print(
         f"  held-out accuracy: {accuracy['sentence']:.1%} of single sentences (labelled as their "
         f"review is), {accuracy['review']:.1%} of reviews"
     )
 
-    limits = config.shortest_sentence, config.longest_sentence
-    sentences = plain_sentences(reviews, *limits)
-    vocabulary = build_vocabulary(sentences, config.vocabulary_size)
-    text = covered(sentences, vocabulary)[: config.sft_sentences]
-    held_out_text = covered(plain_sentences(held_out, *limits), vocabulary)
-
-    with stage(f"Training a GPT-2 on {len(text):,} sentences (SFT)", seconds, "sft"):
-        reference, sft = train_reference(config, vocabulary, text, held_out_text, device)
+    text = choose_text(config, reviews, held_out)
+    with stage(f"Training a GPT-2 on {len(text.sentences):,} sentences (SFT)", seconds, "sft"):
+        reference, sft = train_reference(config, text, device)
     console.print(
         f"  {sft['parameters']:,} parameters; loss {sft['train_loss']:.2f} in the last epoch, "
         f"{sft['held_out_loss']:.2f} on held-out reviews (nats per token)"
     )
 
     with stage("Sampling preference pairs from it", seconds, "pairs"):
-        pairs = sample_pairs(
-            reference,
-            prompts_of(text, vocabulary, config.prompt_words)[: config.pair_prompts],
-            reward,
-            vocabulary,
-            completions=config.completions,
-            max_tokens=config.max_tokens,
-            smallest_gap=config.smallest_gap,
+        pairs = make_pairs(
+            config, reference, reward, text.vocabulary, text.sentences, config.pair_prompts
         )
     console.print(f"  {len(pairs):,} pairs whose rewards differ by {config.smallest_gap} or more")
 
-    prompts = prompts_of(held_out_text, vocabulary, config.prompt_words)
-    prompts = prompts[: config.evaluation_prompts]
-    evaluator = Evaluator(reference, prompts, reward, vocabulary, config.max_tokens, config.seed)
+    evaluator = make_evaluator(config, reference, reward, text)
     start = {"examples": 0.0, **evaluator(reference)}
     with stage("DPO and TDPO2: same start, same pairs, same batches", seconds, "preferences"):
         runs, policies = train_runs(config, reference, pairs, evaluator)
@@ -158,36 +135,14 @@ def versions() -> dict[str, str]:
     }
 
 
-def train_reference(
-    config: Config,
-    vocabulary: Vocabulary,
-    text: list[list[str]],
-    held_out_text: list[list[str]],
-    device: str,
-) -> tuple[GPT2LMHeadModel, dict[str, float]]:
-    """The SFT model, frozen. All runs start from it, and it is the reference of all."""
-    positions = 2 + config.prompt_words + max(config.max_tokens, config.longest_sentence)
-    model = build_model(vocabulary, config.width, config.layers, positions).to(device)
-    train_loss = train_on_text(
-        model,
-        vocabulary.encode(text),
-        epochs=config.sft_epochs,
-        batch_size=config.sft_batch_size,
-        learning_rate=config.sft_learning_rate,
-    )
-    model.eval().requires_grad_(False)
-    return model, {
-        "parameters": model.num_parameters(),
-        "train_loss": train_loss,
-        "held_out_loss": held_out_loss(model, vocabulary.encode(held_out_text[:1024])),
-    }
-
-
 def train_runs(
     config: Config, reference: GPT2LMHeadModel, pairs: PreferencePairs, evaluator: Evaluator
 ) -> tuple[list[Run], dict[str, GPT2LMHeadModel]]:
     """Train each method with each learning rate, since the rate is part of the comparison."""
     runs, policies = [], {}
+    evaluate_at = [
+        round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)
+    ]
     for method, alpha in (("DPO", 0.0), ("TDPO2", config.alpha)):
         for learning_rate in config.learning_rates:
             run = Run(method, alpha, learning_rate)
@@ -196,10 +151,10 @@ def train_runs(
                 reference,
                 pairs,
                 evaluator,
-                beta=config.beta,
+                loss_function=TDPOLoss(beta=config.beta, alpha=alpha),
                 steps=config.steps,
                 batch_size=config.batch_size,
-                evaluations=config.evaluations,
+                evaluate_at=evaluate_at,
                 seed=config.seed,
             )
             runs.append(run)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Config:
     seed: int = 0
+    reviews: int = 1_000_000  # at most
     held_out_share: float = 0.15
     vocabulary_size: int = 1024
     shortest_sentence: int = 5

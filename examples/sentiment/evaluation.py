@@ -28,9 +28,12 @@ class Evaluator:
     def rewards(self, tokens: Tensor) -> Tensor:
         return torch.from_numpy(self.reward([self.vocabulary.decode(row) for row in tokens]))
 
-    @torch.no_grad()
     def __call__(self, policy: GPT2LMHeadModel) -> dict[str, float]:
-        tokens = self.complete(policy)
+        return self.measure(policy, self.complete(policy))
+
+    @torch.no_grad()
+    def measure(self, policy: GPT2LMHeadModel, tokens: Tensor) -> dict[str, float]:
+        """The figures from ``tokens``, the policy's own completions."""
         rewards = self.rewards(tokens)
         kept = response_labels(tokens, self.prompts.shape[1])[:, 1:] != IGNORE_INDEX
         log_p = policy(tokens).logits[:, :-1].log_softmax(dim=-1)

@@ -24,6 +24,9 @@ class PreferencePairs:
     def __len__(self) -> int:
         return len(self.chosen)
 
+    def first(self, number: int) -> PreferencePairs:
+        return PreferencePairs(self.chosen[:number], self.rejected[:number], self.prompt_length)
+
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and labels, the chosen sequences stacked on the rejected ones: [2B, T]."""
         tokens = torch.cat([self.chosen[indices], self.rejected[indices]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -57,19 +57,20 @@ def train_on_preferences(
     pairs: PreferencePairs,
     evaluate: Callable[[GPT2LMHeadModel], Metrics],
     *,
-    beta: float,
+    loss_function: TDPOLoss,
     steps: int,
     batch_size: int,
-    evaluations: int,
+    evaluate_at: Collection[int],
     seed: int,
 ) -> GPT2LMHeadModel:
-    """Train a copy of the reference; all runs with one seed see the same batches."""
+    """Train a copy of the reference; all runs with one seed see the same batches.
+
+    ``evaluate`` is called after each of the steps ``evaluate_at``.
+    """
     policy = copy.deepcopy(reference).requires_grad_(True).train()
-    loss_function = TDPOLoss(beta=beta, alpha=run.alpha)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=run.learning_rate, weight_decay=0.0)
     # The rate is constant after a warm-up, so that points along the curve are comparable.
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
-    evaluate_at = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
     order = torch.Generator().manual_seed(seed)
 
     for step in tqdm(range(1, steps + 1), desc=run.name, unit="step"):

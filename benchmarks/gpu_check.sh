@@ -23,9 +23,9 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 site=$PWD/build/gpu-site
 # What an earlier run has left, so that nothing of it is taken for this one's.
-logs=(kernel_times warm_up build memcheck racecheck initcheck synccheck tests parity benchmark fused
-  training choices steps sanitizers)
-reports=(gpu-check parity gpu-against-copy fused-head-cuda training-step-cuda)
+logs=(kernel_times warm_up build memcheck racecheck initcheck synccheck tests parity
+  small_calls benchmark fused training choices steps sanitizers)
+reports=(gpu-check parity small-calls-cuda gpu-against-copy fused-head-cuda training-step-cuda)
 rm -rf "$site"
 if [ "$choices" = 0 ]; then
   (cd "$out" && rm -f "${logs[@]/%/.log}" "${reports[@]/%/.json}")
@@ -166,6 +166,7 @@ if step build 90 bash -c build; then
   wait
   step parity 60 "$python" -m tdpo_ext.parity --devices cuda --json "$out/parity.json"
   # One after the other, alone on the machine.
+  step small_calls 60 "$python" benchmarks/small_calls.py "$out" --device cuda
   step benchmark 150 "$python" benchmarks/gpu_against_copy.py "$out"
   step fused 100 "$python" benchmarks/fused_head.py "$out" --device cuda --rounds 3
   step training 90 "$python" benchmarks/training_step.py "$out" --device cuda --rounds 5

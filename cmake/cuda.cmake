@@ -67,7 +67,7 @@ message(STATUS "tdpo_ext: CUDA kernels for ${CMAKE_CUDA_ARCHITECTURES} with ${CM
 
 list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)
 add_library(tdpo_cuda OBJECT csrc/cuda/token_stats_forward.cu csrc/cuda/token_stats_backward.cu
-                             csrc/cuda/runtime.cu)
+                             csrc/cuda/tdpo_loss.cu csrc/cuda/runtime.cu)
 set_target_properties(
   tdpo_cuda
   PROPERTIES POSITION_INDEPENDENT_CODE ON

@@ -43,6 +43,18 @@ void token_stats_backward(const std::string& instruction_set, int threads,
   tdpo::cpu::token_stats_backward(work, kernels, threads);
 }
 
+int64_t tdpo_loss_forward(const std::string& instruction_set, int threads,
+                          const tdpo::TdpoLossForward& work) {
+  const tdpo::cpu::RowKernels& kernels = tdpo::cpu::kernels_of(instruction_set);
+  const py::gil_scoped_release unlocked;
+  return tdpo::cpu::tdpo_loss_forward(work, kernels, threads);
+}
+
+int64_t tdpo_loss_finish(const std::string&, int threads, const tdpo::TdpoLossForward& work) {
+  const py::gil_scoped_release unlocked;
+  return tdpo::cpu::tdpo_loss_finish(work, threads);
+}
+
 #if defined(TDPO_CUDA)
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
@@ -67,6 +79,18 @@ void cuda_token_stats_finish(int device, uintptr_t stream, const tdpo::TokenStat
 void cuda_token_stats_backward(int device, uintptr_t stream, const tdpo::TokenStatsBackward& work) {
   const py::gil_scoped_release unlocked;
   tdpo::cuda::token_stats_backward(work, {device, pointer(stream)});
+}
+
+void cuda_tdpo_loss_forward(int device, uintptr_t stream, const tdpo::TdpoLossForward& work,
+                            uintptr_t workspace) {
+  const py::gil_scoped_release unlocked;
+  tdpo::cuda::tdpo_loss_forward(work, pointer(workspace), {device, pointer(stream)});
+}
+
+void cuda_tdpo_loss_finish(int device, uintptr_t stream, const tdpo::TdpoLossForward& work,
+                           uintptr_t workspace) {
+  const py::gil_scoped_release unlocked;
+  tdpo::cuda::tdpo_loss_finish(work, pointer(workspace), {device, pointer(stream)});
 }
 
 py::dict cuda_runtime() {
@@ -134,6 +158,8 @@ PYBIND11_MODULE(_core, module) {
   module.def("token_stats_finish", &token_stats_finish, "instruction_set"_a, "threads"_a, "work"_a);
   module.def("token_stats_backward", &token_stats_backward, "instruction_set"_a, "threads"_a,
              "work"_a);
+  module.def("tdpo_loss_forward", &tdpo_loss_forward, "instruction_set"_a, "threads"_a, "work"_a);
+  module.def("tdpo_loss_finish", &tdpo_loss_finish, "instruction_set"_a, "threads"_a, "work"_a);
   module.def("instruction_sets", &instruction_sets);
 #if defined(TDPO_CUDA)
   module.def("cuda_forward_workspace_bytes", &tdpo::cuda::forward_workspace_bytes, "problem"_a);
@@ -144,6 +170,13 @@ PYBIND11_MODULE(_core, module) {
   module.def("cuda_token_stats_finish", &cuda_token_stats_finish, "device"_a, "stream"_a, "work"_a);
   module.def("cuda_token_stats_backward", &cuda_token_stats_backward, "device"_a, "stream"_a,
              "work"_a);
+  module.def("cuda_loss_workspace_bytes", &tdpo::cuda::loss_workspace_bytes, "problem"_a);
+  module.def("cuda_tdpo_loss_forward", &cuda_tdpo_loss_forward, "device"_a, "stream"_a, "work"_a,
+             "workspace"_a);
+  module.def("cuda_loss_finish_workspace_bytes", &tdpo::cuda::loss_finish_workspace_bytes,
+             "problem"_a);
+  module.def("cuda_tdpo_loss_finish", &cuda_tdpo_loss_finish, "device"_a, "stream"_a, "work"_a,
+             "workspace"_a);
   module.def("cuda_runtime", &cuda_runtime);
   module.def("cuda_cannot_run_because", &tdpo::cuda::cannot_run_because, "device"_a);
 #endif

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 
+#include "pair_loss.h"
 #include "struct_fields.h"
 #include "token_stats.h"
 
@@ -13,9 +14,9 @@ template <class... Structs>
 struct StructList {};
 
 // A struct comes after those that it holds.
-using AllStructs =
-    StructList<RowLayout, Logits, TokenStatsProblem, TokenStatsOutputs, TokenStatsForward,
-               TokenStatsTile, TokenStatsFinish, TokenStatsBackward>;
+using AllStructs = StructList<RowLayout, Logits, Sequences, TokenStatsProblem, TokenStatsOutputs,
+                              TokenStatsForward, TokenStatsTile, TokenStatsFinish, LossOptions,
+                              TdpoLossForward, Upstream, TokenStatsBackward>;
 
 struct Constant {
   const char* name;
@@ -25,11 +26,15 @@ constexpr Constant kConstants[] = {{"NORMALIZERS", kNormalizers},
                                    {"RECORD", kRecord},
                                    {"CUDA_BLOCK_WARPS", cuda::kBlockWarps},
                                    {"LARGEST_CUDA_VOCABULARY", cuda::kMaxVocabulary},
-                                   {"MOST_LEADING_DIMENSIONS", RowLayout::kMaxDims}};
+                                   {"MOST_LEADING_DIMENSIONS", RowLayout::kMaxDims},
+                                   {"PAIR_QUANTITIES", kPairQuantities},
+                                   {"ALL_LABELS_VALID", kAllLabelsValid},
+                                   {"BOUNDS_NOT_USABLE", kBoundsNotUsable}};
 
 inline std::string type_name(const int&) { return "int"; }
 inline std::string type_name(const DType&) { return "int"; }
 inline std::string type_name(const int64_t&) { return "int64"; }
+inline std::string type_name(const double&) { return "double"; }
 template <class T>
 std::string type_name(T* const&) {
   return "pointer";

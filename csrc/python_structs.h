@@ -39,6 +39,7 @@ struct Class {
 
 inline PyObject* to_python(int x) { return PyLong_FromLong(x); }
 inline PyObject* to_python(int64_t x) { return PyLong_FromLongLong(x); }
+inline PyObject* to_python(double x) { return PyFloat_FromDouble(x); }
 inline PyObject* to_python(DType x) { return PyLong_FromLong(static_cast<int>(x)); }
 inline PyObject* to_python(const void* x) { return PyLong_FromVoidPtr(const_cast<void*>(x)); }
 template <std::size_t kSize>
@@ -66,6 +67,10 @@ inline bool from_python(PyObject* given, int& field) {
   if (!from_python(given, x) || x < INT_MIN || x > INT_MAX) return false;
   field = static_cast<int>(x);
   return true;
+}
+inline bool from_python(PyObject* given, double& field) {
+  field = PyFloat_AsDouble(given);
+  return field != -1 || !PyErr_Occurred();
 }
 inline bool from_python(PyObject* given, DType& field) {
   int64_t code = 0;

@@ -14,7 +14,7 @@
 
 #include <math.h>
 
-#include "token_stats.h"
+#include "sequences.h"
 
 namespace tdpo {
 
@@ -28,7 +28,17 @@ TDPO_ALGEBRA LabelKind label_kind(int64_t label, int64_t vocabulary, int64_t ign
 // Work: TokenStatsProblem or TokenStatsFinish.
 template <class Work, class Index>
 TDPO_ALGEBRA LabelKind label_kind(const Work& work, Index row) {
-  return label_kind(work.labels[row], work.vocabulary, work.ignore_index);
+  return label_kind(label_of(work, row), work.vocabulary, work.ignore_index);
+}
+
+// What forward on the CPU returns instead of results: kBoundsNotUsable, or the first row whose
+// label is outside the vocabulary; kAllLabelsValid if nothing is wrong.
+static inline int64_t refusal_of(const TokenStatsProblem& problem) {
+  if (!bounds_are_usable(problem)) return kBoundsNotUsable;
+  for (int64_t row = 0; row < problem.rows; ++row) {
+    if (label_kind(problem, row) == LabelKind::kOutside) return row;
+  }
+  return kAllLabelsValid;
 }
 
 template <class Real, class Index>

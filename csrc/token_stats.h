@@ -1,4 +1,4 @@
-// The interface of the compiled core: four entry points for each device, and the structs that they
+// The interface of the compiled core: six entry points for each device, and the structs that they
 // take. Pointers, sizes, strides and a dtype; no torch, no Python. Strides and offsets have 64 bits
 // and count elements, not bytes.
 #pragma once
@@ -56,7 +56,17 @@ struct Logits {
   TDPO_FIELDS("Logits", data, rows)
 };
 
-// What every pass over logits takes.
+// Which rows form a sequence: `length` rows each, or where `bounds` is given, those from one bound
+// to the next. The functions of sequences.h read it.
+struct Sequences {
+  int64_t count;          // 2B, chosen before rejected; 0 where rows stand by themselves
+  int64_t length;         // 0 where bounds are given
+  const int64_t* bounds;  // [count + 1], from 0 to the number of rows; or null
+  TDPO_FIELDS("Sequences", count, length, bounds)
+};
+
+// What every pass over logits takes. A row's label is labels[row], or with `shift` the label after
+// it in its sequence, and the last row of a sequence is ignored (label_of in sequences.h).
 struct TokenStatsProblem {
   DType dtype;
   int64_t rows;
@@ -65,7 +75,10 @@ struct TokenStatsProblem {
   Logits policy;
   Logits reference;
   const int64_t* labels;  // [rows]
-  TDPO_FIELDS("Problem", dtype, rows, vocabulary, ignore_index, policy, reference, labels)
+  int shift;              // 0 or 1
+  Sequences sequences;
+  TDPO_FIELDS("Problem", dtype, rows, vocabulary, ignore_index, policy, reference, labels, shift,
+              sequences)
 };
 
 // Contiguous, in the accumulation type: float64 for float64 logits, else float32. Rows whose label
@@ -108,24 +121,63 @@ struct TokenStatsFinish {
   TDPO_FIELDS("Finish", dtype, rows, vocabulary, ignore_index, labels, sets, records, outputs)
 };
 
-// dz = grad_policy_logps (onehot(label) - p) + grad_forward_kl (p - q), of whole rows or of a tile
-// (labels and vocabulary are then the tile's). The gradient has the logits' dtype, and may then lie
-// over the policy's logits or over the reference's, row on row: entries are read before their
-// gradient is stored. Where logits are float32 the gradient may be of a half-width type instead: it
-// is rounded once, as it is stored, and lies in memory of its own.
+enum class Reduction : int { kNone = 0, kMean = 1, kSum = 2 };
+
+// The options of the loss. `tdpo1` and `average` are 0 or 1.
+struct LossOptions {
+  double beta;
+  double alpha;
+  double label_smoothing;
+  int tdpo1;      // the variant: else TDPO2
+  int average;    // divide a sequence's sums by the number of its labels that are not ignored
+  int reduction;  // a Reduction
+  TDPO_FIELDS("LossOptions", beta, alpha, label_smoothing, tdpo1, average, reduction)
+};
+
+// From logits, or from the statistics of rows, to the loss of each pair. Pointers are to the
+// accumulation type. From logits the statistics may be null: they are then kept in a workspace.
+struct TdpoLossForward {
+  TokenStatsProblem problem;
+  LossOptions options;
+  TokenStatsOutputs statistics;
+  void* slopes;  // [2B], the derivative of `loss` by each sequence's sum of log p(y)
+  void* pairs;   // [kPairQuantities, B], in the order of PairQuantity (pair_loss.h)
+  void* loss;    // [], or [B] where nothing is reduced
+  TDPO_FIELDS("LossForward", problem, options, statistics, slopes, pairs, loss)
+};
+
+// Upstream gradients: of each row, or where `slopes` is given, of the loss of each pair. A row's
+// are then its sequence's slope times that of its pair; that of its KL is the ratio times that of
+// its log p(y).
+struct Upstream {
+  const void* policy_logps;  // [rows], or null
+  const void* forward_kl;    // [rows], or null
+  const void* slopes;        // [2B], or null
+  const void* loss;          // [B], or [1] with a stride of 0
+  int64_t loss_stride;
+  double chosen_kl_ratio;
+  double rejected_kl_ratio;
+  TDPO_FIELDS("Upstream", policy_logps, forward_kl, slopes, loss, loss_stride, chosen_kl_ratio,
+              rejected_kl_ratio)
+};
+
+// dz = g_m (onehot(label) - p) + g_k (p - q), with the upstream gradients g_m of log p(label) and
+// g_k of the KL, of whole rows or of a tile (labels and vocabulary are then the tile's). The
+// gradient has the logits' dtype, and may then lie over the policy's logits or over the
+// reference's, row on row: entries are read before their gradient is stored. Where logits are
+// float32 the gradient may be of a half-width type instead: it is rounded once, as it is stored,
+// and lies in memory of its own.
 struct TokenStatsBackward {
   TokenStatsProblem problem;
-  const void* normalizers;        // [rows] of Normalizers
-  const void* grad_policy_logps;  // [rows]
-  const void* grad_forward_kl;    // [rows]
+  const void* normalizers;  // [rows] of Normalizers
+  Upstream upstream;
   DType gradient_dtype;
   void* gradient;
   RowLayout gradient_rows;
-  TDPO_FIELDS("Backward", problem, normalizers, grad_policy_logps, grad_forward_kl, gradient_dtype,
-              gradient, gradient_rows)
+  TDPO_FIELDS("Backward", problem, normalizers, upstream, gradient_dtype, gradient, gradient_rows)
 };
 
-constexpr int64_t kAllLabelsValid = -1;
+constexpr int64_t kAllLabelsValid = -1, kBoundsNotUsable = -2;
 
 namespace cpu {
 
@@ -141,6 +193,14 @@ void token_stats_tile(const TokenStatsTile& work, const RowKernels& kernels, int
 void token_stats_finish(const TokenStatsFinish& work, int threads);
 
 void token_stats_backward(const TokenStatsBackward& work, const RowKernels& kernels, int threads);
+
+// As token_stats_forward; or kBoundsNotUsable where the sequences' bounds do not ascend from 0 to
+// the number of rows. Backward of the loss is token_stats_backward with the pairs' upstream.
+int64_t tdpo_loss_forward(const TdpoLossForward& work, const RowKernels& kernels, int threads);
+
+// The same from statistics that are there: neither logits nor normalizers are needed, and labels
+// only where the terms of sequences are means.
+int64_t tdpo_loss_finish(const TdpoLossForward& work, int threads);
 
 }  // namespace cpu
 
@@ -171,6 +231,13 @@ void token_stats_forward(const TokenStatsForward& work, void* workspace, const L
 void token_stats_tile(const TokenStatsTile& work, void* workspace, const Launch& launch);
 void token_stats_finish(const TokenStatsFinish& work, const Launch& launch);
 void token_stats_backward(const TokenStatsBackward& work, const Launch& launch);
+
+// Where the bounds of sequences are not usable, all outputs of the loss are NaN. Its workspace
+// holds the statistics of rows and of sequences too.
+int64_t loss_workspace_bytes(const TokenStatsProblem& problem);
+void tdpo_loss_forward(const TdpoLossForward& work, void* workspace, const Launch& launch);
+int64_t loss_finish_workspace_bytes(const TokenStatsProblem& problem);
+void tdpo_loss_finish(const TdpoLossForward& work, void* workspace, const Launch& launch);
 
 // What is built in and what this machine has; `error` is empty if its devices can be used.
 struct Runtime {

@@ -8,10 +8,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
 
+#include "../pair_loss.h"
 #include "../row_outputs.h"
 #include "huge_pages.h"
 #include "row_kernels.h"
@@ -21,8 +23,9 @@ namespace {
 
 // Below this many vocabulary entries in total a parallel region costs more than it gains.
 constexpr int64_t kSerialWork = 1 << 15;
-// Finishing a row costs as much as this many entries.
-constexpr int64_t kWorkOfFinish = 256;
+// Finishing a row costs as much as this many entries, and adding its statistics to its sequence's
+// as much as this many.
+constexpr int64_t kWorkOfFinish = 256, kWorkOfRowSum = 8;
 
 // Fewer rows than kFewRows are split into about kWantedParts parts in all, each at least kLeastPart
 // wide.
@@ -43,15 +46,20 @@ Split split_of(const TokenStatsProblem& problem) {
   return {(vocabulary + width - 1) / width, width};
 }
 
+constexpr int64_t kNoLabel = -1;
+
 // A part of a row. The label counts from the part's first entry.
 struct Part {
   int64_t row, start, width, label;
+  bool ignored;
 };
 
 Part part_of(const TokenStatsProblem& problem, const Split& split, int64_t index) {
   const int64_t row = index / split.parts, start = index % split.parts * split.width;
+  const int64_t label = label_of(problem, row);
+  // ignore_index may be the lowest number.
   return {row, start, std::min(split.width, problem.vocabulary - start),
-          problem.labels[row] - start};
+          label == problem.ignore_index ? kNoLabel : label - start, label == problem.ignore_index};
 }
 
 size_t logit_size(DType dtype) {
@@ -67,20 +75,11 @@ size_t logit_size(DType dtype) {
   throw std::invalid_argument("unknown dtype");
 }
 
-size_t real_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
-
 template <class Pointer>
 Pointer advance(Pointer data, int64_t elements, size_t element_size) {
   using Byte =
       std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
   return static_cast<Byte*>(data) + elements * static_cast<int64_t>(element_size);
-}
-
-int64_t first_wrong_label(const TokenStatsProblem& problem) {
-  for (int64_t row = 0; row < problem.rows; ++row) {
-    if (label_kind(problem, row) == LabelKind::kOutside) return row;
-  }
-  return kAllLabelsValid;
 }
 
 // Calls body with 0 to count - 1: the indices of rows, or of their parts. Threads take them one by
@@ -112,41 +111,91 @@ RowForward forward_of(const TokenStatsProblem& problem, const Part& part, void* 
           logits_of(problem.reference, part, problem.dtype), part.width, part.label, record};
 }
 
+// The statistics of rows, whose labels are all valid.
+template <class Real>
+void forward_rows(const TokenStatsForward& work, const RowKernels& kernels, int threads) {
+  const TokenStatsProblem& problem = work.problem;
+  const auto kernel = kernels.forward[static_cast<int>(problem.dtype)];
+  const Split split = split_of(problem);
+  const int64_t parts = problem.rows * split.parts;
+  std::vector<LabelledStats<Real>> records(split.parts > 1 ? parts : 0,
+                                           empty_labelled_stats<Real>());
+  const auto finish = [&](int64_t row, const LabelledStats<Real>* of_row) {
+    LabelledStats<Real> stats = of_row[0];
+    for (int64_t i = 1; i < split.parts; ++i) stats = merge(stats, of_row[i]);
+    write_outputs(work.outputs, row, finalise(stats));
+  };
+  in_parallel(parts, split.width, threads, [&](int64_t index) {
+    const Part part = part_of(problem, split, index);
+    if (part.ignored) {
+      if (part.start == 0) fill_outputs<Real>(work.outputs, part.row, LabelKind::kIgnored);
+    } else if (split.parts > 1) {
+      kernel(forward_of(problem, part, &records[index]));
+    } else {
+      LabelledStats<Real> stats = empty_labelled_stats<Real>();
+      kernel(forward_of(problem, part, &stats));
+      finish(part.row, &stats);
+    }
+  });
+  if (split.parts == 1) return;
+  for (int64_t row = 0; row < problem.rows; ++row) {
+    if (label_kind(problem, row) != LabelKind::kIgnored) finish(row, &records[row * split.parts]);
+  }
+}
+
+template <class Real>
+SequenceTerms sums_of_sequence(const TdpoLossForward& work, int64_t sequence) {
+  const int64_t end = sequence_begin(work.problem, sequence + 1);
+  SequenceTerms sums = no_terms();
+  for (int64_t row = sequence_begin(work.problem, sequence); row < end; ++row) {
+    add_row<Real>(sums, work, row);
+  }
+  return sums;
+}
+
+template <class Real>
+void finish_loss(const TdpoLossForward& work, int threads) {
+  const int64_t pairs = work.problem.sequences.count / 2;
+  std::vector<double> losses(pairs);
+  const int64_t rows_of_pair = work.problem.rows / std::max<int64_t>(pairs, 1) + 1;
+  in_parallel(pairs, rows_of_pair * kWorkOfRowSum, threads, [&](int64_t pair) {
+    losses[pair] = write_pair<Real>(work, pair, pairs, sums_of_sequence<Real>(work, pair),
+                                    sums_of_sequence<Real>(work, pairs + pair));
+  });
+  double sum = 0;
+  for (const double loss : losses) sum += loss;
+  write_reduced<Real>(work, sum, pairs);
+}
+
 }  // namespace
 
 int64_t token_stats_forward(const TokenStatsForward& work, const RowKernels& kernels, int threads) {
-  const TokenStatsProblem& problem = work.problem;
-  const int64_t wrong = first_wrong_label(problem);
-  if (wrong != kAllLabelsValid) return wrong;
-  const auto kernel = kernels.forward[static_cast<int>(problem.dtype)];
-  const Split split = split_of(problem);
-  with_real(problem.dtype, [&](auto real) {
+  const int64_t refusal = refusal_of(work.problem);
+  if (refusal != kAllLabelsValid) return refusal;
+  with_real(work.problem.dtype,
+            [&](auto real) { forward_rows<decltype(real)>(work, kernels, threads); });
+  return kAllLabelsValid;
+}
+
+int64_t tdpo_loss_forward(const TdpoLossForward& work, const RowKernels& kernels, int threads) {
+  const int64_t refusal = refusal_of(work.problem);
+  if (refusal != kAllLabelsValid) return refusal;
+  with_real(work.problem.dtype, [&](auto real) {
     using Real = decltype(real);
-    using Records = std::vector<LabelledStats<Real>>;
-    const int64_t parts = problem.rows * split.parts;
-    Records records(split.parts > 1 ? parts : 0, empty_labelled_stats<Real>());
-    const auto finish = [&](int64_t row, const LabelledStats<Real>* of_row) {
-      LabelledStats<Real> stats = of_row[0];
-      for (int64_t i = 1; i < split.parts; ++i) stats = merge(stats, of_row[i]);
-      write_outputs(work.outputs, row, finalise(stats));
-    };
-    in_parallel(parts, split.width, threads, [&](int64_t index) {
-      const Part part = part_of(problem, split, index);
-      if (problem.labels[part.row] == problem.ignore_index) {
-        if (part.start == 0) fill_outputs<Real>(work.outputs, part.row, LabelKind::kIgnored);
-      } else if (split.parts > 1) {
-        kernel(forward_of(problem, part, &records[index]));
-      } else {
-        LabelledStats<Real> stats = empty_labelled_stats<Real>();
-        kernel(forward_of(problem, part, &stats));
-        finish(part.row, &stats);
-      }
-    });
-    if (split.parts == 1) return;
-    for (int64_t row = 0; row < problem.rows; ++row) {
-      if (problem.labels[row] != problem.ignore_index) finish(row, &records[row * split.parts]);
-    }
+    const int64_t rows = work.problem.rows;
+    const std::unique_ptr<Real[]> statistics(new Real[3 * rows]);
+    TdpoLossForward of_rows = work;
+    of_rows.statistics = {&statistics[0], &statistics[rows], &statistics[2 * rows],
+                          work.statistics.normalizers};
+    forward_rows<Real>({work.problem, of_rows.statistics}, kernels, threads);
+    finish_loss<Real>(of_rows, threads);
   });
+  return kAllLabelsValid;
+}
+
+int64_t tdpo_loss_finish(const TdpoLossForward& work, int threads) {
+  if (!bounds_are_usable(work.problem)) return kBoundsNotUsable;
+  with_real(work.problem.dtype, [&](auto real) { finish_loss<decltype(real)>(work, threads); });
   return kAllLabelsValid;
 }
 
@@ -157,8 +206,8 @@ void token_stats_tile(const TokenStatsTile& work, const RowKernels& kernels, int
   with_real(problem.dtype, [&](auto real) {
     auto* records = static_cast<LabelledStats<decltype(real)>*>(work.records);
     in_parallel(problem.rows, problem.vocabulary, threads, [&](int64_t row) {
-      if (problem.labels[row] == problem.ignore_index) return;
-      kernel(forward_of(problem, part_of(problem, whole, row), records + row));
+      const Part part = part_of(problem, whole, row);
+      if (!part.ignored) kernel(forward_of(problem, part, records + row));
     });
   });
 }
@@ -182,7 +231,6 @@ void token_stats_finish(const TokenStatsFinish& work, int threads) {
 void token_stats_backward(const TokenStatsBackward& work, const RowKernels& kernels, int threads) {
   const TokenStatsProblem& problem = work.problem;
   const size_t entry_bytes = logit_size(work.gradient_dtype);
-  const size_t real_bytes = real_size(problem.dtype);
   const auto kernel =
       kernels.backward[static_cast<int>(problem.dtype)][static_cast<int>(work.gradient_dtype)];
   if (!kernel) throw std::invalid_argument("no kernel of this gradient's dtype");
@@ -193,25 +241,28 @@ void token_stats_backward(const TokenStatsBackward& work, const RowKernels& kern
     wish_for_huge_pages(work.gradient,
                         static_cast<size_t>(problem.rows * problem.vocabulary) * entry_bytes);
   }
-  in_parallel(problem.rows * split.parts, split.width, threads, [&](int64_t index) {
-    const Part part = part_of(problem, split, index);
-    const int64_t row = part.row;
-    RowBackward work_of_part;
-    work_of_part.vocabulary = part.width;
-    work_of_part.label = part.label;
-    work_of_part.gradient =
-        advance(work.gradient, row_offset(work.gradient_rows, row) + part.start, entry_bytes);
-    if (problem.labels[row] == problem.ignore_index) {
-      std::memset(work_of_part.gradient, 0, static_cast<size_t>(part.width) * entry_bytes);
-      return;
-    }
-    work_of_part.policy = logits_of(problem.policy, part, problem.dtype);
-    work_of_part.reference = logits_of(problem.reference, part, problem.dtype);
-    work_of_part.normalizers =
-        advance(work.normalizers, row, sizeof(Normalizers<char>) * real_bytes);
-    work_of_part.grad_policy_logp = advance(work.grad_policy_logps, row, real_bytes);
-    work_of_part.grad_forward_kl = advance(work.grad_forward_kl, row, real_bytes);
-    kernel(work_of_part);
+  with_real(problem.dtype, [&](auto real) {
+    using Real = decltype(real);
+    in_parallel(problem.rows * split.parts, split.width, threads, [&](int64_t index) {
+      const Part part = part_of(problem, split, index);
+      const int64_t row = part.row;
+      RowBackward work_of_part;
+      work_of_part.vocabulary = part.width;
+      work_of_part.label = part.label;
+      work_of_part.gradient =
+          advance(work.gradient, row_offset(work.gradient_rows, row) + part.start, entry_bytes);
+      if (part.ignored) {
+        std::memset(work_of_part.gradient, 0, static_cast<size_t>(part.width) * entry_bytes);
+        return;
+      }
+      work_of_part.policy = logits_of(problem.policy, part, problem.dtype);
+      work_of_part.reference = logits_of(problem.reference, part, problem.dtype);
+      work_of_part.normalizers = static_cast<const Normalizers<Real>*>(work.normalizers) + row;
+      const RowUpstream<Real> upstream = upstream_of<Real>(work, row);
+      work_of_part.grad_policy_logp = &upstream.policy_logp;
+      work_of_part.grad_forward_kl = &upstream.forward_kl;
+      kernel(work_of_part);
+    });
   });
 }
 

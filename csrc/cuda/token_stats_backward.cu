@@ -4,7 +4,8 @@
 //
 // Reads policy and reference logits z, r [N, V] of type T, only the side that the kind of gradient
 // needs; labels y [N] of int64; in Real the 8 Normalizers [N, 8] that forward has saved, and the
-// upstream gradients g_m (of log p(y)) and g_k (of KL(q || p)), [N] each. Writes dz [N, V] of type
+// upstream gradients g_m (of log p(y)) and g_k (of KL(q || p)), [N] each, or what they are made of:
+// slopes [2B] and the upstream gradient of the loss. Writes dz [N, V] of type
 // G, which is T, or half width where T is float.
 //
 //   for each row, by a warp, a block or several blocks:
@@ -34,6 +35,7 @@
 // many entries as one of T, in half the bytes.
 #include <type_traits>
 
+#include "../pair_loss.h"
 #include "choices.cuh"
 #include "launch.cuh"
 #include "row_vectors.cuh"
@@ -223,7 +225,7 @@ struct GradientRow {
       }
     }
     // The label's gradient overwrites what the loop has written there, so the same thread does it.
-    const int64_t label = problem.labels[row];
+    const int64_t label = label_of(problem, row);
     if (!Kind::kHasLabel || label < 0 || label >= vocabulary) return;
     const int vector = vectors.of_entry(static_cast<int>(label));
     const bool in_part = vector >= begin && vector < end;
@@ -278,12 +280,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
   if (row >= work.problem.rows) return;
   const GradientRow<T, G, kWarps, kShifted> gradient = {work, row, static_cast<int>(blockIdx.y),
                                                         static_cast<int>(gridDim.y)};
-  const Real g_m = static_cast<const Real*>(work.grad_policy_logps)[row];
-  const Real g_k = static_cast<const Real*>(work.grad_forward_kl)[row];
+  const RowUpstream<Real> upstream = upstream_of<Real>(work, row);
+  const Real g_m = upstream.policy_logp, g_k = upstream.forward_kl;
   // In whole rows a label outside the vocabulary has left NaN normalizers, and then the gradient is
   // NaN too, unless g_m and g_k are 0. In a tile a label outside belongs to another tile.
   const Normalizers<Real>& saved = static_cast<const Normalizers<Real>*>(work.normalizers)[row];
-  const bool ignored = work.problem.labels[row] == work.problem.ignore_index;
+  const bool ignored = label_kind(work.problem, row) == LabelKind::kIgnored;
   if (ignored || (g_m == Real(0) && g_k == Real(0))) {
     gradient.write(Zero<T>());
   } else if (g_k == Real(0)) {

@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>
   const uint32_t row = blockIdx.x * Scope::kTeams + Scope::index();
   const int part = blockIdx.y, parts = gridDim.y;
   if (row >= problem.rows) return;
-  const LabelKind kind = label_kind(problem, row);
+  const int64_t label_of_row = label_of(problem, row);
+  const LabelKind kind = label_kind(label_of_row, problem.vocabulary, problem.ignore_index);
   const bool has_label = kind == LabelKind::kEntry;
   if (kind == LabelKind::kIgnored || (!has_label && !tile)) return;
 
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>
   const T* reference = start_of_row<T>(problem.reference, row);
   const Side<T> z(policy), r = kShifted ? Side<T>(reference, before) : Side<T>(reference);
   const RowVectors<T> vectors(before, vocabulary, r.shift == 0);
-  const int label = has_label ? static_cast<int>(problem.labels[row]) : -1;
+  const int label = has_label ? static_cast<int>(label_of_row) : -1;
   const int label_vector = has_label ? vectors.of_entry(label) : -1;
   const int begin = vectors.part_begin(part, parts), end = vectors.part_begin(part + 1, parts);
 
@@ -178,7 +179,7 @@ __device__ LabelledStats<RealOf<T>> labelled_stats(const TokenStatsProblem& prob
   records += uint64_t(row) * records_of_row;
 #pragma unroll 1
   for (int i = 0; i < records_of_row; ++i) stats.rest = merge(stats.rest, records[i]);
-  const int64_t label = problem.labels[row];
+  const int64_t label = label_of(problem, row);
   if (label >= 0 && label < problem.vocabulary) {
     stats.label_policy = value_of<T>(start_of_row<T>(problem.policy, row)[label]);
     stats.label_reference = value_of<T>(start_of_row<T>(problem.reference, row)[label]);

@@ -17,6 +17,12 @@ LARGEST_CUDA_VOCABULARY: int
 """The most vocabulary entries that the CUDA kernels take."""
 MOST_LEADING_DIMENSIONS: int
 """The most dimensions of a RowLayout."""
+PAIR_QUANTITIES: int
+"""Numbers of a pair in LossForward.pairs."""
+ALL_LABELS_VALID: int
+"""What forward on the CPU returns if nothing is wrong."""
+BOUNDS_NOT_USABLE: int
+"""What it returns if the bounds of sequences do not ascend from 0 to the number of rows."""
 DTYPES: dict[str, int]
 """The values of ``dtype`` and ``gradient_dtype`` by PyTorch's names."""
 
@@ -38,6 +44,17 @@ class Logits:
     @property
     def rows(self) -> RowLayout: ...
 
+class Sequences:
+    """Which rows form a sequence."""
+
+    def __init__(self, *, count: int, length: int, bounds: int) -> None: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def bounds(self) -> int: ...
+
 class Problem:
     """What every pass over logits takes."""
 
@@ -51,6 +68,8 @@ class Problem:
         policy: Logits,
         reference: Logits,
         labels: int,
+        shift: int,
+        sequences: Sequences,
     ) -> None: ...
     @property
     def dtype(self) -> int: ...
@@ -66,6 +85,10 @@ class Problem:
     def reference(self) -> Logits: ...
     @property
     def labels(self) -> int: ...
+    @property
+    def shift(self) -> int: ...
+    @property
+    def sequences(self) -> Sequences: ...
 
 class Outputs:
     def __init__(
@@ -130,6 +153,85 @@ class Finish:
     @property
     def outputs(self) -> Outputs: ...
 
+class LossOptions:
+    def __init__(
+        self,
+        *,
+        beta: float,
+        alpha: float,
+        label_smoothing: float,
+        tdpo1: int,
+        average: int,
+        reduction: int,
+    ) -> None: ...
+    @property
+    def beta(self) -> float: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def label_smoothing(self) -> float: ...
+    @property
+    def tdpo1(self) -> int: ...
+    @property
+    def average(self) -> int: ...
+    @property
+    def reduction(self) -> int: ...
+
+class LossForward:
+    """From logits, or the statistics of rows, to the losses of pairs."""
+
+    def __init__(
+        self,
+        *,
+        problem: Problem,
+        options: LossOptions,
+        statistics: Outputs,
+        slopes: int,
+        pairs: int,
+        loss: int,
+    ) -> None: ...
+    @property
+    def problem(self) -> Problem: ...
+    @property
+    def options(self) -> LossOptions: ...
+    @property
+    def statistics(self) -> Outputs: ...
+    @property
+    def slopes(self) -> int: ...
+    @property
+    def pairs(self) -> int: ...
+    @property
+    def loss(self) -> int: ...
+
+class Upstream:
+    """Upstream gradients, of each row or of the loss."""
+
+    def __init__(
+        self,
+        *,
+        policy_logps: int,
+        forward_kl: int,
+        slopes: int,
+        loss: int,
+        loss_stride: int,
+        chosen_kl_ratio: float,
+        rejected_kl_ratio: float,
+    ) -> None: ...
+    @property
+    def policy_logps(self) -> int: ...
+    @property
+    def forward_kl(self) -> int: ...
+    @property
+    def slopes(self) -> int: ...
+    @property
+    def loss(self) -> int: ...
+    @property
+    def loss_stride(self) -> int: ...
+    @property
+    def chosen_kl_ratio(self) -> float: ...
+    @property
+    def rejected_kl_ratio(self) -> float: ...
+
 class Backward:
     """The gradient of whole rows, or of a tile."""
 
@@ -138,8 +240,7 @@ class Backward:
         *,
         problem: Problem,
         normalizers: int,
-        grad_policy_logps: int,
-        grad_forward_kl: int,
+        upstream: Upstream,
         gradient_dtype: int,
         gradient: int,
         gradient_rows: RowLayout,
@@ -149,9 +250,7 @@ class Backward:
     @property
     def normalizers(self) -> int: ...
     @property
-    def grad_policy_logps(self) -> int: ...
-    @property
-    def grad_forward_kl(self) -> int: ...
+    def upstream(self) -> Upstream: ...
     @property
     def gradient_dtype(self) -> int: ...
     @property
@@ -160,11 +259,20 @@ class Backward:
     def gradient_rows(self) -> RowLayout: ...
 
 def token_stats_forward(instruction_set: str, threads: int, work: Forward) -> int:
-    """-1, or the first row whose label is neither valid nor ignored; then nothing is written."""
+    """ALL_LABELS_VALID, or the first row whose label is neither valid nor ignored.
+
+    In that case nothing is written.
+    """
 
 def token_stats_tile(instruction_set: str, threads: int, work: Tile) -> None: ...
 def token_stats_finish(instruction_set: str, threads: int, work: Finish) -> None: ...
 def token_stats_backward(instruction_set: str, threads: int, work: Backward) -> None: ...
+def tdpo_loss_forward(instruction_set: str, threads: int, work: LossForward) -> int:
+    """ALL_LABELS_VALID, BOUNDS_NOT_USABLE, or as token_stats_forward."""
+
+def tdpo_loss_finish(instruction_set: str, threads: int, work: LossForward) -> int:
+    """The same from statistics; it does not look at labels."""
+
 def instruction_sets() -> list[str]:
     """Those with kernels that this processor can run, the best last."""
 
@@ -184,6 +292,10 @@ def cuda_token_stats_forward(device: int, stream: int, work: Forward, workspace:
 def cuda_token_stats_tile(device: int, stream: int, work: Tile, workspace: int) -> None: ...
 def cuda_token_stats_finish(device: int, stream: int, work: Finish) -> None: ...
 def cuda_token_stats_backward(device: int, stream: int, work: Backward) -> None: ...
+def cuda_loss_workspace_bytes(problem: Problem) -> int: ...
+def cuda_tdpo_loss_forward(device: int, stream: int, work: LossForward, workspace: int) -> None: ...
+def cuda_loss_finish_workspace_bytes(problem: Problem) -> int: ...
+def cuda_tdpo_loss_finish(device: int, stream: int, work: LossForward, workspace: int) -> None: ...
 
 class CudaRuntime(TypedDict):
     runtime_version: int

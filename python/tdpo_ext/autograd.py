@@ -6,6 +6,7 @@ the Function and keeps the op as one node.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,32 @@ def grouped(function: Callable[..., Any], *groups: Any) -> Callable[..., Any]:
         return function(*arguments)
 
     return with_flat_values
+
+
+@functools.cache
+def _keys_of_plain_tensors(device: torch.device) -> Any:
+    with torch.inference_mode(False):
+        return torch._C._dispatch_keys(torch.empty(0, device=device))
+
+
+def may_skip_the_dispatcher(*tensors: Tensor | None) -> bool:
+    """Whether to call the kernels directly, not through their op and PyTorch's dispatcher.
+
+    The result is the same if nothing has to see the op: no compiler, no dispatch mode, no second
+    derivative, and plain tensors (no subclass, no vmap, no lazy zeros). A small call then takes an
+    eighth less time.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    first = tensors[0]
+    assert first is not None
+    plain = _keys_of_plain_tensors(first.device)
+    for tensor in tensors:  # not all(...): a generator would take as long as the comparisons
+        if tensor is not None and torch._C._dispatch_keys(tensor) != plain:
+            return False
+    return True
 
 
 # --- derivatives ----------------------------------------------------------------------------------

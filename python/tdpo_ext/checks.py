@@ -43,10 +43,11 @@ def check_not_transformed(*tensors: Tensor | None) -> None:
     """
     if torch.compiler.is_compiling():
         return
+    forward_mode = forward_ad._current_level >= 0
     for tensor in tensors:
         if tensor is not None and (
             torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-            or forward_ad.unpack_dual(tensor).tangent is not None
+            or (forward_mode and forward_ad.unpack_dual(tensor).tangent is not None)
         ):
             raise RuntimeError(
                 "tdpo_ext's compiled ops take no torch.func transform (grad, vmap, jvp, ...) and "
@@ -250,6 +251,13 @@ def check_packed_batch(name: str, batch: Tensor, cu_seqlens: Tensor) -> None:
         raise ValueError(
             f"cu_seqlens must be on the device of {name} ({batch.device}), got {cu_seqlens.device}"
         )
+
+
+def bounds_error(cu_seqlens: Tensor, total: int) -> ValueError:
+    return ValueError(
+        f"cu_seqlens must ascend from 0 to the total number of tokens ({total}), got "
+        f"{cu_seqlens.tolist()}"
+    )
 
 
 def labels_error(came: str) -> ValueError:

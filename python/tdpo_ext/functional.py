@@ -10,10 +10,11 @@ from torch import Tensor
 from tdpo_ext import checks
 from tdpo_ext.checks import Reduction, Variant
 from tdpo_ext.distributed import Shard, local_logits, shard_of
-from tdpo_ext.loss import LossOptions, loss_from_stats
+from tdpo_ext.loss import LossOptions
 from tdpo_ext.outputs import TDPOOutput, TokenStats
-from tdpo_ext.sequences import aligned_labels
-from tdpo_ext.token_statistics import ops
+from tdpo_ext.sequences import given_labels
+from tdpo_ext.token_statistics import loss_ops, ops
+from tdpo_ext.token_statistics.loss_kernels import Batch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -83,6 +84,13 @@ def token_stats(
     )
 
 
+def _check_calls(inplace_backward: bool, policy_logits: Tensor, *others: Tensor | None) -> None:
+    """No transforms around the ops; logits that a gradient may overwrite if it is to."""
+    checks.check_not_transformed(policy_logits, *others)
+    if inplace_backward and not torch.compiler.is_compiling():  # the op checks once more
+        checks.check_inplace_backward(policy_logits)
+
+
 def _token_stats(
     policy_logits: Tensor,
     reference_logits: Tensor,
@@ -92,9 +100,7 @@ def _token_stats(
     shard: Shard | None,
 ) -> TokenStats:
     """``token_stats`` of arguments that have been checked."""
-    checks.check_not_transformed(policy_logits, reference_logits, labels)
-    if inplace_backward and not torch.compiler.is_compiling():  # the op checks once more
-        checks.check_inplace_backward(policy_logits)
+    _check_calls(inplace_backward, policy_logits, reference_logits, labels)
     return ops.token_stats(
         policy_logits, reference_logits, labels, ignore_index, inplace_backward, shard
     )
@@ -173,7 +179,7 @@ def tdpo_loss(
         policy_logits, reference_logits, labels, shift_labels, process_group=process_group
     )
     checks.check_logits(policy_logits, reference_logits)
-    aligned = aligned_labels(
+    given, shift = given_labels(
         "policy_logits",
         policy_logits,
         labels,
@@ -185,9 +191,14 @@ def tdpo_loss(
         beta, alpha, variant, label_smoothing, average_log_prob, reduction
     ).checked()
     shard = shard or shard_of(process_group, policy_logits.shape[-1])
+    batch = Batch(given, shift, cu_seqlens, ignore_index)
+    if shard is None:
+        _check_calls(inplace_backward, policy_logits, reference_logits, given, cu_seqlens)
+        return loss_ops.tdpo_loss(policy_logits, reference_logits, batch, options, inplace_backward)
+    aligned = batch.aligned()
     stats = _token_stats(
         policy_logits, reference_logits, aligned, ignore_index, inplace_backward, shard
     )
-    return loss_from_stats(
-        stats, aligned, options, cu_seqlens=cu_seqlens, ignore_index=ignore_index
+    return loss_ops.tdpo_loss_of_stats(
+        stats, Batch(aligned, False, cu_seqlens, ignore_index), options
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -68,7 +69,9 @@ class TDPOOutput(NamedTuple):
         TDPO can be compared. ``tdpo_rewards/*`` are the rewards of the paper's code, which contain
         the KL. Nothing is copied to the host: call ``.item()`` when you log, not before.
         """
-        return {name: values.mean() for name, values in self.metrics_of_pairs().items()}
+        of_pairs = self.metrics_of_pairs()
+        means = torch.stack([*of_pairs.values()]).mean(dim=1)
+        return dict(zip(of_pairs, means.unbind(), strict=True))
 
     def metrics_of_pairs(self) -> dict[str, Tensor]:
         """The same quantities for each pair, ``[B]``.

@@ -21,6 +21,25 @@ def aligned_labels(
 ) -> Tensor:
     """The labels aligned with a batch, from exactly one of ``labels`` and ``shift_labels``.
 
+    Arguments as those of ``given_labels``.
+    """
+    given, shift = given_labels(
+        name, batch, labels, shift_labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index
+    )
+    return align_labels(given, cu_seqlens, ignore_index) if shift else given
+
+
+def given_labels(
+    name: str,
+    batch: Tensor,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    *,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, bool]:
+    """The one of ``labels`` and ``shift_labels`` that is given, and whether it has to be shifted.
+
     ``batch`` is logits or hidden states: ``[2B, T, ...]``, or ``[total, ...]`` with ``cu_seqlens``.
     Errors call it ``name``.
     """
@@ -31,10 +50,10 @@ def aligned_labels(
         checks.check_packed_batch(name, batch, cu_seqlens)
     if labels is not None and shift_labels is None:
         checks.check_labels("labels", labels, batch)
-        return align_labels(labels, cu_seqlens, ignore_index)
+        return labels, True
     if shift_labels is not None and labels is None:
         checks.check_labels("shift_labels", shift_labels, batch)
-        return shift_labels
+        return shift_labels, False
     raise checks.labels_error("neither" if labels is None else "both")
 
 
@@ -67,10 +86,7 @@ def sequence_bounds(cu_seqlens: Tensor, total: int) -> Tensor:
     if cu_seqlens.device.type == "cpu":
         descends = bool((cu_seqlens[1:] < cu_seqlens[:-1]).any())
         if descends or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total:
-            raise ValueError(
-                "cu_seqlens must ascend from 0 to the total number of tokens "
-                f"({total}), got {cu_seqlens.tolist()}"
-            )
+            raise checks.bounds_error(cu_seqlens, total)
         return cu_seqlens.to(torch.int64, copy=True)
     return cu_seqlens.to(torch.int64).clamp(0, total).cummax(0).values
 

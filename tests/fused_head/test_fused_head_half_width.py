@@ -281,15 +281,16 @@ def test_units_of_a_frozen_head(backend, small_groups, monkeypatch, chunk_bytes)
     ("way", "multiplications", "launches"),
     [
         # For each of 8 tiles of all rows: logits of both; the records of a tile, and their merge.
-        # At the end the outputs.
-        ("forward", 8 * 2, 8 * 2 + 1),
+        # At the end the outputs, the sums of the sequences and the pairs.
+        ("forward", 8 * 2, 8 * 2 + 3),
         # Then for each tile of chosen rows: the policy's logits, dh, dW and dz. For rejected rows
         # also the reference's logits.
-        ("recompute", 8 * (2 + 3 + 4), 8 * (2 + 1 + 1) + 1),
+        ("recompute", 8 * (2 + 3 + 4), 8 * (2 + 1 + 1) + 3),
         # For each of 6 groups of rows: logits of both; the rows' records, their outputs, dz. For
-        # each of 2 chunks: dh, dW.
-        ("whole pairs", 6 * 2 + 2 * 2, 6 * 3),
-        ("direction", 6 * 2 + 1, 6 * 3),
+        # each of 2 chunks: dh, dW, and for their slopes the sums of the sequences and the pairs, as
+        # at the end.
+        ("whole pairs", 6 * 2 + 2 * 2, 6 * 3 + 2 * 2 + 2),
+        ("direction", 6 * 2 + 1, 6 * 3 + 2),
     ],
 )
 def test_launches_of_a_step(monkeypatch, way, multiplications, launches):

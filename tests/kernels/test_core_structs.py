@@ -13,9 +13,11 @@ import torch
 
 import tdpo_ext
 from tdpo_ext import checks
-from tdpo_ext.token_statistics import fallback, kernels, native
+from tdpo_ext.outputs import TDPOOutput
+from tdpo_ext.token_statistics import fallback, kernels, loss_kernels, native
 
-STRUCTS = ["RowLayout", "Logits", "Problem", "Outputs", "Forward", "Tile", "Finish", "Backward"]
+STRUCTS = ["RowLayout", "Logits", "Sequences", "Problem", "Outputs", "Forward", "Tile", "Finish"]
+STRUCTS += ["LossOptions", "LossForward", "Upstream", "Backward"]
 built = pytest.mark.skipif(
     native.core is None or isinstance(native.core, emulated.StandIn),
     reason="the extension is not built, or another library stands in for it",
@@ -57,6 +59,8 @@ def values(core: object, name: str) -> dict[str, object]:
     for field in fields(getattr(core, name)):
         nested = {"policy": "Logits", "reference": "Logits", "problem": "Problem"}
         nested |= {"outputs": "Outputs", "gradient_rows": "RowLayout"}
+        nested |= {"sequences": "Sequences", "options": "LossOptions", "upstream": "Upstream"}
+        nested["statistics"] = "Outputs"
         if name == "Logits":
             nested["rows"] = "RowLayout"
         if field in nested:
@@ -70,7 +74,7 @@ def values(core: object, name: str) -> dict[str, object]:
 
 def plain(value: object) -> object:
     """A struct as a dict; an array as a list."""
-    if isinstance(value, (int, type(None))):
+    if isinstance(value, (int, float, type(None))):
         return value or 0
     if isinstance(value, (tuple, ctypes.Array)):
         return list(value)
@@ -105,6 +109,11 @@ def test_the_emulation_has_the_constants_of_the_extension():
 
 def test_the_fallback_saves_as_many_numbers_as_the_core(compiled):
     assert kernels.core.NORMALIZERS == fallback.NORMALIZERS
+
+
+def test_the_loss_has_as_many_numbers_of_a_pair_as_the_core(compiled):
+    assert kernels.core.PAIR_QUANTITIES == loss_kernels.PAIR_QUANTITIES
+    assert len(TDPOOutput._fields) - 1 == loss_kernels.PAIR_QUANTITIES
 
 
 def test_records_have_as_many_numbers_as_the_core_merges(compiled):

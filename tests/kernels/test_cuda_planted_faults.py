@@ -130,6 +130,60 @@ def test_a_fault_in_a_hot_loop(tmp_path, fault):
     assert status == 1, output[-3000:]
 
 
+PAIR_LOSS, SEQUENCES, LOSS = "../pair_loss.h", "../sequences.h", "tdpo_loss.cu"
+IN_THE_LOSS = {
+    "labels not shifted": (
+        *(SEQUENCES, "problem.ignore_index : problem.labels[row + 1]"),
+        "problem.ignore_index : problem.labels[row]",
+    ),
+    "the last token scored against the next sequence's first": (
+        *(SEQUENCES, "sequences.bounds[before] == static_cast<int64_t>(next)"),
+        "sequences.bounds[before] < 0",
+    ),
+    "a row at a boundary counted twice": (LOSS, "row < end;", "row <= end;"),
+    "a warp left out": (
+        LOSS,
+        "int warp = 0; warp < kBlockWarps",
+        "int warp = 1; warp < kBlockWarps",
+    ),
+    "ignored tokens in the mean": (
+        PAIR_LOSS,
+        "ignore_index ? 0 : 1",
+        "ignore_index ? 1 : 1",
+    ),
+    "slopes not divided by the tokens of the mean": (
+        *(PAIR_LOSS, "Real(-slope / divisor_of(rejected_sums, options))", "Real(-slope)"),
+    ),
+    "the upstream gradient of another pair": (
+        *(
+            PAIR_LOSS,
+            "chosen ? sequence : sequence - pairs",
+            "chosen ? sequence : 2 * pairs - 1 - sequence",
+        ),
+    ),
+    "the slope of another sequence": (
+        PAIR_LOSS,
+        "upstream.slopes)[sequence]",
+        "upstream.slopes)[pair]",
+    ),
+    "smoothing only forward": (
+        *(PAIR_LOSS, "(e * sigmoid(logit) - (1 - e) * sigmoid(-logit))", "-sigmoid(-logit)"),
+    ),
+    "the KL of the wrong response": (
+        *(PAIR_LOSS, "chosen ? upstream.chosen_kl_ratio", "!chosen ? upstream.chosen_kl_ratio"),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", IN_THE_LOSS)
+def test_a_fault_in_the_loss(tmp_path, fault):
+    sources = with_fault(tmp_path, *IN_THE_LOSS[fault])
+    chosen = "cuda-on-cpu and not fma and packed_sequences_against"
+    status, output = run_plain("../loss/test_loss_op.py", chosen, sources)
+    assert status == 1, output[-3000:]
+
+
 @pytest.mark.slow  # compiled with a sanitizer, which takes a minute
 @needs_sanitizer
 def test_a_load_past_the_end(tmp_path):

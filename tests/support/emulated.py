@@ -17,7 +17,7 @@ import platform
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int64, c_long, c_void_p
+from ctypes import Structure, byref, c_char_p, c_double, c_int, c_int64, c_long, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ SANITIZED = "TDPO_EXT_TEST_SANITIZE" in os.environ
 SOURCES = [
     CSRC / "cuda" / "token_stats_forward.cu",
     CSRC / "cuda" / "token_stats_backward.cu",
+    CSRC / "cuda" / "tdpo_loss.cu",
     EMULATION / "harness.cpp",
 ]
 FLAGS = ["-x", "c++", "-std=c++17", "-O1" if SANITIZED else "-O2", "-fPIC", "-fno-strict-aliasing"]
@@ -75,8 +76,10 @@ def _compile(folder: Path, rounding: str) -> Path:
 def library(rounding: str = "plain") -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="cuda_on_cpu") as folder:
         loaded = ctypes.CDLL(str(_compile(Path(folder), rounding)))
-    for name in ("forward", "tile", "finish", "backward", "path", "rounding", "description"):
+    texts = ("forward", "tile", "finish", "backward", "loss_forward", "loss_finish")
+    for name in (*texts, "path", "rounding", "description"):
         getattr(loaded, f"emulated_{name}").restype = c_char_p
+    loaded.emulated_refusal.restype = c_int64
     loaded.emulated_launches.restype = c_long
     return loaded
 
@@ -94,6 +97,7 @@ def described(text: str) -> dict[str, Any]:
     """What a text of ``csrc/description.h`` describes: a ctypes structure for each struct, the
     constants, and DTYPES."""
     types: dict[str, Any] = {"int": c_int, "int64": c_int64, "int64[4]": c_int64 * 4}
+    types["double"] = c_double
     types["pointer"] = c_void_p
     exported: dict[str, Any] = {"DTYPES": {}}
     fields: list[list[str]] = []
@@ -154,10 +158,26 @@ class EmulatedCore(StandIn):
         self.library.emulated_run_warps_backwards(backwards)
 
     def token_stats_forward(self, _instruction_set, _threads, work) -> int:
-        wrong = _first_wrong_label(work.problem) if self.check_labels else -1
-        if wrong < 0:
-            _run(self.library.emulated_forward, work)
-        return wrong
+        return self._run_checked(self.library.emulated_forward, work)
+
+    def tdpo_loss_forward(self, _instruction_set, _threads, work) -> int:
+        return self._run_checked(self.library.emulated_loss_forward, work)
+
+    def tdpo_loss_finish(self, _instruction_set, _threads, work) -> int:
+        if self.check_labels and not self.library.emulated_bounds_are_usable(byref(work.problem)):
+            refusal: int = self.BOUNDS_NOT_USABLE
+            return refusal
+        _run(self.library.emulated_loss_finish, work)
+        valid: int = self.ALL_LABELS_VALID
+        return valid
+
+    def _run_checked(self, function, work) -> int:
+        valid: int = self.ALL_LABELS_VALID
+        refusal: int = self.library.emulated_refusal(byref(work.problem))
+        if refusal != valid and self.check_labels:
+            return refusal
+        _run(function, work)
+        return valid
 
     def token_stats_tile(self, _instruction_set, _threads, work) -> None:
         _run(self.library.emulated_tile, work)
@@ -167,13 +187,3 @@ class EmulatedCore(StandIn):
 
     def token_stats_backward(self, _instruction_set, _threads, work) -> None:
         _run(self.library.emulated_backward, work)
-
-
-def _first_wrong_label(problem: Any) -> int:
-    """The check that the op makes on the CPU; the kernels do not make it on a card."""
-    labels = ctypes.cast(problem.labels, POINTER(c_int64))
-    for row in range(problem.rows):
-        label = labels[row]
-        if label != problem.ignore_index and not 0 <= label < problem.vocabulary:
-            return row
-    return -1

@@ -68,7 +68,8 @@ def library() -> ctypes.CDLL:
         flags = ["-O0", "-fopenmp", *emulated.SANITIZERS, "-shared"]  # quick to compile
         build(HARNESS / "harness.cpp", target, flags)
         loaded = ctypes.CDLL(str(target))
-    for name in ("forward", "tile", "finish", "backward", "instruction_sets", "description"):
+    texts = ("forward", "tile", "finish", "backward", "loss_forward", "loss_finish")
+    for name in (*texts, "instruction_sets", "description"):
         getattr(loaded, f"sanitized_{name}").restype = c_char_p
     return loaded
 
@@ -89,6 +90,16 @@ class SanitizedCore(emulated.StandIn):
     def token_stats_forward(self, instruction_set: str, threads: int, work: Any) -> int:
         wrong = c_int64()
         _run("forward", instruction_set, threads, work, byref(wrong))
+        return wrong.value
+
+    def tdpo_loss_forward(self, instruction_set: str, threads: int, work: Any) -> int:
+        wrong = c_int64()
+        _run("loss_forward", instruction_set, threads, work, byref(wrong))
+        return wrong.value
+
+    def tdpo_loss_finish(self, instruction_set: str, threads: int, work: Any) -> int:
+        wrong = c_int64()
+        _run("loss_finish", instruction_set, threads, work, byref(wrong))
         return wrong.value
 
     def token_stats_tile(self, instruction_set: str, threads: int, work: Any) -> None:

@@ -16,9 +16,10 @@ from tdpo_ext.fused_head.pairs import Batch, kl_ratio_of_tokens
 from tdpo_ext.fused_head.problem import default_chunk_bytes, is_captured
 from tdpo_ext.fused_head.products import accumulation_dtype
 from tdpo_ext.fused_head.tiles import costs, pairs_that_fit
-from tdpo_ext.loss import LossOptions, loss_from_stats
+from tdpo_ext.loss import LossOptions
 from tdpo_ext.outputs import TDPOOutput, TokenStats
 from tdpo_ext.sequences import aligned_labels
+from tdpo_ext.token_statistics import loss_kernels, loss_ops
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -210,13 +211,8 @@ def _loss(
 
     def output_of(stats: TokenStats) -> TDPOOutput:
         shaped = TokenStats(*(values.view(aligned.shape) for values in stats))
-        return loss_from_stats(
-            shaped,
-            aligned,
-            loss,
-            cu_seqlens=batch.cu_seqlens,
-            ignore_index=options.ignore_index,
-        )
+        of_labels = loss_kernels.Batch(aligned, False, batch.cu_seqlens, options.ignore_index)
+        return loss_ops.tdpo_loss_of_stats(shaped, of_labels, loss)
 
     wanted = inputs.wanted
     if options.shard is not None:

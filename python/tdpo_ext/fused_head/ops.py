@@ -31,7 +31,7 @@ from tdpo_ext.fused_head.problem import Problem, Upstream
 from tdpo_ext.fused_head.products import accumulation_dtype
 from tdpo_ext.loss import LossOptions
 from tdpo_ext.outputs import TokenStats
-from tdpo_ext.token_statistics import kernels
+from tdpo_ext.token_statistics import kernels, loss_kernels
 
 _HEADS = (
     "Tensor policy_hidden, Tensor policy_weight, Tensor? policy_bias, Tensor reference_hidden,"
@@ -192,14 +192,23 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     problem = _checked_problem(heads, options)
     dtype = accumulation_dtype(heads.policy_hidden.dtype)  # alpha is rounded to it
-    slopes = TokenSlopes(batch, loss, problem.labels, problem.ignore_index)
+    slopes = TokenSlopes(batch, loss, problem.labels)
+    of_labels = loss_kernels.Batch(
+        batch.shaped(problem.labels), False, batch.cu_seqlens, problem.ignore_index
+    )
+
+    def slopes_of(outputs: kernels.Outputs) -> Tensor:
+        """Those of pairs whose statistics are incomplete must not be used."""
+        stats = TokenStats(*map(batch.shaped, outputs[:3]))
+        return slopes.of_tokens(loss_kernels.forward_of_stats(stats, of_labels, loss)[2])
+
     ratio = kl_ratio_of_tokens(slopes.sequence, batch.pairs, loss.alpha, loss.variant, dtype)
     outputs, gradients = forward_gradients.forward_by_pairs(
         problem,
         chunk_of_token=(slopes.sequence % batch.pairs) // pairs_at_once,
         chunks=-(-batch.pairs // pairs_at_once),
         ratio=ratio,
-        slopes_of=lambda outputs: slopes.from_stats(TokenStats(*outputs[:3])),
+        slopes_of=slopes_of,
         wanted=Wanted(*wanted),
     )
     return *outputs[:3], *gradients, ratio.new_tensor(slopes.unit)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from tdpo_ext.checks import Variant
-from tdpo_ext.loss import LossOptions, kl_ratios, pair_difference, pair_slopes, sequence_terms
-from tdpo_ext.outputs import TokenStats
+from tdpo_ext.loss import LossOptions, kl_ratios
 from tdpo_ext.sequences import sequence_of_tokens
 
 
@@ -61,37 +60,13 @@ def gradient_unit(slope: float) -> float:
 
 
 class TokenSlopes:
-    """The slope of each token's log p(y), in multiples of ``unit``, from the tokens' statistics."""
+    """The slope of each token's log p(y), in multiples of ``unit``."""
 
-    def __init__(
-        self,
-        batch: Batch,
-        options: LossOptions,
-        labels: Tensor,
-        ignore_index: int,
-    ) -> None:
-        self.batch = batch
-        self.options = options
-        self.labels = labels
-        self.ignore_index = ignore_index
+    def __init__(self, batch: Batch, options: LossOptions, labels: Tensor) -> None:
         self.sequence = batch.sequence_of_tokens(labels)
-        self.weight = 1 / batch.pairs if options.reduction == "mean" else 1.0
-        self.unit = gradient_unit(options.beta * self.weight)
+        weight = 1 / batch.pairs if options.reduction == "mean" else 1.0
+        self.unit = gradient_unit(options.beta * weight)
 
-    def from_stats(self, stats: TokenStats) -> Tensor:
-        """The slopes, ``[N]``. Those of pairs whose statistics are incomplete must not be used."""
-        options = self.options
-        terms = sequence_terms(
-            TokenStats(*map(self.batch.shaped, stats)),
-            self.batch.shaped(self.labels),
-            cu_seqlens=self.batch.cu_seqlens,
-            average_log_prob=options.average_log_prob,
-            ignore_index=self.ignore_index,
-        )
-        difference = pair_difference(terms.margin, terms.kl, options.alpha, options.variant)
-        slopes = pair_slopes(difference, options.beta, options.label_smoothing)
-        slopes = self.weight / self.unit * slopes
-        slopes = torch.cat((slopes, -slopes))  # from pairs to sequences
-        if terms.kept is not None:
-            slopes = slopes / terms.kept
-        return slopes[self.sequence]
+    def of_tokens(self, slopes: Tensor) -> Tensor:
+        """The slope of each token, ``[N]``, from those of the sequences, ``[2B]``."""
+        return (slopes / self.unit)[self.sequence]

@@ -7,7 +7,7 @@ checked all arguments.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from tdpo_ext.token_statistics.native import (
     cuda_absent_because,
     instruction_set,
 )
+
+if TYPE_CHECKING:
+    from tdpo_ext.loss import LossOptions
+    from tdpo_ext.outputs import TokenStats
 
 _DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in checks.LOGIT_DTYPES}
 
@@ -40,11 +44,11 @@ def serves(device: torch.device) -> bool:
     return core is not None and not _absent_because(device)
 
 
-def _warn_of_fallback(device: torch.device) -> None:
+def warn_of_fallback(device: torch.device) -> None:
     fallback.warn_once(device.type, _absent_because(device) or core_absent_because)
 
 
-def _run(name: str, device: torch.device, work: Any, *workspace: int) -> Any:
+def run(name: str, device: torch.device, work: Any, *workspace: int) -> Any:
     """Call a function of the core for tensors on a device: on the CPU with an instruction set and a
     number of threads, on CUDA on the caller's stream and with the address of a workspace."""
     if device.type == "cpu":
@@ -57,13 +61,17 @@ def _run(name: str, device: torch.device, work: Any, *workspace: int) -> Any:
 # --- the core's structs: each field is described in csrc/token_stats.h ----------------------------
 
 
-def _dtype(tensor: Tensor) -> int:
+def dtype_code(tensor: Tensor) -> int:
     code: int = core.DTYPES[_DTYPE_NAMES[tensor.dtype]]
     return code
 
 
-def _row_layout(logits: Tensor) -> Any:
+def row_layout(logits: Tensor) -> Any:
     """The leading dimensions, merged where one stride serves several."""
+    if logits.is_contiguous():
+        vocabulary = logits.shape[-1]
+        rows = logits.numel() // vocabulary
+        return core.RowLayout(dims=1, sizes=(rows,), strides=(vocabulary,))
     sizes: list[int] = []
     strides: list[int] = []
     for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
@@ -85,22 +93,49 @@ def _row_layout(logits: Tensor) -> Any:
 
 
 def _logits(logits: Tensor) -> Any:
-    return core.Logits(data=logits.data_ptr(), rows=_row_layout(logits))
+    return core.Logits(data=logits.data_ptr(), rows=row_layout(logits))
 
 
-def _problem(
-    policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, ignore_index: int
+class Sequences(NamedTuple):
+    """Which rows form a sequence, and whether their labels have to be shifted along it."""
+
+    number: int = 0
+    length: int = 0
+    cu_seqlens: Tensor | None = None
+    shift: bool = False
+
+
+_NO_SEQUENCES = Sequences()
+
+
+def problem_of(
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    sequences: Sequences = _NO_SEQUENCES,
 ) -> Any:
     if policy_logits.device.type == "cuda":
         checks.check_cuda_vocabulary(policy_logits, core.LARGEST_CUDA_VOCABULARY)
     return core.Problem(
-        dtype=_dtype(policy_logits),
+        dtype=dtype_code(policy_logits),
         rows=labels.numel(),
         vocabulary=policy_logits.shape[-1],
         ignore_index=ignore_index,
         policy=_logits(policy_logits),
         reference=_logits(reference_logits),
         labels=labels.data_ptr(),
+        shift=sequences.shift,
+        sequences=_sequences(sequences),
+    )
+
+
+def _sequences(sequences: Sequences) -> Any:
+    bounds = sequences.cu_seqlens
+    return core.Sequences(
+        count=sequences.number,
+        length=sequences.length,
+        bounds=0 if bounds is None else bounds.data_ptr(),
     )
 
 
@@ -114,19 +149,22 @@ def _outputs(outputs: Outputs) -> Any:
     )
 
 
-def _run_over_logits(name: str, device: torch.device, work: Any) -> Any:
-    """``_run`` with the workspace that forward needs on CUDA, from torch's allocator."""
+def run_over_logits(
+    name: str, device: torch.device, work: Any, bytes_of: str = "cuda_forward_workspace_bytes"
+) -> Any:
+    """``run`` with the workspace that forward needs on CUDA, from torch's allocator. ``bytes_of``
+    is the core's function that says its size."""
     if device.type == "cpu":
-        return _run(name, device, work)
-    size = core.cuda_forward_workspace_bytes(work.problem)
+        return run(name, device, work)
+    size = getattr(core, bytes_of)(work.problem)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    return _run(name, device, work, workspace.data_ptr())
+    return run(name, device, work, workspace.data_ptr())
 
 
 # --- the calls ------------------------------------------------------------------------------------
 
 
-def _with_dense_rows(logits: Tensor) -> Tensor:
+def with_dense_rows(logits: Tensor) -> Tensor:
     """Logits that a kernel can read. The public functions have checked the tensor that they were
     given, but a subclass, or PyTorch's own lazy zeros, may hand the op another one."""
     dense = logits.stride(-1) == 1 or logits.shape[-1] == 1
@@ -150,22 +188,110 @@ def token_stats(
     """The statistics of whole rows. On the CPU a label outside the vocabulary raises IndexError."""
     device, vocabulary = policy_logits.device, policy_logits.shape[-1]
     if not serves(device):
-        _warn_of_fallback(device)
+        warn_of_fallback(device)
         if device.type == "cpu":
             checks.check_label_range(labels, vocabulary, ignore_index)
         return fallback.forward(policy_logits, reference_logits, labels, ignore_index)
     outputs = empty_outputs(policy_logits, labels.shape)
     labels = contiguous_int64(labels)
-    policy_logits, reference_logits = map(_with_dense_rows, (policy_logits, reference_logits))
+    policy_logits, reference_logits = map(with_dense_rows, (policy_logits, reference_logits))
     work = core.Forward(
-        problem=_problem(policy_logits, reference_logits, labels, ignore_index),
+        problem=problem_of(policy_logits, reference_logits, labels, ignore_index),
         outputs=_outputs(outputs),
     )
-    wrong_label = _run_over_logits("token_stats_forward", device, work)
+    wrong_label = run_over_logits("token_stats_forward", device, work)
     if device.type == "cpu" and wrong_label >= 0:
         label = int(labels.view(-1)[wrong_label])
         raise checks.label_range_error(label, vocabulary, ignore_index)
     return outputs
+
+
+def tdpo_loss(
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    sequences: Sequences,
+    options: LossOptions,
+    outputs: Outputs,
+) -> None:
+    """Write ``outputs``, those of ``loss_kernels.forward``. On the CPU a label outside the
+    vocabulary raises IndexError, and bounds of sequences that are not usable raise ValueError."""
+    device, vocabulary = policy_logits.device, policy_logits.shape[-1]
+    loss, pairs, slopes, normalizers = outputs
+    labels = contiguous_int64(labels)
+    policy_logits, reference_logits = map(with_dense_rows, (policy_logits, reference_logits))
+    work = core.LossForward(
+        problem=problem_of(policy_logits, reference_logits, labels, ignore_index, sequences),
+        options=_loss_options(options),
+        statistics=core.Outputs(
+            policy_logps=0, reference_logps=0, forward_kl=0, normalizers=normalizers.data_ptr()
+        ),
+        slopes=slopes.data_ptr(),
+        pairs=pairs.data_ptr(),
+        loss=loss.data_ptr(),
+    )
+    refusal = run_over_logits("tdpo_loss_forward", device, work, "cuda_loss_workspace_bytes")
+    if device.type != "cpu" or refusal == core.ALL_LABELS_VALID:
+        return
+    if sequences.cu_seqlens is not None and refusal == core.BOUNDS_NOT_USABLE:
+        raise checks.bounds_error(sequences.cu_seqlens, labels.numel())
+    label = int(labels.view(-1)[refusal + sequences.shift])
+    raise checks.label_range_error(label, vocabulary, ignore_index)
+
+
+def _loss_options(options: LossOptions) -> Any:
+    return core.LossOptions(
+        beta=options.beta,
+        alpha=options.alpha,
+        label_smoothing=options.label_smoothing,
+        tdpo1=options.variant == "tdpo1",
+        average=options.average_log_prob,
+        reduction=checks.REDUCTIONS.index(options.reduction),
+    )
+
+
+def tdpo_loss_of_stats(
+    stats: TokenStats,
+    labels: Tensor,
+    ignore_index: int,
+    sequences: Sequences,
+    options: LossOptions,
+    outputs: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write the loss, pairs and slopes of ``tdpo_loss`` from the statistics of rows."""
+    device = labels.device
+    loss, pairs, slopes = outputs
+    logps, reference_logps, forward_kl = (x.contiguous() for x in stats)
+    labels = contiguous_int64(labels)
+    nothing = core.Logits(data=0, rows=core.RowLayout(dims=0, sizes=(), strides=()))
+    work = core.LossForward(
+        problem=core.Problem(
+            dtype=dtype_code(logps),
+            rows=labels.numel(),
+            vocabulary=0,
+            ignore_index=ignore_index,
+            policy=nothing,
+            reference=nothing,
+            labels=labels.data_ptr(),
+            shift=sequences.shift,
+            sequences=_sequences(sequences),
+        ),
+        options=_loss_options(options),
+        statistics=core.Outputs(
+            policy_logps=logps.data_ptr(),
+            reference_logps=reference_logps.data_ptr(),
+            forward_kl=forward_kl.data_ptr(),
+            normalizers=0,
+        ),
+        slopes=slopes.data_ptr(),
+        pairs=pairs.data_ptr(),
+        loss=loss.data_ptr(),
+    )
+    refusal = run_over_logits("tdpo_loss_finish", device, work, "cuda_loss_finish_workspace_bytes")
+    if device.type == "cpu" and refusal == core.BOUNDS_NOT_USABLE:
+        assert sequences.cu_seqlens is not None
+        raise checks.bounds_error(sequences.cu_seqlens, labels.numel())
 
 
 def empty_records(rows: int, like: Tensor) -> Tensor:
@@ -180,9 +306,9 @@ def empty_records(rows: int, like: Tensor) -> Tensor:
 def add_tile(records: Tensor, policy_tile: Tensor, reference_tile: Tensor, labels: Tensor) -> None:
     """Add the entries of a tile ``[..., columns]`` to ``records``; labels count from the tile's
     first column."""
-    problem = _problem(policy_tile, reference_tile, labels, IGNORED)
+    problem = problem_of(policy_tile, reference_tile, labels, IGNORED)
     work = core.Tile(problem=problem, records=records.data_ptr())
-    _run_over_logits("token_stats_tile", records.device, work)
+    run_over_logits("token_stats_tile", records.device, work)
 
 
 def finish(records: Tensor, labels: Tensor, vocabulary: int, ignore_index: int) -> Outputs:
@@ -190,7 +316,7 @@ def finish(records: Tensor, labels: Tensor, vocabulary: int, ignore_index: int) 
     vocabulary."""
     outputs = empty_outputs(records, labels.shape)
     work = core.Finish(
-        dtype=_dtype(records),
+        dtype=dtype_code(records),
         rows=labels.numel(),
         vocabulary=vocabulary,
         ignore_index=ignore_index,
@@ -199,7 +325,7 @@ def finish(records: Tensor, labels: Tensor, vocabulary: int, ignore_index: int) 
         records=records.data_ptr(),
         outputs=_outputs(outputs),
     )
-    _run("token_stats_finish", records.device, work)
+    run("token_stats_finish", records.device, work)
     return outputs
 
 
@@ -217,7 +343,7 @@ def token_stats_of_shard(
         checks.check_label_range(labels, of.total, ignore_index)
     labels = contiguous_int64(labels)
     if not serves(device):
-        _warn_of_fallback(device)
+        warn_of_fallback(device)
         whole = gather_logits(policy_logits, of), gather_logits(reference_logits, of)
         return fallback.forward(*whole, labels, ignore_index)
     records = empty_records(labels.numel(), policy_logits)
@@ -262,16 +388,69 @@ def write_gradient(
         fallback.backward(gradient, policy_logits, reference_logits, *arguments)
         return
     # Upstream gradients are often expanded scalars, whose rows have no addresses of their own.
-    labels = contiguous_int64(labels)
-    policy_logits, reference_logits = map(_with_dense_rows, (policy_logits, reference_logits))
-    normalizers, grad_logps, grad_kl = (x.contiguous() for x in (normalizers, grad_logps, grad_kl))
-    work = core.Backward(
-        problem=_problem(policy_logits, reference_logits, labels, ignore_index),
-        normalizers=normalizers.data_ptr(),
-        grad_policy_logps=grad_logps.data_ptr(),
-        grad_forward_kl=grad_kl.data_ptr(),
-        gradient_dtype=_dtype(gradient),
-        gradient=gradient.data_ptr(),
-        gradient_rows=_row_layout(gradient),
+    grad_logps, grad_kl = grad_logps.contiguous(), grad_kl.contiguous()
+    upstream = core.Upstream(
+        policy_logps=grad_logps.data_ptr(), forward_kl=grad_kl.data_ptr(), **_NO_PAIRS
     )
-    _run("token_stats_backward", gradient.device, work)
+    tensors = policy_logits, reference_logits, labels, normalizers
+    _run_backward(gradient, *tensors, upstream, ignore_index)
+
+
+_NO_PAIRS = {
+    "slopes": 0,
+    "loss": 0,
+    "loss_stride": 0,
+    "chosen_kl_ratio": 0.0,
+    "rejected_kl_ratio": 0.0,
+}
+
+
+def write_gradient_of_loss(
+    gradient: Tensor,
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor,
+    normalizers: Tensor,
+    slopes: Tensor,
+    grad_loss: Tensor,
+    kl_ratios: tuple[float, float],
+    ignore_index: int,
+    sequences: Sequences,
+) -> None:
+    """As ``write_gradient``, from the upstream gradient of the loss, and what forward returned."""
+    slopes, grad_loss = slopes.contiguous(), grad_loss.contiguous()
+    upstream = core.Upstream(
+        policy_logps=0,
+        forward_kl=0,
+        slopes=slopes.data_ptr(),
+        loss=grad_loss.data_ptr(),
+        loss_stride=grad_loss.dim(),
+        chosen_kl_ratio=kl_ratios[0],
+        rejected_kl_ratio=kl_ratios[1],
+    )
+    tensors = policy_logits, reference_logits, labels, normalizers
+    _run_backward(gradient, *tensors, upstream, ignore_index, sequences)
+
+
+def _run_backward(
+    gradient: Tensor,
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor,
+    normalizers: Tensor,
+    upstream: Any,
+    ignore_index: int,
+    sequences: Sequences = _NO_SEQUENCES,
+) -> None:
+    """Write the gradient that the core's ``Upstream`` gives."""
+    labels, normalizers = contiguous_int64(labels), normalizers.contiguous()
+    policy_logits, reference_logits = map(with_dense_rows, (policy_logits, reference_logits))
+    work = core.Backward(
+        problem=problem_of(policy_logits, reference_logits, labels, ignore_index, sequences),
+        normalizers=normalizers.data_ptr(),
+        upstream=upstream,
+        gradient_dtype=dtype_code(gradient),
+        gradient=gradient.data_ptr(),
+        gradient_rows=row_layout(gradient),
+    )
+    run("token_stats_backward", gradient.device, work)

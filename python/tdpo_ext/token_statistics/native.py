@@ -26,9 +26,14 @@ core, core_absent_because = _load()
 INSTRUCTION_SET_VARIABLE = "TDPO_EXT_INSTRUCTION_SET"
 
 
+@functools.cache
+def _instruction_sets(core: Any) -> list[str]:
+    return list(core.instruction_sets())
+
+
 def instruction_set(core: Any) -> str:
     """The instruction set of the CPU kernels: that of the environment variable, else the best."""
-    present: list[str] = core.instruction_sets()
+    present = _instruction_sets(core)
     asked = os.environ.get(INSTRUCTION_SET_VARIABLE)
     if asked is None:
         return present[-1]

@@ -5,7 +5,6 @@ Each op serves all devices: ``kernels.py`` chooses the kernel, or plain PyTorch,
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from tdpo_ext import checks
 from tdpo_ext.autograd import (
     differentiable_once,
     library,
+    may_skip_the_dispatcher,
     refuse_graph_of_gradients,
     register,
     save,
@@ -81,27 +81,6 @@ differentiable_once("token_stats_backward")
 # --- autograd -------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _keys_of_plain_tensors(device: torch.device) -> Any:
-    with torch.inference_mode(False):
-        return torch._C._dispatch_keys(torch.empty(0, device=device))
-
-
-def _may_skip_the_dispatcher(*tensors: Tensor) -> bool:
-    """Whether to call the kernels directly, not through their op and PyTorch's dispatcher.
-
-    The result is the same if nothing has to see the op: no compiler, no dispatch mode, no second
-    derivative, and plain tensors (no subclass, no vmap, no lazy zeros). A small call then takes an
-    eighth less time. This can go once the loss itself is one op.
-    """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    if torch._C._len_torch_dispatch_stack():
-        return False
-    plain = _keys_of_plain_tensors(tensors[0].device)
-    return all(torch._C._dispatch_keys(tensor) == plain for tensor in tensors)
-
-
 class _TokenStatsFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -115,7 +94,7 @@ class _TokenStatsFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         arguments = policy_logits, reference_logits, labels, ignore_index
         if shard is None:
-            direct = _may_skip_the_dispatcher(policy_logits, reference_logits, labels)
+            direct = may_skip_the_dispatcher(policy_logits, reference_logits, labels)
             op = kernels.token_stats if direct else torch.ops.tdpo_ext.token_stats
             outputs = op(*arguments)
         else:
@@ -142,7 +121,7 @@ class _TokenStatsFunction(torch.autograd.Function):
             ctx.ignore_index,
         )
         if not ctx.inplace_backward:
-            direct = _may_skip_the_dispatcher(policy_logits, *arguments[:-1])
+            direct = may_skip_the_dispatcher(policy_logits, *arguments[:-1])
             op = _backward if direct else torch.ops.tdpo_ext.token_stats_backward
             return op(policy_logits, *arguments), None, None, None, None, None
         refuse_graph_of_gradients(also="inplace_backward=True, ")

@@ -5,6 +5,7 @@
 
 #include "cuda/team.cuh"
 #include "description.h"
+#include "row_outputs.h"
 #include "token_stats.h"
 
 namespace tdpo::cuda {
@@ -35,9 +36,12 @@ const char* message_of(const Body& body) {
 
 // Memory from an allocator holds old data. Here that is NaN, which shows in the results if a kernel
 // reads what it has not written.
+std::vector<uint64_t> workspace_of(int64_t bytes) {
+  return std::vector<uint64_t>(static_cast<size_t>(bytes) / sizeof(uint64_t) + 1, ~uint64_t(0));
+}
+
 std::vector<uint64_t> workspace_for(const tdpo::TokenStatsProblem& problem) {
-  const size_t bytes = static_cast<size_t>(tdpo::cuda::forward_workspace_bytes(problem));
-  return std::vector<uint64_t>(bytes / sizeof(uint64_t) + 1, ~uint64_t(0));
+  return workspace_of(tdpo::cuda::forward_workspace_bytes(problem));
 }
 
 // Each function returns an error message, which is empty if there was no error.
@@ -60,6 +64,30 @@ extern "C" const char* emulated_finish(const tdpo::TokenStatsFinish* work) {
 
 extern "C" const char* emulated_backward(const tdpo::TokenStatsBackward* work) {
   return message_of([&] { tdpo::cuda::token_stats_backward(*work, {0, nullptr}); });
+}
+
+extern "C" const char* emulated_loss_forward(const tdpo::TdpoLossForward* work) {
+  return message_of([&] {
+    auto workspace = workspace_of(tdpo::cuda::loss_workspace_bytes(work->problem));
+    tdpo::cuda::tdpo_loss_forward(*work, workspace.data(), {0, nullptr});
+  });
+}
+
+extern "C" const char* emulated_loss_finish(const tdpo::TdpoLossForward* work) {
+  return message_of([&] {
+    auto workspace = workspace_of(tdpo::cuda::loss_finish_workspace_bytes(work->problem));
+    tdpo::cuda::tdpo_loss_finish(*work, workspace.data(), {0, nullptr});
+  });
+}
+
+// Whether the bounds of sequences are what tdpo_loss_finish needs; the kernels do not look first.
+extern "C" int emulated_bounds_are_usable(const tdpo::TokenStatsProblem* problem) {
+  return tdpo::bounds_are_usable(*problem);
+}
+
+// The check that the op makes on the CPU; the kernels do not make it on a card.
+extern "C" int64_t emulated_refusal(const tdpo::TokenStatsProblem* problem) {
+  return tdpo::refusal_of(*problem);
 }
 
 extern "C" const char* emulated_description() {

@@ -48,6 +48,19 @@ const char* sanitized_forward(const char* instruction_set, int threads,
   });
 }
 
+const char* sanitized_loss_forward(const char* instruction_set, int threads,
+                                   const tdpo::TdpoLossForward* work, int64_t* wrong_label) {
+  return run(instruction_set, [&](const auto& kernels) {
+    *wrong_label = tdpo::cpu::tdpo_loss_forward(*work, kernels, threads);
+  });
+}
+
+const char* sanitized_loss_finish(const char* instruction_set, int threads,
+                                  const tdpo::TdpoLossForward* work, int64_t* refusal) {
+  return run(instruction_set,
+             [&](const auto&) { *refusal = tdpo::cpu::tdpo_loss_finish(*work, threads); });
+}
+
 const char* sanitized_tile(const char* instruction_set, int threads,
                            const tdpo::TokenStatsTile* work) {
   return run(instruction_set,

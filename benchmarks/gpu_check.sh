@@ -110,10 +110,10 @@ sanitize() {
     "$python" -m pytest -m cuda -p no:cacheprovider tests/kernels/test_cuda_kernels.py -k "$chosen"
 }
 
-# In four processes if pytest-xdist is installed.
+# In eight processes if pytest-xdist is installed.
 run_tests() {
   local processes=()
-  "$python" -c 'import xdist' 2>/dev/null && processes=(--numprocesses 4 --dist worksteal)
+  "$python" -c 'import xdist' 2>/dev/null && processes=(--numprocesses 8 --dist worksteal)
   "$python" -m pytest -m cuda -p no:cacheprovider ${processes[@]+"${processes[@]}"}
 }
 

@@ -147,7 +147,7 @@ void time_shape(const char* build, DType dtype, const char* name, int rows, int 
   RowLayout layout;
   layout.dims = 1, layout.sizes[0] = rows, layout.strides[0] = vocabulary;
   const Logits z = {policy, layout}, r = {reference, layout};
-  const TokenStatsProblem problem = {dtype, rows, vocabulary, -100, z, r, labels};
+  const TokenStatsProblem problem = {dtype, rows, vocabulary, -100, z, r, labels, 0, {}};
   const TokenStatsForward forward = {problem, {logps, reference_logps, kl, normalizers}};
   Array<char> workspace(cuda::forward_workspace_bytes(problem));
   const cuda::Launch launch = {0, nullptr};
@@ -175,8 +175,8 @@ void time_shape(const char* build, DType dtype, const char* name, int rows, int 
   cuda::token_stats_forward(forward, workspace, launch);
   for (const Backward& kind : kBackward) {
     fill_upstream<<<blocks, threads>>>(of_logps, of_kl, rows, kind.method);
-    const TokenStatsBackward backward = {problem, normalizers, of_logps, of_kl,
-                                         dtype,   gradient,    layout};
+    const Upstream upstream = {of_logps, of_kl, nullptr, nullptr, 0, 0, 0};
+    const TokenStatsBackward backward = {problem, normalizers, upstream, dtype, gradient, layout};
     const float ms = milliseconds([&] { cuda::token_stats_backward(backward, launch); });
     std::printf(" %8.3f", share(1 + kind.tensors_read, ms));
   }

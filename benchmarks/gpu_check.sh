@@ -56,11 +56,11 @@ time_choices() {
   local alternatives=(
     "as it stands:"
     "forward, 3 blocks:-DTDPO_FORWARD_BLOCKS=3"
-    "forward, 5 blocks:-DTDPO_FORWARD_BLOCKS=5"
+    "forward, 4 blocks:-DTDPO_FORWARD_BLOCKS=4"
     "forward through L1:-DTDPO_FORWARD_LOAD=load_through_l1"
     "backward, 2 vectors:-DTDPO_BACKWARD_VECTORS=2"
     "backward, 8 vectors:-DTDPO_BACKWARD_VECTORS=8"
-    "one side through L1:-DTDPO_BACKWARD_LOAD_ONE=load_through_l1"
+    "one side streamed:-DTDPO_BACKWARD_LOAD_ONE=__ldcs"
     "both sides streamed:-DTDPO_BACKWARD_LOAD_BOTH=__ldcs"
   )
   local number=0 one flags builds=()

@@ -1,4 +1,5 @@
-"""A report from the lines that benchmarks/kernel_times.cu prints. It needs no torch.
+"""A report from the lines that benchmarks/kernel_times.cu prints of several builds. It needs no
+torch. Beside them it writes the choices of csrc/cuda/choices.cuh that hold where nothing is said.
 
 python benchmarks/read_kernel_times.py LOG REPORT.json
 """
@@ -6,6 +7,7 @@ python benchmarks/read_kernel_times.py LOG REPORT.json
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import machine
 
 GAPS = ("0.05", "0.3", "0.5", "1", "3")
 KINDS = ("any", "tdpo1", "tdpo2", "dpo", "rejected")
+CHOICES = machine.ROOT / "csrc" / "cuda" / "choices.cuh"
 
 
 def measurement(line: str) -> dict[str, Any]:
@@ -39,6 +42,7 @@ def report(text: str) -> dict[str, Any]:
     return {
         "device": headline.split(",")[0],
         "commit": machine.commit(),
+        "choices": dict(re.findall(r"#define TDPO_(\w+) (\w+)", CHOICES.read_text())),
         "measurements": [measurement(line) for line in lines],
     }
 

@@ -97,6 +97,7 @@ machine that does nothing else:
 ```bash
 make bench                               # the CPU's, then this page and its pictures
 bash benchmarks/gpu_check.sh OUT         # a GPU's, with build and tests: about 8 minutes
+bash benchmarks/gpu_check.sh OUT --choices   # shares of a copy by gap, alternatives: a minute
 .venv/bin/python benchmarks/render.py    # this page and its pictures, from the reports
 make docs                                # the figures of the other pages
 ```

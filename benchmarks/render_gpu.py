@@ -179,6 +179,7 @@ def logits_section(report: Report) -> list[str]:
 def gap_section() -> list[str]:
     report, rows = load(CHOICES), kernel_times(AS_IT_STANDS)
     gaps = [f"forward, gap {gap}" for gap in rows[0]["forward"]]
+    choices = ", ".join(f"`{name} {value}`" for name, value in report["choices"].items())
     return [
         f"{made_on(report)}. {repeat(TIME_CHOICES)} The same share by how far the policy lies from "
         "its reference (standard deviation of the gap of two logits, which are N(0, 1)) and by the "
@@ -190,9 +191,8 @@ def gap_section() -> list[str]:
         "![Share of a copy's bandwidth](gpu-copy.png)",
         "",
         f"{made_on(report)}. From the same run. What each alternative of `csrc/cuda/choices.cuh` "
-        "gains over the build as it stood at that commit (forward with 4 blocks a multiprocessor, "
-        "backward with 4 vectors, streamed where one side is read and through L1 where both are). "
-        "Forward: all gaps; one side: TDPO1 and DPO; both sides: any and rejected rows. "
+        f"gains over the build as it stood at that commit ({choices}). Forward: all gaps; one "
+        "side: TDPO1 and DPO; both sides: any and rejected rows. "
         "[What was chosen, and why](tried.md#chosen-on-a-card):",
         *table(["alternative", "pass", *map(name_of, rows)], choice_rows(rows)),
         "",

@@ -46,7 +46,7 @@ def _build() -> dict[str, Any]:
     return {
         "extension": native.core.__file__,
         "compiler": info["compiler"],
-        "OpenMP": "yes" if info["openmp"] else "no: the CPU kernels use one thread",
+        "OpenMP runtime": info["openmp"] or "torch has none: the CPU kernels use one thread",
         "CUDA kernels": "yes" if info["cuda"] else f"no: {info['no_cuda_because']}",
     }
 

@@ -7,8 +7,7 @@ import importlib
 import os
 from typing import Any
 
-# torch must be imported before the core, which then shares torch's OpenMP runtime. With two
-# runtimes in one process, the threads of one wait for processors that the other keeps busy.
+# torch must be loaded when the core looks for threads: it uses torch's OpenMP runtime.
 import torch
 
 
@@ -101,7 +100,7 @@ def _cpu_backend() -> dict[str, Any]:
     return {
         "compiled": True,
         "compiler": build["compiler"],
-        "openmp": build["openmp"],
+        "openmp": bool(build["openmp"]),
         "instruction_sets": core.instruction_sets(),
         "instruction_set": instruction_set(core),
         "threads": torch.get_num_threads() if build["openmp"] else 1,

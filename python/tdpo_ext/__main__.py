@@ -65,7 +65,7 @@ def _cuda(backend: dict[str, Any]) -> dict[str, Any]:
     lines: dict[str, Any] = {"torch's CUDA": torch.version.cuda or "none"}
     if "architectures" in backend:
         lines["kernels built for"] = ", ".join(backend["architectures"])
-        lines["CUDA they link to"] = backend["runtime"]
+        lines["CUDA they link to"] = native.with_oldest_driver(backend["runtime"])
         lines["driver supports CUDA"] = backend["driver"] or "no driver"
     if not backend["compiled"]:
         return {"kernels serve": f"no device: {backend['reason']}", **lines}

@@ -2,8 +2,8 @@
 
     python .ci/check_version.py [--dated]
 
-The tag is that of GITHUB_REF, if it is one; then the changelog must also give the version a date, as
---dated asks for it anywhere.
+The tag is that of GITHUB_REF, if it is one. Then, and with --dated, the changelog must also have a
+date for the version.
 """
 
 from __future__ import annotations

@@ -14,7 +14,11 @@ if(TDPO_CUDA STREQUAL "OFF")
 else()
   # CUDACXX is set rather than CMAKE_CUDA_COMPILER, with which check_language would not try it.
   if(TDPO_CUDA_FROM_PYPI)
-    find_program(TDPO_NVCC nvcc PATHS ${CMAKE_PREFIX_PATH} PATH_SUFFIXES nvidia/cu13/bin NO_DEFAULT_PATH)
+    # Python is asked, since pip spreads the build environment over several folders.
+    set(ask "import nvidia; print(';'.join(f'{path}/cu13/bin' for path in nvidia.__path__))")
+    execute_process(COMMAND "${Python_EXECUTABLE}" -c "${ask}" OUTPUT_VARIABLE folders ERROR_QUIET
+                    OUTPUT_STRIP_TRAILING_WHITESPACE)
+    find_program(TDPO_NVCC nvcc PATHS ${folders} NO_DEFAULT_PATH)
     if(NOT TDPO_NVCC)
       message(FATAL_ERROR "TDPO_CUDA_FROM_PYPI is set, and nvidia-cuda-nvcc is not in the build environment; "
                           "pip installs it there unless it is told --no-build-isolation")

@@ -214,7 +214,7 @@ def test_the_cuda_compiler_of_pypi_compiles_and_links(tmp_path):
     subprocess.run(pip, check=True)
     options = ["-DTDPO_CUDA=ON", "-DTDPO_CUDA_FROM_PYPI=ON", "-DCMAKE_CUDA_ARCHITECTURES=90"]
     tools = f"{Path(sys.executable).parent}{os.pathsep}/usr/bin{os.pathsep}/bin"
-    done = configure(tmp_path, *options, f"-DCMAKE_PREFIX_PATH={packages}", PATH=tools)
+    done = configure(tmp_path, *options, PYTHONPATH=str(packages), PATH=tools)
     assert done.returncode == 0, done.stdout
     assert f"CUDA kernels for 90 with {packages}" in done.stdout
     build = tmp_path / "build"

@@ -18,7 +18,7 @@ endif()
 # errno nor floating-point flags are kept.
 target_compile_options(
   tdpo_cpu
-  PRIVATE -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra
+  PRIVATE -O3 $<IF:$<CXX_COMPILER_ID:GNU>,-ffp-contract=fast,-ffp-contract=on> -fno-math-errno -fno-trapping-math -Wall -Wextra
           # Let GCC interleave chains of dependent instructions before it allocates registers.
           $<$<CXX_COMPILER_ID:GNU>:-fschedule-insns -fsched-pressure>
           # GCC 12 warns at its own AVX-512 header, which reads undefined vectors.

@@ -9,11 +9,16 @@ sources := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/*)
 .DELETE_ON_ERROR:
 
 # Two test processes: most tests keep one core busy. Threads that wait for work must not spin then.
+test-all: .venv/release
 test test-all: .venv/installed .venv/development .venv/demo
 	OMP_WAIT_POLICY=passive $(python) -m pytest --numprocesses 2 --dist worksteal $(chosen)
+	$(afterwards)
 
 # What is slow and rarely fails alone (four processes, most compiled graphs, ...) is left to make test-all.
 test: chosen := -m "not slow"
+
+# The wheel in clean environments, with the oldest and the newest torch: some GB of downloads.
+test-all: afterwards = $(python) .ci/clean_environments.py
 
 # The sdist and the wheel of a release, built and checked, in dist/. options=--twice builds both again and compares bytes.
 wheel: .venv/release

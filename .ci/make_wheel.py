@@ -1,17 +1,20 @@
 """Build the sdist and the wheel of a release into dist/, and check both: make wheel.
 
-    python .ci/make_wheel.py [--without-cuda] [--twice]
+    python .ci/make_wheel.py [--without-cuda] [--twice] [--record FILE]
 
 The wheel is built in isolation from the unpacked sdist, so the sdist is complete. On Linux it has
 the CUDA kernels, compiled by the compiler from PyPI (TDPO_CUDA_FROM_PYPI in pyproject.toml), and
 auditwheel gives it the tag of the oldest glibc that will do. CUDAARCHS=90 compiles for one
-architecture only, to try things. --twice builds all again and compares the bytes.
+architecture only, to try things. --twice builds all again and compares the bytes; --record writes
+what came out to a JSON file, from which docs/fill.py makes sentences.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -19,11 +22,13 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import check_distribution
 
 ROOT = Path(__file__).parent.parent
 DIST = ROOT / "dist"
+AGAIN = ROOT / "build" / "again"
 # nvcc puts a hash of a source's path into the names of kernels, so the path is always the same.
 SOURCE = ROOT / "build" / "release"
 
@@ -78,10 +83,21 @@ def sums(files: list[Path]) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def record(files: list[Path]) -> dict[str, Any]:
+    git = ["git", "-C", str(ROOT), "log", "-1", "--format=%h"]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "architectures": os.environ.get("CUDAARCHS", "all"),
+        "commit": subprocess.check_output(git, text=True).strip(),
+        "bytes": {path.name: path.stat().st_size for path in files},
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--without-cuda", action="store_true")
     parser.add_argument("--twice", action="store_true", help="build again, compare the bytes")
+    parser.add_argument("--record", type=Path)
     options = parser.parse_args()
     cuda = sys.platform == "linux" and not options.without_cuda
     started = time.monotonic()
@@ -91,11 +107,14 @@ def main() -> int:
     check_distribution.main(DIST, release=True)
     for name, digest in sums(files).items():
         print(f"{digest}  {name}")
-    if not options.twice:
-        return 0
-    equal = sums(build(ROOT / "build" / "again", cuda)) == sums(files)
-    print(f"built twice: {'the same bytes' if equal else 'NOT the same bytes'}")
-    return 0 if equal else 1
+    report = record(files)
+    if options.twice:
+        equal = sums(build(AGAIN, cuda)) == sums(files)
+        print(f"built twice: {'the same bytes' if equal else 'NOT the same bytes'}")
+        report["same_bytes_twice"] = equal
+    if options.record:
+        options.record.write_text(json.dumps(report, indent=2) + "\n")
+    return 0 if report.get("same_bytes_twice", True) else 1
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ sources := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/*)
 .DELETE_ON_ERROR:
 
 # Two test processes: most tests keep one core busy. Threads that wait for work must not spin then.
-test-all: .venv/release
 test test-all: .venv/installed .venv/development .venv/demo
 	OMP_WAIT_POLICY=passive $(python) -m pytest --numprocesses 2 --dist worksteal $(chosen)
 	$(afterwards)

@@ -20,17 +20,17 @@ def tables() -> dict[str, list[dict[str, Any]]]:
 
 
 def release_bytes() -> str:
-    report = read("release.json")
+    report, twice = read("release.json"), read("release-twice.json")
     sizes = [
         f"`{name}` {size / 2**20:.1f} MB" if size > 2**20 else f"`{name}` {size / 2**10:.0f} KB"
         for name, size in report["bytes"].items()
     ]
-    equal = "the same bytes" if report["same_bytes_twice"] else "other bytes"
+    equal = "the same bytes" if twice["same_bytes_twice"] else "other bytes"
     return (
-        f"On {report['date']}, at commit {report['commit']}: {', '.join(sizes)}. Built twice from "
-        f"this commit, in the same folder: {equal}. Elsewhere the sdist is the same, and in the "
-        "wheel the CUDA kernels have other names: nvcc puts a hash of a source's path into names "
-        "in anonymous namespaces."
+        f"On {report['date']}, at commit {report['commit']}: {', '.join(sizes)}. Built twice at "
+        f"commit {twice['commit']} (CUDA architectures: {twice['architectures']}), in the same "
+        f"folder: {equal}. Elsewhere the sdist is the same, and in the wheel the CUDA kernels have "
+        "other names: nvcc puts a hash of a source's path into names in anonymous namespaces."
     )
 
 

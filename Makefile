@@ -1,19 +1,27 @@
-# make test | test-all | demo | study | lint | site | bench | docs: each does its own set-up, in .venv beside this file.
+# make test | test-all | wheel | demo | study | lint | site | bench | docs: each does its own set-up, in .venv beside this file.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 python := .venv/bin/python
 sources := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/*)
 
-.PHONY: test test-all demo study lint site bench docs clean
+.PHONY: test test-all wheel demo study lint site bench docs clean
 .DELETE_ON_ERROR:
 
 # Two test processes: most tests keep one core busy. Threads that wait for work must not spin then.
 test test-all: .venv/installed .venv/development .venv/demo
 	OMP_WAIT_POLICY=passive $(python) -m pytest --numprocesses 2 --dist worksteal $(chosen)
+	$(afterwards)
 
 # What is slow and rarely fails alone (four processes, most compiled graphs, ...) is left to make test-all.
 test: chosen := -m "not slow"
+
+# The wheel in clean environments, with the oldest and the newest torch: some GB of downloads.
+test-all: afterwards = $(python) .ci/clean_environments.py
+
+# The sdist and the wheel of a release, built and checked, in dist/. options=--twice builds both again and compares bytes.
+wheel: .venv/release
+	$(python) .ci/make_wheel.py $(options)
 
 demo: .venv/installed .venv/demo
 	$(python) examples/sentiment
@@ -65,6 +73,11 @@ clean:
 .venv/development: .venv/torch requirements-development.txt
 	@echo "== Installing what the tests and linters need"
 	$(python) -m pip install --requirement requirements-development.txt
+	@touch $@
+
+.venv/release: .venv/development requirements-release.txt
+	@echo "== Installing what make wheel needs"
+	$(python) -m pip install --quiet --requirement requirements-release.txt
 	@touch $@
 
 .venv/site: .venv/development requirements-site.txt

@@ -1,7 +1,7 @@
 # The CPU kernels: one file for each instruction set, compiled with its flags. The choice is made at
 # run time. All other files are compiled for the baseline of the architecture.
-add_library(tdpo_cpu OBJECT csrc/cpu/token_stats.cpp csrc/cpu/instruction_sets.cpp
-                            csrc/cpu/kernels_baseline.cpp)
+add_library(tdpo_cpu OBJECT csrc/cpu/token_stats.cpp csrc/cpu/threads.cpp
+                            csrc/cpu/instruction_sets.cpp csrc/cpu/kernels_baseline.cpp)
 set_target_properties(tdpo_cpu PROPERTIES POSITION_INDEPENDENT_CODE ON)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64" AND NOT CMAKE_OSX_ARCHITECTURES MATCHES "arm64")
@@ -18,21 +18,11 @@ endif()
 # errno nor floating-point flags are kept.
 target_compile_options(
   tdpo_cpu
-  PRIVATE -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra
+  PRIVATE -O3 $<IF:$<CXX_COMPILER_ID:GNU>,-ffp-contract=fast,-ffp-contract=on> -fno-math-errno -fno-trapping-math -Wall -Wextra
           # Let GCC interleave chains of dependent instructions before it allocates registers.
           $<$<CXX_COMPILER_ID:GNU>:-fschedule-insns -fsched-pressure>
           # GCC 12 warns at its own AVX-512 header, which reads undefined vectors.
           $<$<CXX_COMPILER_ID:GNU>:-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized>)
 
-# Without OpenMP the kernels use one thread, which tdpo_ext.backends() reports.
-find_package(OpenMP COMPONENTS CXX)
-if(OpenMP_CXX_FOUND)
-  target_link_libraries(tdpo_cpu PUBLIC OpenMP::OpenMP_CXX)
-  if(CMAKE_SYSTEM_NAME STREQUAL "Linux" AND CMAKE_CXX_COMPILER_ID MATCHES "Clang")
-    message(WARNING "tdpo_ext: Clang brings its own OpenMP runtime, and torch's Linux wheels bring "
-                    "GCC's; with two in one process threads wait for each other. Use GCC (CXX=g++) "
-                    "unless your torch was built with Clang.")
-  endif()
-else()
-  message(STATUS "tdpo_ext: OpenMP not found, the CPU kernels will use one thread")
-endif()
+# The threads are those of torch's OpenMP runtime, which is looked up at run time (threads.h).
+target_link_libraries(tdpo_cpu PUBLIC ${CMAKE_DL_LIBS})

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/row_kernels.h"
+#include "cpu/threads.h"
 #include "description.h"
 #include "python_structs.h"
 #include "token_stats.h"
@@ -123,11 +124,6 @@ py::dict dtypes() {
 }
 
 py::dict build_info() {
-#if defined(_OPENMP)
-  const bool openmp = true;
-#else
-  const bool openmp = false;
-#endif
 #if defined(TDPO_CUDA)
   const bool cuda = true;
 #else
@@ -135,7 +131,7 @@ py::dict build_info() {
 #endif
   py::dict info;
   info["compiler"] = TDPO_COMPILER;
-  info["openmp"] = openmp;
+  info["openmp"] = tdpo::cpu::openmp_runtime();
   info["cuda"] = cuda;
   info["no_cuda_because"] = TDPO_NO_CUDA_BECAUSE;
   return info;

@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 sys.path.append(str(Path(__file__).parent.parent / "examples" / "sentiment"))
 import render_readme
+import render_release
 import scaling
 import study_page
 
@@ -38,13 +39,19 @@ def known_tables() -> dict[str, list[dict[str, Any]]]:
         **json.loads(ERRORS.read_text()),
         **scaling.tables(),
         **render_readme.tables(),
+        **render_release.tables(),
         **study_page.tables(),
         **tables_of_options(),
     }
 
 
 def known_texts() -> dict[str, str]:
-    return {**scaling.texts(), **render_readme.texts(), **study_page.texts()}
+    return {
+        **scaling.texts(),
+        **render_readme.texts(),
+        **render_release.texts(),
+        **study_page.texts(),
+    }
 
 
 def tables_of_options() -> dict[str, list[dict[str, Any]]]:

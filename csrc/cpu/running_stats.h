@@ -328,7 +328,9 @@ class RunningStats {
     const Extremes<Real> extremes = extremes_of(policy, reference, count);
     raise_base(policy, reference, count, extremes);
     const Real scale = Real(k);
-    const auto [policy_shift, reference_shift] = shifts();
+    // Not a structured binding: Clang before 16 does not let the lambda below see one.
+    const Shifts shift = shifts();
+    const Real policy_shift = shift.policy, reference_shift = shift.reference;
     const Real centre_after = centre - (policy_shift - reference_shift);
     const Vector<Real> far_gap = broadcast(Real(1e30));
     Vector<Real> policy_sum{}, reference_sum{}, gap_sum{}, excess_sum{};

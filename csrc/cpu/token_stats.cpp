@@ -17,6 +17,7 @@
 #include "../row_outputs.h"
 #include "huge_pages.h"
 #include "row_kernels.h"
+#include "threads.h"
 
 namespace tdpo::cpu {
 namespace {
@@ -86,10 +87,14 @@ Pointer advance(Pointer data, int64_t elements, size_t element_size) {
 // one, since ignored rows cost nothing and an even split of the rows would be uneven work.
 template <class Body>
 void in_parallel(int64_t count, int64_t entries_of_each, int threads, const Body& body) {
-  const bool parallel = threads > 1 && count * entries_of_each > kSerialWork;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (parallel)
-  for (int64_t index = 0; index < count; ++index) body(index);
-  static_cast<void>(parallel);
+  if (threads == 1 || count * entries_of_each <= kSerialWork) {
+    for (int64_t index = 0; index < count; ++index) body(index);
+    return;
+  }
+  const auto call = [](const void* body, int64_t index) {
+    (*static_cast<const Body*>(body))(index);
+  };
+  run_on_threads(count, threads, call, &body);
 }
 
 // Calls body with a 0 of Real, the type that a dtype is computed and added up in.

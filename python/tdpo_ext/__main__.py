@@ -46,7 +46,7 @@ def _build() -> dict[str, Any]:
     return {
         "extension": native.core.__file__,
         "compiler": info["compiler"],
-        "OpenMP": "yes" if info["openmp"] else "no: the CPU kernels use one thread",
+        "OpenMP runtime": info["openmp"] or "torch has none: the CPU kernels use one thread",
         "CUDA kernels": "yes" if info["cuda"] else f"no: {info['no_cuda_because']}",
     }
 
@@ -65,7 +65,7 @@ def _cuda(backend: dict[str, Any]) -> dict[str, Any]:
     lines: dict[str, Any] = {"torch's CUDA": torch.version.cuda or "none"}
     if "architectures" in backend:
         lines["kernels built for"] = ", ".join(backend["architectures"])
-        lines["CUDA they link to"] = backend["runtime"]
+        lines["CUDA they link to"] = native.with_oldest_driver(backend["runtime"])
         lines["driver supports CUDA"] = backend["driver"] or "no driver"
     if not backend["compiled"]:
         return {"kernels serve": f"no device: {backend['reason']}", **lines}

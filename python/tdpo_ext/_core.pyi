@@ -278,7 +278,7 @@ def instruction_sets() -> list[str]:
 
 class BuildInfo(TypedDict):
     compiler: str
-    openmp: bool
+    openmp: str  # the file of the OpenMP runtime that torch has loaded; "" if there is none
     cuda: bool
     no_cuda_because: str
 

@@ -6,6 +6,7 @@ Nothing is compiled here: CMake configures, and the compiler is asked what it wo
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -18,7 +19,8 @@ import torch
 
 BESIDE = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 CMAKE, NINJA = (shutil.which(name, path=BESIDE) for name in ("cmake", "ninja"))
-OF_THE_BUILD = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_ARGS", "CUDACXX")
+FROM_PYPI = "TDPO_CUDA_FROM_PYPI"
+OF_THE_BUILD = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_ARGS", "CUDACXX", FROM_PYPI)
 
 
 def test_denormals_survive_the_import():
@@ -173,3 +175,51 @@ def test_a_cuda_compiler_that_will_not_do_is_named(tmp_path, wanted, does, reaso
     assert (done.returncode == 0) == (wanted == "AUTO"), done.stdout
     begin = "no CUDA kernels, because" if wanted == "AUTO" else "TDPO_CUDA=ON, but"
     assert f"{begin} {nvcc} {reason}" in " ".join(done.stdout.split()), done.stdout
+
+
+ASK = "from scikit_build_core.build import get_requires_for_build_wheel as f; print(*f(), sep=';')"
+COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime")
+COMPILER += ("nvidia-cuda-cccl",)
+
+
+def requirements(**variables: str) -> list[str]:
+    own = environment(**variables)
+    said = run(sys.executable, "-c", ASK, cwd=emulated.ROOT, env=own).stdout
+    return [x for x in said.splitlines()[-1].split(";") if x.startswith("nvidia")]
+
+
+def test_a_variable_brings_the_cuda_compiler_as_a_build_requirement():
+    assert requirements() == []
+    assert requirements(TDPO_CUDA_FROM_PYPI="0") == []
+    assert requirements(TDPO_CUDA_FROM_PYPI="1") == [f"{name}==13.0.*" for name in COMPILER]
+
+
+@needs_compiler
+def test_a_cuda_compiler_that_pypi_did_not_bring_is_an_error(tmp_path):
+    """And no other compiler takes its place."""
+    done = configure(tmp_path, "-DTDPO_CUDA_FROM_PYPI=ON", CUDACXX="/usr/local/cuda/bin/nvcc")
+    assert done.returncode != 0
+    said = " ".join(done.stdout.split())
+    assert "nvidia-cuda-nvcc is not in the build environment" in said, done.stdout
+
+
+@needs_compiler
+@pytest.mark.slow  # downloads 271 MB
+@pytest.mark.skipif(platform.system() != "Linux", reason="NVIDIA's packages are for Linux")
+def test_the_cuda_compiler_of_pypi_compiles_and_links(tmp_path):
+    """Where no other is on the path, and where the path has a space."""
+    packages = tmp_path / "site packages"
+    wanted = requirements(TDPO_CUDA_FROM_PYPI="1")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(packages), *wanted]
+    subprocess.run(pip, check=True)
+    options = ["-DTDPO_CUDA=ON", "-DTDPO_CUDA_FROM_PYPI=ON", "-DCMAKE_CUDA_ARCHITECTURES=90"]
+    tools = f"{Path(sys.executable).parent}{os.pathsep}/usr/bin{os.pathsep}/bin"
+    done = configure(tmp_path, *options, PYTHONPATH=str(packages), PATH=tools)
+    assert done.returncode == 0, done.stdout
+    assert f"CUDA kernels for 90 with {packages}" in done.stdout
+    build = tmp_path / "build"
+    made = run(str(NINJA), "CMakeFiles/tdpo_cuda.dir/csrc/cuda/runtime.cu.o", cwd=build)
+    assert made.returncode == 0, made.stdout
+    listed = run(str(NINJA), "-t", "commands", "_core", cwd=build).stdout
+    assert f'-L"{packages}/nvidia/cu13/lib"' in listed
+    assert "-rpath" not in listed  # no path of the build's machine in the extension

@@ -61,4 +61,5 @@ def test_a_served_card_is_named():
     )
     assert said["cuda:0 One"] == "compiled kernels"
     assert said["cuda:1 Other"] == "plain PyTorch: no kernel image"
+    assert said["CUDA they link to"] == "13.0 (driver 580 or newer)"
     assert said["driver supports CUDA"] == "13.2"

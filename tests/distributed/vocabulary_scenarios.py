@@ -10,6 +10,7 @@ from typing import Any
 
 import emulated
 import pytest
+import small_integers
 import torch
 import torch.distributed as dist
 from distributed_worker import relative, same_bits, scenario
@@ -26,6 +27,7 @@ from tdpo_ext.token_statistics import kernels
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 VOCABULARY, TOKENS, PAIRS, WIDTH = 240, 7, 2, 16
+LOGPS = ("policy_logps", "reference_logps")
 
 
 def own(whole: Tensor, dim: int = -1) -> Tensor:
@@ -124,6 +126,25 @@ def logits_float64() -> dict[str, float]:
 @scenario
 def logits_bfloat16() -> dict[str, float]:
     return sharded_stats(tdpo_ext.token_stats, torch.bfloat16)
+
+
+@scenario
+def logits_of_small_integers() -> dict[str, float]:
+    """Nothing is rounded in log p, so no number of processes shows."""
+    whole = small_integers.logits(9, VOCABULARY)
+    leaf = own(whole.policy).float().requires_grad_()
+    stats = tdpo_ext.token_stats(
+        leaf, own(whole.reference).float(), whole.labels, process_group=group()
+    )
+    g_m, g_k = whole.upstream.float()
+    total = (stats.policy_logps * g_m + stats.forward_kl * g_k).sum()
+    (gradient,) = torch.autograd.grad(total, leaf)
+    exact = [torch.equal(getattr(stats, x).double(), getattr(whole, x)) for x in LOGPS]
+    return {
+        "bits": float(not all(exact)),
+        "forward_kl": relative(stats.forward_kl, whole.forward_kl),
+        "gradient": relative(gradient, own(whole.gradient)),
+    }
 
 
 @scenario

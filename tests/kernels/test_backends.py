@@ -42,7 +42,7 @@ class OtherCore:
 
     def build_info(self):
         because = self.no_cuda_because
-        return {"compiler": "", "openmp": False, "cuda": not because, "no_cuda_because": because}
+        return {"compiler": "", "openmp": "", "cuda": not because, "no_cuda_because": because}
 
     def instruction_sets(self):
         return ["baseline"]

@@ -30,13 +30,17 @@ MOST_CHUNK_BYTES_ON_CUDA = 2 * 2**30
 CHUNKS_OF_A_CARD = 32
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def default_chunk_bytes(device: torch.device) -> int:
     """256 MiB; on CUDA a 32nd of the card's memory, between 256 MiB and 2 GiB."""
     if device.type != "cuda":
         return DEFAULT_CHUNK_BYTES
     memory = torch.cuda.get_device_properties(device).total_memory
     return max(DEFAULT_CHUNK_BYTES, min(MOST_CHUNK_BYTES_ON_CUDA, memory // CHUNKS_OF_A_CARD))
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch's compiler, which
+# takes longer than all of tdpo_ext.
+default_chunk_bytes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_captured(tensor: Tensor) -> bool:

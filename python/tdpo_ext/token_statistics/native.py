@@ -7,8 +7,7 @@ import importlib
 import os
 from typing import Any
 
-# torch must be imported before the core, which then shares torch's OpenMP runtime. With two
-# runtimes in one process, the threads of one wait for processors that the other keeps busy.
+# torch must be loaded when the core looks for threads: it uses torch's OpenMP runtime.
 import torch
 
 
@@ -49,6 +48,16 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
+OLDEST_DRIVER = {"11": "450.80", "12": "525.60", "13": "580"}
+"""The oldest NVIDIA driver for Linux that runs machine code built with a major version of CUDA."""
+
+
+def with_oldest_driver(cuda_version: str) -> str:
+    """ "13.0 (driver 580 or newer)" for "13.0"; the version alone if its driver is not known."""
+    driver = OLDEST_DRIVER.get(cuda_version.split(".")[0])
+    return f"{cuda_version} (driver {driver} or newer)" if driver else cuda_version
+
+
 @functools.cache
 def _no_cuda_because() -> str:
     """The reason why no CUDA device can be served, for users; empty if one can."""
@@ -63,8 +72,9 @@ def _no_cuda_because() -> str:
     if runtime["driver_version"] < runtime["runtime_version"] and runtime["error"]:
         return (
             f"the NVIDIA driver is too old: it supports CUDA {_version(runtime['driver_version'])}"
-            f", and tdpo_ext was built with CUDA {_version(runtime['runtime_version'])}; update "
-            "the driver, or build tdpo_ext with an older CUDA"
+            ", and tdpo_ext was built with CUDA "
+            f"{with_oldest_driver(_version(runtime['runtime_version']))}; update the driver, or "
+            "build tdpo_ext with an older CUDA"
         )
     if runtime["devices"] == 0:
         return f"the NVIDIA driver finds no GPU ({runtime['error']})"
@@ -101,7 +111,7 @@ def _cpu_backend() -> dict[str, Any]:
     return {
         "compiled": True,
         "compiler": build["compiler"],
-        "openmp": build["openmp"],
+        "openmp": bool(build["openmp"]),
         "instruction_sets": core.instruction_sets(),
         "instruction_set": instruction_set(core),
         "threads": torch.get_num_threads() if build["openmp"] else 1,

@@ -99,10 +99,12 @@ struct Tensors {
     tdpo::cpu::token_stats_forward({mine, outputs(first)}, kernels, 1);
     const std::vector<Real> g_m = {Real(1), Real(1), Real(0.5)},
                             g_k = {Real(0.5), Real(1), Real(0)};
-    tdpo::cpu::token_stats_backward(
-        {mine, normalizers.data() + tdpo::kNormalizers * first, g_m.data(), g_k.data(), dtype,
-         policy.data() + first * vocabulary, rows()},
-        kernels, 1);
+    tdpo::Upstream upstream = {};
+    upstream.policy_logps = g_m.data();
+    upstream.forward_kl = g_k.data();
+    tdpo::cpu::token_stats_backward({mine, normalizers.data() + tdpo::kNormalizers * first,
+                                     upstream, dtype, policy.data() + first * vocabulary, rows()},
+                                    kernels, 1);
   }
 };
 

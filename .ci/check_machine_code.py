@@ -38,8 +38,8 @@ class Expected(NamedTuple):
 
 
 # The most instructions for each entry in the loops of backward: PolicyOnly, ReferenceOnly, Direct,
-# Mixed. With divergences: PolicyTerms, ReverseTerms, MixedTerms. Keys: half-width or float32 logits;
-# whether rows are shifted.
+# Mixed; with divergences PolicyTerms, ReverseTerms, MixedTerms. Keys: half-width or float32 logits,
+# and whether rows are shifted.
 BACKWARD = {
     ("half", False): (7, 7, 13, 30),
     ("half", True): (10, 10, 18, 35),

@@ -74,7 +74,7 @@ def token_stats(
         inplace_backward=inplace_backward,
         process_group=process_group,
     )
-    return TokenStats(*stats[:3])
+    return TokenStats(*(x for x in stats[:3] if x is not None))
 
 
 def token_divergences(

@@ -329,7 +329,7 @@ def test_an_entry_that_the_reference_excludes(backend, dtype, vocabulary, label,
     # An infinite divergence has no gradient, and it shows.
     assert not gradient[0, 0].isfinite()
     # The other outputs of the row have theirs.
-    others = {name: weight for name in ("forward_kl", "policy_entropy")}
+    others = dict.fromkeys(("forward_kl", "policy_entropy"), weight)
     _, gradient = results_of(policy, reference, labels, upstream=others)
     wanted = truth.gradients[0] + truth.gradients[2]
     bound = 1e-2 if dtype in ROUNDING else 1e-5
@@ -340,13 +340,13 @@ def test_an_entry_that_the_reference_excludes(backend, dtype, vocabulary, label,
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("label", [None, 0, 3])
 def test_an_entry_that_the_policy_excludes(backend, dtype, vocabulary, label):
-    """The forward KL is infinite, and its gradient p - q all the same; the reverse one is finite."""
+    """The forward KL is infinite, and its gradient p - q all the same. The reverse KL is finite."""
     policy, reference = pair_of_logits(2, vocabulary, scale=1.0, dtype=dtype)
     policy[0, 3] = -math.inf
     truth = oracle.divergences(numpy64(policy), numpy64(reference))
     labels = None if label is None else torch.full((2,), label)
     weight = torch.ones(2, dtype=accumulation(dtype))
-    every = {name: weight for name in DIFFERENTIABLE[1:]}
+    every = dict.fromkeys(DIFFERENTIABLE[1:], weight)
     found, gradient = results_of(policy, reference, labels, upstream=every)
     assert found.forward_kl[0] == math.inf
     for name in ("reverse_kl", "policy_entropy", "reference_entropy"):
@@ -611,8 +611,12 @@ def test_a_second_derivative_names_the_reference(backend):
     for options in ({}, {"inplace_backward": True}):
         found = tdpo_ext.token_divergences(policy * 1, reference, **options)
         with pytest.raises(RuntimeError, match=r"tdpo_ext\.reference"):
-            (gradient,) = torch.autograd.grad(found.reverse_kl.sum(), policy, create_graph=True)
-            gradient.square().sum().backward()
+            second_derivative(found.reverse_kl.sum(), policy)
+
+
+def second_derivative(value, policy):
+    (gradient,) = torch.autograd.grad(value, policy, create_graph=True)
+    gradient.square().sum().backward()
 
 
 def forward_arguments(*shape, dtype, unlabelled):

@@ -17,7 +17,9 @@ from tdpo_ext import checks
 from tdpo_ext.distributed import IGNORED, Shard, gather_logits, gather_records
 from tdpo_ext.token_statistics import fallback
 from tdpo_ext.token_statistics.native import (
-    core,
+    core as core,
+)
+from tdpo_ext.token_statistics.native import (
     core_absent_because,
     cuda_absent_because,
     instruction_set,

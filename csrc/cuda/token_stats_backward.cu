@@ -285,10 +285,12 @@ struct GradientRow {
     if (index < begin) index += size;
     for (; index + (kAtOnce - 1) * size < end; index += kAtOnce * size) {
       Words policy[kAtOnce] = {}, reference[kAtOnce] = {};
+#pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (Kind::kReadsPolicy) policy[i] = z.load(index + i * size, load_16);
         if (Kind::kReadsReference) reference[i] = r.load(index + i * size, load_16);
       }
+#pragma unroll
       for (int i = 0; i < kAtOnce; ++i) write_vector(index + i * size, policy[i], reference[i]);
     }
 #pragma unroll 1

@@ -422,6 +422,17 @@ def test_a_row_reads_what_its_upstream_gradients_need(backend):
         assert not gradient_of(name, 0.0).any()
 
 
+def test_upstream_gradients_may_be_one_number_for_all_rows(backend):
+    policy, reference = pair_of_logits(5, 300)
+    policy.requires_grad_()
+    found = tdpo_ext.token_divergences(policy, reference, outputs=OF_ROWS)
+    for name in DIFFERENTIABLE[1:]:
+        values, ones = getattr(found, name), torch.ones(5)
+        (wanted,) = torch.autograd.grad(values, policy, ones, retain_graph=True)
+        (ours,) = torch.autograd.grad(values.sum(), policy, retain_graph=True)
+        assert torch.equal(ours, wanted)
+
+
 @pytest.mark.parametrize("position", ["first", "last"])
 @pytest.mark.parametrize("which", ["policy", "reference"])
 def test_nan_in_a_kept_row_shows_in_it_and_nowhere_else(backend, which, position):
@@ -707,6 +718,13 @@ def test_errors_name_the_argument(module):
     call(ValueError, "labels must have the shape", labels[:2])
     call(IndexError, "labels must lie in", torch.tensor([0, 1, 9]))
     call(IndexError, "labels must lie in", torch.tensor([0, 1, -1]))
+
+
+def test_a_label_outside_the_vocabulary_raises_on_the_host(on_host):
+    policy, reference = pair_of_logits(3, 9)
+    for label in (9, -1):
+        with pytest.raises(IndexError, match="labels must lie in"):
+            tdpo_ext.token_divergences(policy, reference, torch.tensor([0, 1, label]))
 
 
 def test_a_label_outside_the_vocabulary_gives_nan_where_nobody_looks(cuda_unchecked):

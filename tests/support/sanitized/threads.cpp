@@ -99,10 +99,10 @@ struct Tensors {
     tdpo::cpu::token_stats_forward({mine, outputs(first)}, kernels, 1);
     const std::vector<Real> g_m = {Real(1), Real(1), Real(0.5)},
                             g_k = {Real(0.5), Real(1), Real(0)};
-    tdpo::cpu::token_stats_backward(
-        {mine, normalizers.data() + tdpo::kNormalizers * first, g_m.data(), g_k.data(), dtype,
-         policy.data() + first * vocabulary, rows()},
-        kernels, 1);
+    const tdpo::Upstream upstream = {g_m.data(), g_k.data(), nullptr, nullptr, 0, 0, 0};
+    tdpo::cpu::token_stats_backward({mine, normalizers.data() + tdpo::kNormalizers * first,
+                                     upstream, dtype, policy.data() + first * vocabulary, rows()},
+                                    kernels, 1);
   }
 };
 

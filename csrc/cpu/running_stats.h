@@ -308,10 +308,10 @@ class RunningStats {
         const Vector<Real> excess = (weighted_gap * d) * excess_over_square<Real>(d);
         own.excess += excess;
         if constexpr (kDivergences) {
-          const Vector<Real> above = r - reference_base;
-          own.symmetric += weighted_gap * d + excess * d;
+          const Vector<Real> above = r - reference_base, growth = weighted_gap + excess;
+          own.symmetric += growth * d;
           own.reference_log += w * above;
-          own.growth_log += (weighted_gap + excess) * above;
+          own.growth_log += growth * above;
         }
       });
       if (any_bit(out_of_range<Real>(seen) | bit_cast<Bits<Real>>(largest > C::kClose))) break;

@@ -6,8 +6,7 @@
 // the last two times k, and with kDivergences what DivergenceSums are made of. There are two paths,
 // and all lanes of a warp take the same one:
 //
-//   quick   gaps of any size. In units of ln 2 an
-//   exponential is one multiply-add and one result of
+//   quick   gaps of any size. In units of ln 2 an exponential is one multiply-add and one result of
 //           the special-function unit. With L = log2(e), M = reference_max L and C = centre L:
 //             w = 2^(r L - M), D = (z - r) L - C, e^d = 2^D
 //             e^d - 1 - d = a polynomial where |D| is small, else (2^D - 1) - D ln 2

@@ -38,12 +38,19 @@ class Expected(NamedTuple):
 
 
 # The most instructions for each entry in the loops of backward: PolicyOnly, ReferenceOnly, Direct,
-# Mixed. Keys: half-width or float32 logits; rows aligned alike ("0") or shifted ("1").
+# Mixed; with divergences PolicyTerms, ReverseTerms, MixedTerms. Keys: half-width or float32 logits,
+# and whether rows are shifted.
 BACKWARD = {
-    ("half", "0"): (7, 7, 13, 30),
-    ("half", "1"): (10, 10, 18, 35),
-    ("float", "0"): (14, 14, 28, 45),
-    ("float", "1"): (19, 19, 39, 57),
+    ("half", False): (7, 7, 13, 30),
+    ("half", True): (10, 10, 18, 35),
+    ("float", False): (14, 14, 28, 45),
+    ("float", True): (19, 19, 39, 57),
+}
+BACKWARD_WITH_DIVERGENCES = {
+    ("half", False): (11, 15, 31),
+    ("half", True): (14, 21, 38),
+    ("float", False): (18, 22, 47),
+    ("float", True): (24, 33, 58),
 }
 LOADS_AHEAD = 4
 
@@ -62,18 +69,30 @@ class Loop(NamedTuple):
     ahead: int  # loads before the first exponential
 
 
+class Flags(NamedTuple):
+    shifted: bool
+    divergences: bool
+
+
+def flags(kernel: str) -> Flags:
+    """The last template parameters of a kernel that streams, kShifted and kDivergences."""
+    return Flags(*(x == "1" for x in re.findall(r"Lb([01])E", kernel)))
+
+
 def expected(kernel: str) -> Expected:
     """What the sources promise of a kernel, by its mangled name."""
     double = "kernelId" in kernel
     if "row_records_kernel" in kernel:
-        alone, shifted = "Li1E" in kernel, "Lb1E" in kernel
-        blocks = 1 if double else 2 if alone else 4 if shifted else 5
+        shifted, divergences = flags(kernel)
+        blocks = 1 if double else 2 if "Li1E" in kernel else 5 - shifted - 2 * divergences
         room = 2 if "If" in kernel else 0  # float32 moves twice the bytes
+        room += 7 if divergences else 0
         per_entry = None if double else (27 if shifted else 24.5) + room
         return Expected(blocks, loads=True, stores=False, per_entry=per_entry)
     if "token_stats_backward_kernel" in kernel:
         narrow = "kernelIfN" in kernel  # float32 logits, half-width gradient: 8 bytes at a time
-        return Expected(2 if double else 4, loads=True, stores=not narrow)
+        blocks = 2 if double else 3 if flags(kernel).divergences else 4
+        return Expected(blocks, loads=True, stores=not narrow)
     # Kernels over few numbers of each row or pair, and the one that tests whether a build runs.
     small = ("finish_", "merge_tile_kernel", "sequence_sums_kernel", "pairs_kernel", "probe_kernel")
     if any(name in kernel for name in small):
@@ -164,7 +183,7 @@ def per_entry(kernel: str, loop: Loop) -> float:
     For each vector of entries forward loads one vector of both sides (three in all where rows are
     shifted); backward stores one.
     """
-    vectors = loop.stores or loop.loads // (3 if "Lb1E" in kernel else 2)
+    vectors = loop.stores or loop.loads // (3 if flags(kernel).shifted else 2)
     entries = next(n for name, n in SIXTEENS.items() if name in kernel)
     return loop.instructions / (vectors * entries)
 
@@ -175,8 +194,9 @@ def streams(code: list[Instruction]) -> list[Loop]:
 
 
 def faults_of_backward(kernel: str, found: list[Loop]) -> list[str]:
-    width, shifted = "float" if "If" in kernel else "half", "1" if "Lb1E" in kernel else "0"
-    promised = BACKWARD[width, shifted]
+    shifted, divergences = flags(kernel)
+    table = BACKWARD_WITH_DIVERGENCES if divergences else BACKWARD
+    promised = table["float" if "If" in kernel else "half", shifted]
     if len(found) != len(promised):
         return [f"{len(found)} loops, one for each of {len(promised)} kinds of gradient promised"]
     counts = sorted(per_entry(kernel, loop) for loop in found)

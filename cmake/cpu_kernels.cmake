@@ -22,7 +22,8 @@ target_compile_options(
           # Let GCC interleave chains of dependent instructions before it allocates registers.
           $<$<CXX_COMPILER_ID:GNU>:-fschedule-insns -fsched-pressure>
           # GCC 12 warns at its own AVX-512 header, which reads undefined vectors.
-          $<$<CXX_COMPILER_ID:GNU>:-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized>)
+          $<$<CXX_COMPILER_ID:GNU>:-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized
+            -Wno-uninitialized>)
 
 # The threads are those of torch's OpenMP runtime, which is looked up at run time (threads.h).
 target_link_libraries(tdpo_cpu PUBLIC ${CMAKE_DL_LIBS})

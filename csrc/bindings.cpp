@@ -159,6 +159,8 @@ PYBIND11_MODULE(_core, module) {
   module.def("instruction_sets", &instruction_sets);
 #if defined(TDPO_CUDA)
   module.def("cuda_forward_workspace_bytes", &tdpo::cuda::forward_workspace_bytes, "problem"_a);
+  module.def("cuda_divergences_workspace_bytes", &tdpo::cuda::divergences_workspace_bytes,
+             "problem"_a);
   module.def("cuda_token_stats_forward", &cuda_token_stats_forward, "device"_a, "stream"_a,
              "work"_a, "workspace"_a);
   module.def("cuda_token_stats_tile", &cuda_token_stats_tile, "device"_a, "stream"_a, "work"_a,

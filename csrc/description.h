@@ -24,6 +24,8 @@ struct Constant {
 };
 constexpr Constant kConstants[] = {{"NORMALIZERS", kNormalizers},
                                    {"RECORD", kRecord},
+                                   {"DIVERGENCE_NORMALIZERS", kDivergenceNormalizers},
+                                   {"DIVERGENCE_RECORD", kDivergenceRecord},
                                    {"CUDA_BLOCK_WARPS", cuda::kBlockWarps},
                                    {"LARGEST_CUDA_VOCABULARY", cuda::kMaxVocabulary},
                                    {"MOST_LEADING_DIMENSIONS", RowLayout::kMaxDims},

@@ -160,4 +160,18 @@ TDPO_ALGEBRA RowUpstream<Real> upstream_of(const TokenStatsBackward& work, Index
   return {of_logp, ratio == Real(0) ? Real(0) : of_logp * ratio};
 }
 
+// The upstream gradients of a row with divergences: those of the reverse KL and of the policy's
+// entropy too.
+template <class Real>
+struct DivergenceUpstream {
+  Real policy_logp, forward_kl, reverse_kl, policy_entropy;
+};
+
+template <class Real, class Index>
+TDPO_ALGEBRA DivergenceUpstream<Real> divergence_upstream_of(const Upstream& upstream, Index row) {
+  const auto of_row = [&](const void* rows) { return static_cast<const Real*>(rows)[row]; };
+  return {of_row(upstream.policy_logps), of_row(upstream.forward_kl), of_row(upstream.reverse_kl),
+          of_row(upstream.policy_entropy)};
+}
+
 }  // namespace tdpo

@@ -9,7 +9,8 @@
 //              outputs and normalizers of the row, which CUDA's forward does not read. Backward
 //              computes such a row from its NaN normalizers: its gradient is NaN, but 0 where both
 //              upstream gradients are 0. In a tile a label outside belongs to another tile, and
-//              the row is computed like any other.
+//              the row is computed like any other. Where rows are `unlabelled` it stands for no
+//              label, and the row is computed too.
 #pragma once
 
 #include <math.h>
@@ -50,11 +51,34 @@ TDPO_ALGEBRA void write_outputs(const TokenStatsOutputs& outputs, Index row,
   static_cast<Normalizers<Real>*>(outputs.normalizers)[row] = summary.normalizers;
 }
 
-// For a row without results: 0 where the label is ignored, NaN where it is outside the vocabulary.
 template <class Real, class Index>
+TDPO_ALGEBRA void write_outputs(const TokenStatsOutputs& outputs, Index row,
+                                const DivergenceSummary<Real>& summary) {
+  static_cast<Real*>(outputs.policy_logps)[row] = summary.policy_logp;
+  static_cast<Real*>(outputs.reference_logps)[row] = summary.reference_logp;
+  static_cast<Real*>(outputs.forward_kl)[row] = summary.forward_kl;
+  static_cast<Real*>(outputs.reverse_kl)[row] = summary.reverse_kl;
+  static_cast<Real*>(outputs.policy_entropy)[row] = summary.policy_entropy;
+  static_cast<Real*>(outputs.reference_entropy)[row] = summary.reference_entropy;
+  static_cast<DivergenceNormalizers<Real>*>(outputs.normalizers)[row] = summary.normalizers;
+}
+
+// For a row without results: 0 where the label is ignored, NaN where it is outside the vocabulary.
+template <class Real, bool kDivergences = false, class Index>
 TDPO_ALGEBRA void fill_outputs(const TokenStatsOutputs& outputs, Index row, LabelKind kind) {
   const Real x = kind == LabelKind::kIgnored ? Real(0) : Real(NAN);
-  write_outputs<Real>(outputs, row, {x, x, x, {x, x, x, x, x, x, x, x}});
+  const Normalizers<Real> saved = {x, x, x, x, x, x, x, x};
+  if constexpr (kDivergences) {
+    write_outputs<Real>(outputs, row,
+                        DivergenceSummary<Real>{x, x, x, x, x, x, {saved, x, x, x, x}});
+  } else {
+    write_outputs<Real>(outputs, row, RowSummary<Real>{x, x, x, saved});
+  }
+}
+
+// Whether a row of this kind is computed; `unlabelled` as in TokenStatsForward.
+TDPO_ALGEBRA bool has_results(LabelKind kind, bool unlabelled) {
+  return kind == LabelKind::kEntry || (unlabelled && kind == LabelKind::kOutside);
 }
 
 }  // namespace tdpo

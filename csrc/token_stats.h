@@ -26,6 +26,8 @@ constexpr NamedDType kDTypeNames[] = {{"float32", DType::kFloat32},
 // Numbers of a row in the buffers below.
 constexpr int64_t kNormalizers = sizeof(Normalizers<float>) / sizeof(float);
 constexpr int64_t kRecord = sizeof(LabelledStats<float>) / sizeof(float);
+constexpr int64_t kDivergenceNormalizers = sizeof(DivergenceNormalizers<float>) / sizeof(float);
+constexpr int64_t kDivergenceRecord = sizeof(LabelledStats<float, true>) / sizeof(float);
 
 // Where the rows of a [..., V] tensor start. The caller merges leading dimensions that one stride
 // serves; the last dimension is contiguous.
@@ -82,20 +84,29 @@ struct TokenStatsProblem {
 };
 
 // Contiguous, in the accumulation type: float64 for float64 logits, else float32. Rows whose label
-// is ignored get 0.
+// is ignored get 0. The last three are given together, where divergences are asked for, or are
+// null.
 struct TokenStatsOutputs {
-  void* policy_logps;     // [rows]
-  void* reference_logps;  // [rows]
-  void* forward_kl;       // [rows]
-  void* normalizers;      // [rows] of Normalizers (vocab_stats.h)
-  TDPO_FIELDS("Outputs", policy_logps, reference_logps, forward_kl, normalizers)
+  void* policy_logps;          // [rows]
+  void* reference_logps;       // [rows]
+  void* forward_kl;            // [rows]
+  void* normalizers;           // [rows] of Normalizers, or DivergenceNormalizers (vocab_stats.h)
+  void* reverse_kl = nullptr;  // [rows]
+  void* policy_entropy = nullptr;     // [rows]
+  void* reference_entropy = nullptr;  // [rows]
+  TDPO_FIELDS("Outputs", policy_logps, reference_logps, forward_kl, normalizers, reverse_kl,
+              policy_entropy, reference_entropy)
 };
 
-// Forward over whole rows.
+TDPO_ALGEBRA bool has_divergences(const TokenStatsOutputs& outputs) { return outputs.reverse_kl; }
+
+// Forward over whole rows. `unlabelled`, 0 or 1: a row whose label is outside the vocabulary has
+// none, and is computed all the same. Only with divergences.
 struct TokenStatsForward {
   TokenStatsProblem problem;
   TokenStatsOutputs outputs;
-  TDPO_FIELDS("Forward", problem, outputs)
+  int unlabelled = 0;
+  TDPO_FIELDS("Forward", problem, outputs, unlabelled)
 };
 
 // Forward over one tile of the vocabulary: the logits are the tile's, `vocabulary` is its width,
@@ -103,8 +114,9 @@ struct TokenStatsForward {
 // whose label is ignored are not read.
 struct TokenStatsTile {
   TokenStatsProblem problem;
-  void* records;  // [rows] of LabelledStats (vocab_stats.h); the tile is merged into them
-  TDPO_FIELDS("Tile", problem, records)
+  void* records;        // [rows] of LabelledStats (vocab_stats.h); the tile is merged into them
+  int divergences = 0;  // 0 or 1: which LabelledStats they are
+  TDPO_FIELDS("Tile", problem, records, divergences)
 };
 
 // The end of a forward over tiles: outputs from the records of all tiles, which lie in one set or
@@ -118,7 +130,9 @@ struct TokenStatsFinish {
   int64_t sets;
   const void* records;  // [sets, rows] of LabelledStats, disjoint tiles in each set
   TokenStatsOutputs outputs;
-  TDPO_FIELDS("Finish", dtype, rows, vocabulary, ignore_index, labels, sets, records, outputs)
+  int unlabelled = 0;  // as in TokenStatsForward
+  TDPO_FIELDS("Finish", dtype, rows, vocabulary, ignore_index, labels, sets, records, outputs,
+              unlabelled)
 };
 
 enum class Reduction : int { kNone = 0, kMean = 1, kSum = 2 };
@@ -148,7 +162,7 @@ struct TdpoLossForward {
 
 // Upstream gradients: of each row, or where `slopes` is given, of the loss of each pair. A row's
 // are then its sequence's slope times that of its pair; that of its KL is the ratio times that of
-// its log p(y).
+// its log p(y). The last two are given together, beside the first two, or are null.
 struct Upstream {
   const void* policy_logps;  // [rows], or null
   const void* forward_kl;    // [rows], or null
@@ -157,19 +171,25 @@ struct Upstream {
   int64_t loss_stride;
   double chosen_kl_ratio;
   double rejected_kl_ratio;
+  const void* reverse_kl = nullptr;      // [rows], or null
+  const void* policy_entropy = nullptr;  // [rows], or null
   TDPO_FIELDS("Upstream", policy_logps, forward_kl, slopes, loss, loss_stride, chosen_kl_ratio,
-              rejected_kl_ratio)
+              rejected_kl_ratio, reverse_kl, policy_entropy)
 };
 
+TDPO_ALGEBRA bool has_divergences(const Upstream& upstream) { return upstream.reverse_kl; }
+
 // dz = g_m (onehot(label) - p) + g_k (p - q), with the upstream gradients g_m of log p(label) and
-// g_k of the KL, of whole rows or of a tile (labels and vocabulary are then the tile's). The
+// g_k of the KL, of whole rows or of a tile (labels and vocabulary are then the tile's). With
+// divergences g_r p (log p - log q - KL(p || q)) - g_H p (log p + H) is added, for g_r of the
+// reverse KL and g_H of the policy's entropy H. The
 // gradient has the logits' dtype, and may then lie over the policy's logits or over the
 // reference's, row on row: entries are read before their gradient is stored. Where logits are
 // float32 the gradient may be of a half-width type instead: it is rounded once, as it is stored,
 // and lies in memory of its own.
 struct TokenStatsBackward {
   TokenStatsProblem problem;
-  const void* normalizers;  // [rows] of Normalizers
+  const void* normalizers;  // [rows] of Normalizers, or DivergenceNormalizers
   Upstream upstream;
   DType gradient_dtype;
   void* gradient;
@@ -226,6 +246,7 @@ constexpr int64_t kMaxRows = (int64_t(1) << 31) - 1;
 // Bytes of device memory that forward, or a tile of it, needs beside its outputs: each warp leaves
 // a record there.
 int64_t forward_workspace_bytes(const TokenStatsProblem& problem);
+int64_t divergences_workspace_bytes(const TokenStatsProblem& problem);
 
 void token_stats_forward(const TokenStatsForward& work, void* workspace, const Launch& launch);
 void token_stats_tile(const TokenStatsTile& work, void* workspace, const Launch& launch);

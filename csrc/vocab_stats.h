@@ -19,12 +19,17 @@
 // moved to a common base, add up field by field. SIMD lanes, threads, blocks, tiles of the
 // vocabulary and tensor-parallel ranks all merge with these functions.
 //
+// The reverse KL(p || q) = sum_v p_v (log p_v - log q_v) and the entropies of p and q need four
+// more sums, DivergenceSums. They are kept only where they are asked for.
+//
 // A row's record leaves the label's entry out, and `finalise` takes the label and the rest as two
 // parts. So log p(y) and 1 - p(y) have all their digits also where the label has almost all of the
 // mass. docs/algebra.md derives all of this.
 #pragma once
 
 #include <math.h>
+
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define TDPO_HOST_DEVICE __host__ __device__
@@ -67,11 +72,32 @@ struct VocabStats {
 // uses it only where it is small.
 constexpr double kGapUnit = 0x1p48;
 
-// The record of a row whose vocabulary comes in several tiles, one of which holds the label: that
-// of all other entries, and the label's two logits, which are -inf until its tile has come.
+// What the reverse KL and the entropies need beside VocabStats, relative to the same base.
 template <class Real>
+struct DivergenceSums {
+  Real policy_gap_sum;      // sum m d,  m = e^(z - policy_max), in units of kGapUnit nats;
+                            // inf where p > 0 = q
+  Real reverse_excess_sum;  // sum k w - m (1 - d) = sum m (e^-d - 1 + d), k w where p = 0
+  Real policy_log_sum;      // sum m (z - policy_max)
+  Real reference_log_sum;   // sum w (r - reference_max)
+};
+
+// The record of a row whose reverse KL and entropies are asked for.
+template <class Real>
+struct DivergenceStats {
+  VocabStats<Real> forward;
+  DivergenceSums<Real> more;
+};
+
+template <class Real, bool kDivergences>
+using StatsOf = std::conditional_t<kDivergences, DivergenceStats<Real>, VocabStats<Real>>;
+
+// The record of a row whose vocabulary comes in several tiles, one of which may hold the label:
+// that of all other entries, and the label's two logits, which are -inf until its tile has come,
+// and stay so in a row without label.
+template <class Real, bool kDivergences = false>
 struct LabelledStats {
-  VocabStats<Real> rest;
+  StatsOf<Real, kDivergences> rest;
   Real label_policy, label_reference;
 };
 
@@ -94,6 +120,16 @@ struct Normalizers {
   Real label_gap;       // p(y) - q(y)
 };
 
+// What backward needs beside these for the reverse KL and the policy's entropy H.
+template <class Real>
+struct DivergenceNormalizers {
+  Normalizers<Real> forward;
+  Real reverse_kl;
+  Real entropy_offset;  // H + log(policy_scale): log p + H = z - policy_max + entropy_offset
+  Real label_reverse;   // p(y) (log p(y) - log q(y) - KL(p || q))
+  Real label_log;       // p(y) (log p(y) + H)
+};
+
 // A row's results.
 template <class Real>
 struct RowSummary {
@@ -102,6 +138,17 @@ struct RowSummary {
   Real forward_kl;      // KL(q || p) >= 0, nats
   Normalizers<Real> normalizers;
 };
+
+template <class Real>
+struct DivergenceSummary {
+  Real policy_logp, reference_logp, forward_kl;
+  Real reverse_kl;  // KL(p || q) >= 0, nats
+  Real policy_entropy, reference_entropy;
+  DivergenceNormalizers<Real> normalizers;
+};
+
+template <class Real, bool kDivergences>
+using SummaryOf = std::conditional_t<kDivergences, DivergenceSummary<Real>, RowSummary<Real>>;
 
 // Below this |d| the excess e^d - 1 - d is computed as a series; above, as the plain difference,
 // which keeps its digits there.
@@ -121,6 +168,15 @@ TDPO_ALGEBRA VocabStats<Real> empty_stats() {
   return {{nothing, nothing, Real(0)}, Real(0), Real(0), Real(0), Real(0)};
 }
 
+template <class Real, bool kDivergences>
+TDPO_ALGEBRA StatsOf<Real, kDivergences> empty_stats_of() {
+  if constexpr (kDivergences) {
+    return {empty_stats<Real>(), {Real(0), Real(0), Real(0), Real(0)}};
+  } else {
+    return empty_stats<Real>();
+  }
+}
+
 // The record of one vocabulary entry.
 template <class Real>
 TDPO_ALGEBRA VocabStats<Real> stats_of_one(Real z, Real r) {
@@ -135,6 +191,21 @@ TDPO_ALGEBRA VocabStats<Real> stats_of_one(Real z, Real r) {
   stats.reference_sum = reference_has_mass ? Real(1) : Real(0);
   if (reference_has_mass && !policy_has_mass) stats.gap_sum = nothing;  // p = 0 < q: KL is infinite
   if (!reference_has_mass) stats.excess_sum = stats.policy_sum;         // q = 0: all of p is excess
+  return stats;
+}
+
+// The same with the sums of divergences. Relative to its own base an entry has no gap and no logit.
+template <class Real>
+TDPO_ALGEBRA DivergenceStats<Real> divergence_stats_of_one(Real z, Real r) {
+  const Real nothing = -Real(INFINITY);
+  DivergenceStats<Real> stats = {stats_of_one(z, r), {Real(0), Real(0), Real(0), Real(0)}};
+  if (z == nothing) return stats;  // rebase knows that the reverse excess is k w
+  if (r == nothing) {
+    stats.more.policy_gap_sum = Real(INFINITY);  // p > 0 = q: the reverse KL is infinite
+  } else if (z - r - stats.forward.base.centre != Real(0)) {  // z - r overflows, or is NaN
+    stats.more.policy_gap_sum = stats.forward.gap_sum;
+    stats.more.reverse_excess_sum = Real(INFINITY);
+  }
   return stats;
 }
 
@@ -217,6 +288,65 @@ TDPO_ALGEBRA VocabStats<Real> rebase(const VocabStats<Real>& stats, const Base<R
   return moved;
 }
 
+// The reverse excess relative to another base, whose gaps are larger by s and whose policy_max is
+// larger. sum k w - m (1 - d) grows by
+//   (e^-s - 1 + s) k sum w + s (sum m - k sum w),
+// where sum m - k sum w is k sum w d plus the excess.
+template <class Real>
+TDPO_ALGEBRA Real rebased_reverse_excess(Real reverse_excess, const VocabStats<Real>& stats,
+                                         const Base<Real>& base) {
+  const Base<Real>& old = stats.base;
+  const double policy_scale = relative_scale(old.policy_max, base.policy_max);
+  const double reference_sum = stats.reference_sum;
+  const double to_new = linear_scale(old.reference_max, base.centre, base.policy_max);
+  if (policy_scale == 0) return Real(to_new * reference_sum);  // all of q's mass is excess
+  const double s = double(old.centre) - double(base.centre);
+  const double moved = policy_scale * reverse_excess, policy_sum = policy_scale * stats.policy_sum;
+  if (s == 0) return Real(moved);
+  const double to_old = linear_scale(old.reference_max, old.centre, base.policy_max);
+  const double shifted = to_old * reference_sum;
+  if (!(fabs(s) < CloseGap<Real>::value)) {  // without e^-s, which might overflow
+    return Real(moved + (to_new * reference_sum - shifted) + s * policy_sum);
+  }
+  // Where these two are large they may have lost their digits; the plain difference has its own.
+  const double gaps = to_old * (stats.gap_sum * kGapUnit), excess = policy_scale * stats.excess_sum;
+  const bool close = fabs(gaps) < policy_sum && fabs(excess) < policy_sum;
+  const double difference = close ? gaps + excess : policy_sum - shifted;
+  return Real(moved + shifted * excess_of(-s) + s * difference);
+}
+
+// What `rebase` does to the sums of divergences; `stats` is the record before it.
+template <class Real>
+TDPO_ALGEBRA DivergenceSums<Real> rebase(const DivergenceSums<Real>& sums,
+                                         const VocabStats<Real>& stats, const Base<Real>& base) {
+  const Base<Real>& old = stats.base;
+  const Real policy_scale = relative_scale(old.policy_max, base.policy_max);
+  const Real reference_scale = relative_scale(old.reference_max, base.reference_max);
+  const double s = double(old.centre) - double(base.centre);
+  DivergenceSums<Real> moved = {Real(0), Real(0), Real(0), Real(0)};
+  if (policy_scale != Real(0)) {
+    const Real lower = old.policy_max - base.policy_max;
+    moved.policy_gap_sum =
+        Real(policy_scale * (sums.policy_gap_sum + s / kGapUnit * stats.policy_sum));
+    moved.policy_log_sum = policy_scale * (sums.policy_log_sum + lower * stats.policy_sum);
+  }
+  if (reference_scale != Real(0)) {
+    const Real lower = old.reference_max - base.reference_max;
+    moved.reference_log_sum =
+        reference_scale * (sums.reference_log_sum + lower * stats.reference_sum);
+  }
+  // An infinite KL stays so, also where the mass has become 0.
+  if (sums.policy_gap_sum == Real(INFINITY)) moved.policy_gap_sum = sums.policy_gap_sum;
+  moved.reverse_excess_sum = rebased_reverse_excess(sums.reverse_excess_sum, stats, base);
+  return moved;
+}
+
+template <class Real>
+TDPO_ALGEBRA DivergenceStats<Real> rebase(const DivergenceStats<Real>& stats,
+                                          const Base<Real>& base) {
+  return {rebase(stats.forward, base), rebase(stats.more, stats.forward, base)};
+}
+
 // The base that two parts share: the larger maxima, and the centre that is nearer to lse(z) -
 // lse(r) of both parts together, from where E[e^d] = 1. The centre of the part that has more of q's
 // mass would not do, since the policy may mask its entries.
@@ -254,13 +384,27 @@ TDPO_ALGEBRA VocabStats<Real> merge(const VocabStats<Real>& a, const VocabStats<
 }
 
 template <class Real>
-TDPO_ALGEBRA LabelledStats<Real> empty_labelled_stats() {
-  return {empty_stats<Real>(), -Real(INFINITY), -Real(INFINITY)};
+TDPO_ALGEBRA DivergenceStats<Real> merge(const DivergenceStats<Real>& a,
+                                         const DivergenceStats<Real>& b) {
+  const Base<Real> base = common_base(a.forward, b.forward);
+  DivergenceSums<Real> sum = rebase(a.more, a.forward, base);
+  const DivergenceSums<Real> other = rebase(b.more, b.forward, base);
+  sum.policy_gap_sum += other.policy_gap_sum;
+  sum.reverse_excess_sum += other.reverse_excess_sum;
+  sum.policy_log_sum += other.policy_log_sum;
+  sum.reference_log_sum += other.reference_log_sum;
+  return {merge(a.forward, b.forward), sum};
+}
+
+template <class Real, bool kDivergences = false>
+TDPO_ALGEBRA LabelledStats<Real, kDivergences> empty_labelled_stats() {
+  return {empty_stats_of<Real, kDivergences>(), -Real(INFINITY), -Real(INFINITY)};
 }
 
 // The record of two disjoint sets of tiles together.
-template <class Real>
-TDPO_ALGEBRA LabelledStats<Real> merge(const LabelledStats<Real>& a, const LabelledStats<Real>& b) {
+template <class Real, bool kDivergences>
+TDPO_ALGEBRA LabelledStats<Real, kDivergences> merge(const LabelledStats<Real, kDivergences>& a,
+                                                     const LabelledStats<Real, kDivergences>& b) {
   const Real nothing = -Real(INFINITY);
   return {merge(a.rest, b.rest), a.label_policy == nothing ? b.label_policy : a.label_policy,
           a.label_reference == nothing ? b.label_reference : a.label_reference};
@@ -304,6 +448,46 @@ TDPO_ALGEBRA PartSummary summarise(const VocabStats<Real>& stats) {
   return part;
 }
 
+// The results for a part of the vocabulary that DivergenceSums give, between the part's own
+// softmaxes; 0 where p, or for the last q, has no mass in it.
+struct PartDivergences {
+  double reverse_kl, policy_entropy, reference_entropy;
+};
+
+TDPO_ALGEBRA double entropy_of_part(double sum, double log_sum) {
+  const double entropy = sum == 0 ? 0 : log(sum) - log_sum / sum;
+  return entropy < 0 ? 0 : entropy;
+}
+
+// As for the forward KL, with p in the place of q and -d in the place of d:
+//   E_p[e^-d] = e^-a  with  a = lse(z) - lse(r) - centre,
+//   KL(p || q) = E_p[d] - a = E_p[e^-d - 1 + d] - (e^-a - 1 + a).
+template <class Real>
+TDPO_ALGEBRA PartDivergences summarise(const DivergenceStats<Real>& stats,
+                                       const PartSummary& part) {
+  const VocabStats<Real>& forward = stats.forward;
+  const double policy_sum = forward.policy_sum;
+  PartDivergences result;
+  result.policy_entropy = entropy_of_part(policy_sum, stats.more.policy_log_sum);
+  result.reference_entropy = entropy_of_part(forward.reference_sum, stats.more.reference_log_sum);
+  result.reverse_kl = 0;
+  if (policy_sum == 0) return result;
+  const double mean_gap = double(stats.more.policy_gap_sum) / policy_sum * kGapUnit;
+  const double excess = double(stats.more.reverse_excess_sum) / policy_sum;
+  const double a = part.log_sum_gap - double(forward.base.centre), plain = mean_gap - a;
+  // Where gaps of q are large (entries that the policy masks), the reverse excess may have lost its
+  // digits, since on CUDA it is a difference of their sums.
+  const double forward_gap = double(forward.gap_sum) / forward.reference_sum * kGapUnit;
+  const bool digits = fabs(forward_gap) < 1;
+  if (digits && fabs(mean_gap) < 0.5 && fabs(excess) < 0.5 && !(plain > 1)) {
+    result.reverse_kl = excess - excess_of(-a);
+  } else {
+    result.reverse_kl = mean_gap == INFINITY ? INFINITY : plain;
+  }
+  if (result.reverse_kl < 0) result.reverse_kl = 0;
+  return result;
+}
+
 // The mass of the label and of the rest of the vocabulary under one softmax.
 struct Shares {
   double label, rest, log_label, log_rest, log_sum;
@@ -339,6 +523,26 @@ TDPO_ALGEBRA double mass_excess(double p, double q, double u) {
   return q == 0 ? p : fabs(u) < 0.5 ? q * excess_of(u) : p - q - q * u;
 }
 
+// A row as a distribution over two things, the label and the rest of the vocabulary.
+struct LabelAndRest {
+  Shares p, q;
+  double gap;                                            // lse(z) - lse(r) of the row
+  double u_label, u_rest;                                // log p - log q of their masses
+  bool policy_excludes_label, reference_excludes_label;  // p(y) = 0 < q(y), q(y) = 0 < p(y)
+};
+
+TDPO_ALGEBRA LabelAndRest label_and_rest(double z, double r, const PartSummary& rest) {
+  LabelAndRest row;
+  row.p = shares_of(z, rest.policy_log_sum);
+  row.q = shares_of(r, rest.reference_log_sum);
+  row.gap = row_gap(row.p, row.q, z - r, rest.log_sum_gap);
+  row.u_label = (z - r) - row.gap;
+  row.u_rest = rest.log_sum_gap - row.gap;
+  row.policy_excludes_label = z == -INFINITY && r > -INFINITY;
+  row.reference_excludes_label = r == -INFINITY && z > -INFINITY;
+  return row;
+}
+
 // The row's results, from the label's two logits and the record of all other entries.
 //
 // By the chain rule KL(q || p) is the divergence between the masses of label and rest, plus the
@@ -346,22 +550,18 @@ TDPO_ALGEBRA double mass_excess(double p, double q, double u) {
 //   KL = sum over {label, rest} of q (e^u - 1 - u) + q(rest) KL(rest),   u = log p - log q,
 // where every term is at least 0.
 template <class Real>
-TDPO_ALGEBRA RowSummary<Real> finalise(const LabelledStats<Real>& stats) {
-  const VocabStats<Real>& rest = stats.rest;
-  const Real label_policy = stats.label_policy, label_reference = stats.label_reference;
-  const double z = label_policy, r = label_reference;
-  const PartSummary part = summarise(rest);
-  const Shares p = shares_of(z, part.policy_log_sum), q = shares_of(r, part.reference_log_sum);
-  const double gap = row_gap(p, q, z - r, part.log_sum_gap);
-  const double u_label = (z - r) - gap, u_rest = part.log_sum_gap - gap;
-  double kl = mass_excess(p.label, q.label, u_label) + mass_excess(p.rest, q.rest, u_rest);
-  const bool excludes_label = z == -INFINITY && r > -INFINITY;  // p(y) = 0 < q(y)
-  if (excludes_label || part.forward_kl == INFINITY) {          // also where q underflows to 0
+TDPO_ALGEBRA RowSummary<Real> finalise(const LabelledStats<Real>& stats, const PartSummary& part,
+                                       const LabelAndRest& of_row) {
+  const Shares &p = of_row.p, &q = of_row.q;
+  double kl =
+      mass_excess(p.label, q.label, of_row.u_label) + mass_excess(p.rest, q.rest, of_row.u_rest);
+  if (of_row.policy_excludes_label || part.forward_kl == INFINITY) {  // also where q underflows
     kl = INFINITY;
   } else {
     kl += q.rest * part.forward_kl;
   }
-  const Base<Real>& base = rest.base;
+  const Base<Real>& base = stats.rest.base;
+  const Real label_policy = stats.label_policy, label_reference = stats.label_reference;
   RowSummary<Real> row;
   row.policy_logp = Real(p.log_label);
   row.reference_logp = Real(q.log_label);
@@ -372,11 +572,68 @@ TDPO_ALGEBRA RowSummary<Real> finalise(const LabelledStats<Real>& stats) {
   saved.reference_max =
       rint(base.reference_max > label_reference ? base.reference_max : label_reference);
   saved.reference_scale = Real(exp(double(saved.reference_max) - q.log_sum));
-  saved.log_sum_gap = Real(gap);
+  saved.log_sum_gap = Real(of_row.gap);
   saved.policy_rest = Real(p.rest);
   saved.reference_rest = Real(q.rest);
-  saved.label_gap = Real(q.label < q.rest ? mass_difference(p.label, q.label, u_label)
-                                          : -mass_difference(p.rest, q.rest, u_rest));
+  saved.label_gap = Real(q.label < q.rest ? mass_difference(p.label, q.label, of_row.u_label)
+                                          : -mass_difference(p.rest, q.rest, of_row.u_rest));
+  return row;
+}
+
+template <class Real>
+TDPO_ALGEBRA RowSummary<Real> finalise(const LabelledStats<Real>& stats) {
+  const PartSummary part = summarise(stats.rest);
+  return finalise(stats, part, label_and_rest(stats.label_policy, stats.label_reference, part));
+}
+
+TDPO_ALGEBRA double entropy_of(const Shares& shares) {
+  const double of_label = shares.label == 0 ? 0 : -shares.label * shares.log_label;
+  return of_label + (shares.rest == 0 ? 0 : -shares.rest * shares.log_rest);
+}
+
+// The same with the reverse KL and the entropies, by the same chain rule.
+//
+// What a label has more than the row's mean, p(y) (x(y) - mean of x), is p(y) p(rest) times the
+// difference between x(y) and the mean within the rest. That keeps its digits for a label that has
+// almost all of the mass.
+template <class Real>
+TDPO_ALGEBRA DivergenceSummary<Real> finalise(const LabelledStats<Real, true>& stats) {
+  const VocabStats<Real>& rest = stats.rest.forward;
+  const PartSummary part = summarise(rest);
+  const PartDivergences more = summarise(stats.rest, part);
+  const LabelAndRest of_row = label_and_rest(stats.label_policy, stats.label_reference, part);
+  const Shares &p = of_row.p, &q = of_row.q;
+  const RowSummary<Real> forward = finalise<Real>(
+      LabelledStats<Real>{rest, stats.label_policy, stats.label_reference}, part, of_row);
+  double reverse_kl =
+      mass_excess(q.label, p.label, -of_row.u_label) + mass_excess(q.rest, p.rest, -of_row.u_rest);
+  if (of_row.reference_excludes_label || more.reverse_kl == INFINITY) {
+    reverse_kl = INFINITY;
+  } else {
+    reverse_kl += p.rest * more.reverse_kl;
+  }
+  if (reverse_kl < 0) reverse_kl = 0;
+  const double policy_entropy = entropy_of(p) + p.rest * more.policy_entropy;
+  const double product = p.label * p.rest;
+  DivergenceSummary<Real> row;
+  row.policy_logp = forward.policy_logp;
+  row.reference_logp = forward.reference_logp;
+  row.forward_kl = forward.forward_kl;
+  row.reverse_kl = Real(reverse_kl);
+  row.policy_entropy = Real(policy_entropy);
+  row.reference_entropy = Real(entropy_of(q) + q.rest * more.reference_entropy);
+  DivergenceNormalizers<Real>& saved = row.normalizers;
+  saved.forward = forward.normalizers;
+  saved.reverse_kl = Real(reverse_kl);
+  saved.entropy_offset = Real(policy_entropy + (double(saved.forward.policy_max) - p.log_sum));
+  saved.label_reverse = saved.label_log = Real(0);
+  if (product != 0) {
+    saved.label_reverse = Real(product * (of_row.u_label - of_row.u_rest - more.reverse_kl));
+    saved.label_log = Real(product * (p.log_label - p.log_rest + more.policy_entropy));
+  }
+  if (reverse_kl == INFINITY && p.label != 0) {
+    saved.label_reverse = Real(p.label * (of_row.u_label - reverse_kl));
+  }
   return row;
 }
 

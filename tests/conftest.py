@@ -33,6 +33,7 @@ OF_NUMBERS = {
     "test_loss_op",
     "test_precision",
     "test_rows_that_change_path",
+    "test_token_divergences",
 }
 
 

@@ -23,7 +23,7 @@
 // thread has the row or the part.
 #include <cmath>
 
-#include "../vocab_stats.h"
+#include "../pair_loss.h"
 #include "masses.h"
 #include "row_kernels.h"
 #include "simd.h"
@@ -132,9 +132,9 @@ TDPO_INLINE bool all_close(const T* policy, const T* reference, Real log_sum_gap
 }
 
 // Group by group: Close where all entries of the group are close, else Mixed.
-template <class T, class G, class CloseKind, class Real = RealOf<T>>
+template <class T, class G, class CloseKind, class MixedKind>
 void write_divergence_gradient(G* gradient, const T* policy, const T* reference, int64_t count,
-                               const CloseKind& close, const Mixed<Real>& mixed) {
+                               const CloseKind& close, const MixedKind& mixed) {
   int64_t at = 0;
   for (; at + kGroup <= count; at += kGroup) {
     const T* z = policy + at;
@@ -160,13 +160,21 @@ Real with_plain_nan(Real x) {
   return x == x ? x : Real(NAN);
 }
 
+template <class T, class G, class Real>
+void write_label(const RowBackward& row, G* gradient, Real label_gradient) {
+  if (row.label < 0 || row.label >= row.vocabulary) return;
+  const Vector<Real> all_lanes = broadcast<Real>(label_gradient);
+  pack_some_from<T>(gradient + row.label, TwoVectors<Real>{all_lanes, all_lanes}, 1);
+}
+
 // T: type of the logits; G: type of the gradient.
 template <class T, class G>
 void backward(const RowBackward& row) {
   using Real = RealOf<T>;
   const Normalizers<Real>& saved = *static_cast<const Normalizers<Real>*>(row.normalizers);
-  const Real g_m = with_plain_nan(*static_cast<const Real*>(row.grad_policy_logp));
-  const Real g_k = with_plain_nan(*static_cast<const Real*>(row.grad_forward_kl));
+  const RowUpstream<Real>& upstream = *static_cast<const RowUpstream<Real>*>(row.upstream);
+  const Real g_m = with_plain_nan(upstream.policy_logp);
+  const Real g_k = with_plain_nan(upstream.forward_kl);
   const T* policy = static_cast<const T*>(row.policy);
   const T* reference = static_cast<const T*>(row.reference);
   G* gradient = static_cast<G*>(row.gradient);
@@ -203,10 +211,139 @@ void backward(const RowBackward& row) {
     };
     with_masses(write_groups, q);
   }
-  if (row.label >= 0 && row.label < row.vocabulary) {
-    const Vector<Real> all_lanes = broadcast<Real>(label_gradient);
-    pack_some_from<T>(gradient + row.label, TwoVectors<Real>{all_lanes, all_lanes}, 1);
+  write_label<T>(row, gradient, label_gradient);
+}
+
+// ---- with divergences ----
+//
+//   dz += g_r p (u - KL(p || q)) - g_H p (log p + H),     u = log p - log q
+//
+// All terms but g_k (p - q) are p times a sum, in which log p = z - policy_max + log(policy_scale).
+// p is 0 where z is -inf, and then the sum may be infinite or NaN.
+
+template <class M>
+struct PolicyTerms {  // g_k = g_r = 0: p (constant + slope (z - policy_max))
+  using Real = typename M::Number;
+  static constexpr bool kReadsPolicy = true, kReadsReference = false;
+  M p;
+  Real policy_max, constant, slope;
+  TDPO_INLINE Vector<Real> gradient(Vector<Real> z, Vector<Real>) const {
+    const Vector<Real> mass = p(z);
+    return mass == Real(0) ? mass : mass * (constant + (z - policy_max) * slope);
   }
+};
+
+template <class M>
+struct ReverseTerms {  // g_k = 0: p (constant + slope (z - policy_max) + g_r u)
+  using Real = typename M::Number;
+  static constexpr bool kReadsPolicy = true, kReadsReference = true;
+  PolicyTerms<M> of_policy;
+  Real log_sum_gap, g_r;
+  TDPO_INLINE Vector<Real> factor(Vector<Real> z, Vector<Real> u) const {
+    return (of_policy.constant + (z - of_policy.policy_max) * of_policy.slope) + u * g_r;
+  }
+  TDPO_INLINE Vector<Real> gradient(Vector<Real> z, Vector<Real> r) const {
+    const Vector<Real> mass = of_policy.p(z), u = (z - r) - log_sum_gap;
+    return mass == Real(0) ? mass : mass * factor(z, u);
+  }
+};
+
+// The same and g_k (p - q), where all entries are close: p - q = p (1 - e^-u).
+template <class M>
+struct CloseTerms {
+  using Real = typename M::Number;
+  static constexpr bool kReadsPolicy = true, kReadsReference = true;
+  ReverseTerms<M> reverse;
+  Real log_sum_gap, g_k;
+  TDPO_INLINE Vector<Real> gradient(Vector<Real> z, Vector<Real> r) const {
+    const Vector<Real> mass = reverse.of_policy.p(z), u = (z - r) - log_sum_gap;
+    const Vector<Real> relative = u - u * u * excess_over_square<Real>(-u);
+    return mass * (reverse.factor(z, u) + relative * g_k);
+  }
+};
+
+// The same where each entry chooses.
+template <class M>
+struct MixedTerms {
+  using Real = typename M::Number;
+  static constexpr bool kReadsPolicy = true, kReadsReference = true;
+  CloseTerms<M> close;
+  M q;
+  Real close_gap;
+  Real largest_gap;  // inf, or a number where g_r = 0, since 0 * inf is NaN
+  TDPO_INLINE Vector<Real> gradient(Vector<Real> z, Vector<Real> r) const {
+    const ReverseTerms<M>& reverse = close.reverse;
+    const Vector<Real> mass = reverse.of_policy.p(z), u = (z - r) - close.log_sum_gap;
+    const Vector<Real> bounded = u < largest_gap ? u : broadcast(largest_gap);
+    const Vector<Real> product = mass == Real(0) ? mass : mass * reverse.factor(z, bounded);
+    const Vector<Real> far = product + (mass - q(r)) * close.g_k;
+    return magnitude<Real>(u) < close_gap ? close.gradient(z, r) : far;
+  }
+};
+
+template <class T>
+void divergences_backward(const RowBackward& row) {
+  using Real = RealOf<T>;
+  const auto& all_saved = *static_cast<const DivergenceNormalizers<Real>*>(row.normalizers);
+  const Normalizers<Real>& saved = all_saved.forward;
+  const auto& upstream = *static_cast<const DivergenceUpstream<Real>*>(row.upstream);
+  const Real g_m = with_plain_nan(upstream.policy_logp);
+  const Real g_k = with_plain_nan(upstream.forward_kl);
+  const Real g_r = with_plain_nan(upstream.reverse_kl);
+  const Real g_h = with_plain_nan(upstream.policy_entropy);
+  const T* policy = static_cast<const T*>(row.policy);
+  const T* reference = static_cast<const T*>(row.reference);
+  T* gradient = static_cast<T*>(row.gradient);
+  if (g_m == Real(0) && g_k == Real(0) && g_r == Real(0) && g_h == Real(0)) {
+    std::memset(row.gradient, 0, static_cast<size_t>(row.vocabulary) * sizeof(T));
+    return;
+  }
+  // A term whose upstream gradient is 0 is left out, since what it is multiplied with may be
+  // infinite.
+  Real constant = -g_m, label_gradient = g_m * saved.policy_rest;
+  if (g_k != Real(0)) label_gradient += g_k * saved.label_gap;
+  if (g_r != Real(0)) {
+    constant -= g_r * all_saved.reverse_kl;
+    label_gradient += g_r * all_saved.label_reverse;
+  }
+  if (g_h != Real(0)) {
+    constant -= g_h * all_saved.entropy_offset;
+    label_gradient -= g_h * all_saved.label_log;
+  }
+  const Mass<Real> p = {saved.policy_max, saved.policy_scale};
+  const auto write = [&](const auto& kind) {
+    write_gradient(gradient, policy, reference, row.vocabulary, kind);
+  };
+  const auto policy_terms = [&](const auto& p) {
+    return PolicyTerms<std::decay_t<decltype(p)>>{p, saved.policy_max, constant, -g_h};
+  };
+  const auto reverse_terms = [&](const auto& p) {
+    using M = std::decay_t<decltype(p)>;
+    return ReverseTerms<M>{policy_terms(p), saved.log_sum_gap, g_r};
+  };
+  if (g_k == Real(0) && g_r == Real(0)) {
+    with_masses([&](const auto& p) { write(policy_terms(p)); }, p);
+  } else if (g_k == Real(0)) {
+    with_masses([&](const auto& p) { write(reverse_terms(p)); }, p);
+  } else {
+    const Mass<Real> q = {saved.reference_max, saved.reference_scale};
+    const bool gap_has_digits = std::fabs(saved.log_sum_gap) < Real(2);
+    const CloseTerms<Mass<Real>> close = {reverse_terms(p), saved.log_sum_gap, g_k};
+    const MixedTerms<Mass<Real>> mixed = {close, q,
+                                          gap_has_digits ? ExpConstants<Real>::kClose : Real(0),
+                                          g_r == Real(0) ? Real(1e30) : Real(INFINITY)};
+    const auto write_groups = [&](const auto& p) {
+      using M = std::decay_t<decltype(p)>;
+      const CloseTerms<M> quick = {reverse_terms(p), saved.log_sum_gap, g_k};
+      write_divergence_gradient(gradient, policy, reference, row.vocabulary, quick, mixed);
+    };
+    if (gap_has_digits) {
+      with_masses(write_groups, p);
+    } else {
+      write(mixed);
+    }
+  }
+  write_label<T>(row, gradient, label_gradient);
 }
 
 }  // namespace

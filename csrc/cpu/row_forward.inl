@@ -2,9 +2,10 @@
 //
 //   record += sums over all entries but the label's of
 //             e^(z - policy_max), w, w d, k w (e^d - 1 - d)     (VocabStats, csrc/vocab_stats.h)
+//   and with kDivergences those of DivergenceSums
 //
 // Reads [vocabulary] policy and reference logits z and r of type T, and a label that may lie
-// outside. Adds to one LabelledStats<Real>. token_stats.cpp makes log p(y), log q(y), KL(q || p)
+// outside. Adds to one LabelledStats. token_stats.cpp makes log p(y), log q(y), KL(q || p)
 // and the normalizers of a record, or of the merged records of a row's parts.
 //
 //   base = maxima and centre of the first 128 entries
@@ -35,13 +36,13 @@ TDPO_INLINE RealOf<T> value_of(const T* from) {
   return Storage<T>::unpack(copies).first[0];
 }
 
-template <class T>
+template <class T, bool kDivergences>
 void forward(const RowForward& row) {
   using Real = RealOf<T>;
   const T* policy = static_cast<const T*>(row.policy);
   const T* reference = static_cast<const T*>(row.reference);
-  LabelledStats<Real>& record = *static_cast<LabelledStats<Real>*>(row.record);
-  RunningStats<T> stats(record.rest);
+  auto& record = *static_cast<LabelledStats<Real, kDivergences>*>(row.record);
+  RunningStats<T, kDivergences> stats(record.rest);
   if (row.label < 0 || row.label >= row.vocabulary) {
     stats.add(policy, reference, row.vocabulary);
   } else {

@@ -20,7 +20,7 @@ struct RowForward {
   const void* reference;  // [vocabulary] of T
   int64_t vocabulary;
   int64_t label;
-  void* record;  // LabelledStats<Real>, to which the entries are added
+  void* record;  // LabelledStats<Real> (or with divergences), to which the entries are added
 };
 
 struct RowBackward {
@@ -28,10 +28,9 @@ struct RowBackward {
   const void* reference;  // [vocabulary] of T
   int64_t vocabulary;
   int64_t label;
-  const void* normalizers;       // Normalizers<Real> of the row
-  const void* grad_policy_logp;  // Real, g_m
-  const void* grad_forward_kl;   // Real, g_k
-  void* gradient;                // [vocabulary] of G; may be the logits of a side if G is T
+  const void* normalizers;  // Normalizers<Real> of the row, or DivergenceNormalizers<Real>
+  const void* upstream;     // RowUpstream<Real>, or DivergenceUpstream<Real>  (pair_loss.h)
+  void* gradient;           // [vocabulary] of G; may be the logits of a side if G is T
 };
 
 constexpr int kDTypes = 4;
@@ -41,6 +40,9 @@ struct RowKernels {
   void (*forward[kDTypes])(const RowForward&);  // [dtype of the logits, T]
   // [dtype of the logits, T][dtype of the gradient, G]; null where there is no kernel.
   void (*backward[kDTypes][kDTypes])(const RowBackward&);
+  // The same with divergences; their gradient has the dtype of the logits.
+  void (*divergences_forward[kDTypes])(const RowForward&);
+  void (*divergences_backward[kDTypes])(const RowBackward&);
 };
 
 // The tables that this processor can run, the widest vectors last.

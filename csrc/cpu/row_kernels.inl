@@ -7,11 +7,16 @@ namespace {
 
 constexpr RowKernels row_kernels(const char* instruction_set) {
   return {instruction_set,
-          {forward<float>, forward<BFloat16>, forward<Float16>, forward<double>},
+          {forward<float, false>, forward<BFloat16, false>, forward<Float16, false>,
+           forward<double, false>},
           {{backward<float, float>, backward<float, BFloat16>, backward<float, Float16>, nullptr},
            {nullptr, backward<BFloat16, BFloat16>, nullptr, nullptr},
            {nullptr, nullptr, backward<Float16, Float16>, nullptr},
-           {nullptr, nullptr, nullptr, backward<double, double>}}};
+           {nullptr, nullptr, nullptr, backward<double, double>}},
+          {forward<float, true>, forward<BFloat16, true>, forward<Float16, true>,
+           forward<double, true>},
+          {divergences_backward<float>, divergences_backward<BFloat16>,
+           divergences_backward<Float16>, divergences_backward<double>}};
 }
 
 }  // namespace

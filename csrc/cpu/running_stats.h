@@ -1,15 +1,19 @@
 // The record of a row's entries while they go by (VocabStats, csrc/vocab_stats.h).
 //
 // With w = e^(r - reference_max), d = z - r - c and k = e^(reference_max + c - policy_max), every
-// path adds the sums of e^(z - policy_max), w, w d and the excess k w (e^d - 1 - d).
+// path adds the sums of m = e^(z - policy_max), w, w d and the excess k w (e^d - 1 - d), and with
+// kDivergences those of DivergenceSums.
 //
 // The three paths. A block of 1024 entries takes one of them:
 //
 //   close   all |d| are small. One exponential, w, and a polynomial for (e^d - 1 - d) / d^2. The
 //           excess has all its digits, however close policy and reference are, and
-//           e^(z - policy_max) = k w (1 + d) + excess.
+//           e^(z - policy_max) = k w (1 + d) + excess. The reverse excess, of 1 + e^d (d - 1), is
+//           d^2 + (d - 1) (e^d - 1 - d), and m (z - policy_max) comes from m (r - reference_max).
 //   far     the excess so far is a good part of the mass so far. Two exponentials, and the excess
-//           as a difference, e^(z - policy_max) - k w (1 + d), which keeps enough digits then.
+//           as a difference, e^(z - policy_max) - k w (1 + d), which keeps enough digits then. So
+//           does the reverse excess, k w - m (1 - d): |d| is below 90, and the terms of the reverse
+//           excess are at least as many times smaller than those of the excess.
 //   mixed   anything else: -inf, entries far above or below the base, a large centre. Two
 //           exponentials and the polynomial, and each entry chooses between the two excesses.
 //
@@ -40,20 +44,21 @@ constexpr int64_t kSample = 128;
 
 template <class Real>
 struct Extremes {
-  Real policy_max, reference_max, policy_min;
+  Real policy_max, reference_max, policy_min, reference_min;
 };
 
 template <class T, class Real = RealOf<T>>
 Extremes<Real> extremes_of(const T* policy, const T* reference, int64_t count) {
   Vector<Real> policy_max = broadcast(-Real(INFINITY)), reference_max = policy_max;
-  Vector<Real> policy_min = broadcast(Real(INFINITY));
+  Vector<Real> policy_min = broadcast(Real(INFINITY)), reference_min = policy_min;
   for_each_vector(policy, reference, count, [&](Vector<Real> z, Vector<Real> r) {
     policy_max = max_keeping_nan(policy_max, z);
     reference_max = max_keeping_nan(reference_max, r);
     policy_min = policy_min < z ? policy_min : z;
+    reference_min = reference_min < r ? reference_min : r;
   });
   return {max_of_lanes<Real>(policy_max), max_of_lanes<Real>(reference_max),
-          -max_of_lanes<Real>(-policy_min)};
+          -max_of_lanes<Real>(-policy_min), -max_of_lanes<Real>(-reference_min)};
 }
 
 // lse(z) - lse(r) of a few entries.
@@ -70,17 +75,18 @@ Real centre_of(const T* policy, const T* reference, int64_t count, const Extreme
   return finite_or_zero((extremes.policy_max - extremes.reference_max) + Real(std::log(ratio)));
 }
 
-// Whether some z is -inf where r is not. The padding of the last vector is -inf on both sides.
+// Whether some logit of one side is -inf where the other's is not. The padding of the last vector
+// is -inf on both sides.
 template <class T, class Real = RealOf<T>>
-bool policy_excludes_an_entry(const T* policy, const T* reference, int64_t count) {
+bool excludes_an_entry(const T* side, const T* other, int64_t count) {
   typename Lanes<Real>::Mask found{};
-  for_each_vector(policy, reference, count, [&](Vector<Real> z, Vector<Real> r) {
-    found |= (z == -Real(INFINITY)) & (r > -Real(INFINITY));
+  for_each_vector(side, other, count, [&](Vector<Real> x, Vector<Real> y) {
+    found |= (x == -Real(INFINITY)) & (y > -Real(INFINITY));
   });
   return any_bit(found);
 }
 
-template <class T>
+template <class T, bool kDivergences>
 class RunningStats {
   using Real = RealOf<T>;
   using C = ExpConstants<Real>;
@@ -101,21 +107,22 @@ class RunningStats {
   static constexpr int kBlocksOnMixedPath = 8;
 
  public:
-  explicit RunningStats(const VocabStats<Real>& record)
-      : stats{{record.base.policy_max, record.base.reference_max, record.base.centre},
-              record.policy_sum,
-              record.reference_sum,
-              record.gap_sum,
-              record.excess_sum} {
+  explicit RunningStats(const StatsOf<Real, kDivergences>& record) {
+    if constexpr (kDivergences) {
+      stats = converted<double>(record.forward);
+      more = converted<double>(record.more);
+    } else {
+      stats = converted<double>(record);
+    }
     set_base();
   }
 
-  VocabStats<Real> record() const {
-    return {{Real(stats.base.policy_max), Real(stats.base.reference_max), Real(stats.base.centre)},
-            Real(stats.policy_sum),
-            Real(stats.reference_sum),
-            Real(stats.gap_sum),
-            Real(stats.excess_sum)};
+  StatsOf<Real, kDivergences> record() const {
+    if constexpr (kDivergences) {
+      return {converted<Real>(stats), converted<Real>(more)};
+    } else {
+      return converted<Real>(stats);
+    }
   }
 
   void add(const T* policy, const T* reference, int64_t count) {
@@ -135,6 +142,7 @@ class RunningStats {
 
  private:
   VocabStats<double> stats;
+  DivergenceSums<double> more = {};  // only with kDivergences
   // The base as the vectors need it; 0 where a side has no finite maximum yet.
   Real policy_base, reference_base, centre;
   double k;  // e^(reference_max + centre - policy_max); 0 where there is none
@@ -145,6 +153,21 @@ class RunningStats {
   double policy_scale, reference_scale;
   bool base_is_quick;  // whether the close and far paths may be tried
   int blocks_on_mixed_path = 0;
+
+  template <class To, class From>
+  static VocabStats<To> converted(const VocabStats<From>& x) {
+    return {{To(x.base.policy_max), To(x.base.reference_max), To(x.base.centre)},
+            To(x.policy_sum),
+            To(x.reference_sum),
+            To(x.gap_sum),
+            To(x.excess_sum)};
+  }
+
+  template <class To, class From>
+  static DivergenceSums<To> converted(const DivergenceSums<From>& x) {
+    return {To(x.policy_gap_sum), To(x.reverse_excess_sum), To(x.policy_log_sum),
+            To(x.reference_log_sum)};
+  }
 
   void set_base() {
     const Base<double>& base = stats.base;
@@ -165,6 +188,7 @@ class RunningStats {
   }
 
   void move_base(const Base<double>& base) {
+    if (kDivergences) more = rebase(more, stats, base);
     stats = rebase(stats, base);
     set_base();
   }
@@ -214,16 +238,23 @@ class RunningStats {
   // Returns false and adds nothing if the excess is too small or an entry is out of range.
   bool add_far(const T* policy, const T* reference, int64_t count) {
     Vector<Real> policy_sum{}, reference_sum{}, gap_sum{};
+    Vector<Real> policy_gap{}, policy_log{}, reference_log{};
     Bits<Real> seen{};
     for (int64_t group = 0; group < count; group += kGroup) {
       prefetch_ahead(policy + group, kGroup);
       prefetch_ahead(reference + group, kGroup);
       for_each_vector(policy + group, reference + group, kGroup,
                       [&](Vector<Real> z, Vector<Real> r) {
-                        policy_sum += exp_in_range<Real>(z, policy_rounder, seen);
+                        const Vector<Real> m = exp_in_range<Real>(z, policy_rounder, seen);
+                        policy_sum += m;
                         const Vector<Real> w = exp_in_range<Real>(r, reference_rounder, seen);
                         reference_sum += w;
                         gap_sum += w * ((z - r) - centre);
+                        if constexpr (kDivergences) {
+                          policy_gap += m * ((z - r) - centre);
+                          policy_log += m * (z - policy_base);
+                          reference_log += w * (r - reference_base);
+                        }
                       });
     }
     if (any_bit(out_of_range<Real>(seen))) return false;
@@ -235,11 +266,21 @@ class RunningStats {
     stats.reference_sum += w;
     stats.gap_sum += gap / kGapUnit;
     stats.excess_sum += excess;
+    if (kDivergences) {
+      const double gaps = policy_scale * sum_of_lanes<Real>(policy_gap);
+      more.policy_gap_sum += gaps / kGapUnit;
+      more.reverse_excess_sum += gaps - (p - k * w);
+      more.policy_log_sum += policy_scale * sum_of_lanes<Real>(policy_log);
+      more.reference_log_sum += reference_scale * sum_of_lanes<Real>(reference_log);
+    }
     return true;
   }
 
+  // With kDivergences also the sums of w d (e^d - 1), w (r - reference_max) and
+  // w (e^d - 1) (r - reference_max).
   struct CloseSums {
     Vector<Real> reference{}, gap{}, excess{};
+    Vector<Real> symmetric{}, reference_log{}, growth_log{};
   };
 
   // Adds groups to the sums up to the first that is not close, and returns where that one starts.
@@ -258,12 +299,24 @@ class RunningStats {
         largest = max_keeping_nan(largest, magnitude<Real>(d));
         own.reference += w;
         own.gap += weighted_gap;
-        own.excess += (weighted_gap * d) * excess_over_square<Real>(d);
+        const Vector<Real> excess = (weighted_gap * d) * excess_over_square<Real>(d);
+        own.excess += excess;
+        if constexpr (kDivergences) {
+          const Vector<Real> above = r - reference_base, growth = weighted_gap + excess;
+          own.symmetric += growth * d;
+          own.reference_log += w * above;
+          own.growth_log += growth * above;
+        }
       });
       if (any_bit(out_of_range<Real>(seen) | bit_cast<Bits<Real>>(largest > C::kClose))) break;
       sums.reference += own.reference;
       sums.gap += own.gap;
       sums.excess += own.excess;
+      if constexpr (kDivergences) {
+        sums.symmetric += own.symmetric;
+        sums.reference_log += own.reference_log;
+        sums.growth_log += own.growth_log;
+      }
     }
     return at;
   }
@@ -288,6 +341,20 @@ class RunningStats {
       stats.reference_sum += w;
       stats.gap_sum += gap / kGapUnit;
       stats.excess_sum += k * excess;
+      if (kDivergences) {
+        const double symmetric = reference_scale * sum_of_lanes<Real>(sums.symmetric);
+        const double gaps = k * (gap + symmetric);
+        const double reference_log = reference_scale * sum_of_lanes<Real>(sums.reference_log);
+        const double growth_log = reference_scale * sum_of_lanes<Real>(sums.growth_log);
+        // m is k w e^d, so z - policy_max is log k more than r - reference_max + d.
+        const Base<double>& base = stats.base;
+        const double log_k = base.reference_max - base.policy_max + base.centre;
+        more.policy_gap_sum += gaps / kGapUnit;
+        more.reverse_excess_sum += k * (symmetric - excess);
+        more.policy_log_sum +=
+            k * (reference_log + growth_log) + gaps + log_k * (k * (w + gap + excess));
+        more.reference_log_sum += reference_log;
+      }
       if (at < count) {
         add_mixed(policy + at, reference + at, kGroup);
         at += kGroup;
@@ -334,12 +401,13 @@ class RunningStats {
     const Real centre_after = centre - (policy_shift - reference_shift);
     const Vector<Real> far_gap = broadcast(Real(1e30));
     Vector<Real> policy_sum{}, reference_sum{}, gap_sum{}, excess_sum{};
+    Vector<Real> policy_gap{}, reverse_excess{}, policy_log{}, reference_log{};
     for_each_vector(policy, reference, count, [&](Vector<Real> z, Vector<Real> r) {
       const Vector<Real> policy_mass = exp_of<Real>(z - policy_base);
       const Vector<Real> w = exp_of<Real>(r - reference_base);
       // Where w = 0 the gap may be infinite or NaN. far_gap makes w d = 0 and selects far below.
-      const Vector<Real> d =
-          w == Real(0) ? far_gap : ((z - policy_shift) - (r - reference_shift)) - centre_after;
+      const Vector<Real> any_d = ((z - policy_shift) - (r - reference_shift)) - centre_after;
+      const Vector<Real> d = w == Real(0) ? far_gap : any_d;
       const Vector<Real> weighted_gap = w * d;
       const Vector<Real> close = (scale * weighted_gap * d) * excess_over_square<Real>(d);
       const Vector<Real> far = policy_mass - scale * (w + weighted_gap);
@@ -347,6 +415,17 @@ class RunningStats {
       reference_sum += w;
       gap_sum += (w * Real(1 / kGapUnit)) * d;
       excess_sum += magnitude<Real>(d) < C::kClose ? close : far;
+      if constexpr (kDivergences) {
+        const Vector<Real> none{};
+        const auto policy_has_mass = policy_mass != Real(0), reference_has_mass = w != Real(0);
+        const Vector<Real> policy_d = policy_has_mass ? any_d : none;
+        const Vector<Real> close_reverse = (scale * weighted_gap * d) + close * (d - 1);
+        const Vector<Real> far_reverse = scale * w - policy_mass * (1 - policy_d);
+        policy_gap += (policy_mass * Real(1 / kGapUnit)) * policy_d;
+        reverse_excess += magnitude<Real>(d) < C::kClose ? close_reverse : far_reverse;
+        policy_log += policy_has_mass ? policy_mass * (z - policy_base) : none;
+        reference_log += reference_has_mass ? w * (r - reference_base) : none;
+      }
     });
     const double p = sum_of_lanes<Real>(policy_sum), w = sum_of_lanes<Real>(reference_sum);
     const double excess = sum_of_lanes<Real>(excess_sum);
@@ -357,8 +436,16 @@ class RunningStats {
     stats.excess_sum += excess;
     // p = 0 < q makes the KL infinite, also where q is so small that w = 0.
     const bool infinite_logits = extremes.policy_min == -Real(INFINITY);
-    if (infinite_logits && policy_excludes_an_entry(policy, reference, count)) {
-      stats.gap_sum = -INFINITY;
+    if (infinite_logits && excludes_an_entry(policy, reference, count)) stats.gap_sum = -INFINITY;
+    if (kDivergences) {
+      more.policy_gap_sum += sum_of_lanes<Real>(policy_gap);
+      more.reverse_excess_sum += sum_of_lanes<Real>(reverse_excess);
+      more.policy_log_sum += sum_of_lanes<Real>(policy_log);
+      more.reference_log_sum += sum_of_lanes<Real>(reference_log);
+      const bool no_reference = extremes.reference_min == -Real(INFINITY);
+      if (no_reference && excludes_an_entry(reference, policy, count)) {
+        more.policy_gap_sum = INFINITY;
+      }
     }
   }
 };

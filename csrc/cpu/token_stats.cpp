@@ -116,28 +116,43 @@ RowForward forward_of(const TokenStatsProblem& problem, const Part& part, void* 
           logits_of(problem.reference, part, problem.dtype), part.width, part.label, record};
 }
 
+template <bool kDivergences>
+auto forward_kernel(const RowKernels& kernels, DType dtype) {
+  const auto& of_dtypes = kDivergences ? kernels.divergences_forward : kernels.forward;
+  return of_dtypes[static_cast<int>(dtype)];
+}
+
+// Calls body with a constant that says whether divergences are asked for.
+template <class Body>
+void with_divergences(bool divergences, const Body& body) {
+  divergences ? body(std::true_type()) : body(std::false_type());
+}
+
 // The statistics of rows, whose labels are all valid.
-template <class Real>
+template <class Real, bool kDivergences>
 void forward_rows(const TokenStatsForward& work, const RowKernels& kernels, int threads) {
+  using Stats = LabelledStats<Real, kDivergences>;
   const TokenStatsProblem& problem = work.problem;
-  const auto kernel = kernels.forward[static_cast<int>(problem.dtype)];
+  const auto kernel = forward_kernel<kDivergences>(kernels, problem.dtype);
   const Split split = split_of(problem);
   const int64_t parts = problem.rows * split.parts;
-  std::vector<LabelledStats<Real>> records(split.parts > 1 ? parts : 0,
-                                           empty_labelled_stats<Real>());
-  const auto finish = [&](int64_t row, const LabelledStats<Real>* of_row) {
-    LabelledStats<Real> stats = of_row[0];
+  const Stats empty = empty_labelled_stats<Real, kDivergences>();
+  std::vector<Stats> records(split.parts > 1 ? parts : 0, empty);
+  const auto finish = [&](int64_t row, const Stats* of_row) {
+    Stats stats = of_row[0];
     for (int64_t i = 1; i < split.parts; ++i) stats = merge(stats, of_row[i]);
     write_outputs(work.outputs, row, finalise(stats));
   };
   in_parallel(parts, split.width, threads, [&](int64_t index) {
     const Part part = part_of(problem, split, index);
     if (part.ignored) {
-      if (part.start == 0) fill_outputs<Real>(work.outputs, part.row, LabelKind::kIgnored);
+      if (part.start == 0) {
+        fill_outputs<Real, kDivergences>(work.outputs, part.row, LabelKind::kIgnored);
+      }
     } else if (split.parts > 1) {
       kernel(forward_of(problem, part, &records[index]));
     } else {
-      LabelledStats<Real> stats = empty_labelled_stats<Real>();
+      Stats stats = empty;
       kernel(forward_of(problem, part, &stats));
       finish(part.row, &stats);
     }
@@ -175,10 +190,13 @@ void finish_loss(const TdpoLossForward& work, int threads) {
 }  // namespace
 
 int64_t token_stats_forward(const TokenStatsForward& work, const RowKernels& kernels, int threads) {
-  const int64_t refusal = refusal_of(work.problem);
+  const int64_t refusal = work.unlabelled ? kAllLabelsValid : refusal_of(work.problem);
   if (refusal != kAllLabelsValid) return refusal;
-  with_real(work.problem.dtype,
-            [&](auto real) { forward_rows<decltype(real)>(work, kernels, threads); });
+  with_real(work.problem.dtype, [&](auto real) {
+    with_divergences(has_divergences(work.outputs), [&](auto divergences) {
+      forward_rows<decltype(real), divergences()>(work, kernels, threads);
+    });
+  });
   return kAllLabelsValid;
 }
 
@@ -192,7 +210,7 @@ int64_t tdpo_loss_forward(const TdpoLossForward& work, const RowKernels& kernels
     TdpoLossForward of_rows = work;
     of_rows.statistics = {&statistics[0], &statistics[rows], &statistics[2 * rows],
                           work.statistics.normalizers};
-    forward_rows<Real>({work.problem, of_rows.statistics}, kernels, threads);
+    forward_rows<Real, false>({work.problem, of_rows.statistics}, kernels, threads);
     finish_loss<Real>(of_rows, threads);
   });
   return kAllLabelsValid;
@@ -206,39 +224,61 @@ int64_t tdpo_loss_finish(const TdpoLossForward& work, int threads) {
 
 void token_stats_tile(const TokenStatsTile& work, const RowKernels& kernels, int threads) {
   const TokenStatsProblem& problem = work.problem;
-  const auto kernel = kernels.forward[static_cast<int>(problem.dtype)];
   const Split whole = {1, problem.vocabulary};
   with_real(problem.dtype, [&](auto real) {
-    auto* records = static_cast<LabelledStats<decltype(real)>*>(work.records);
-    in_parallel(problem.rows, problem.vocabulary, threads, [&](int64_t row) {
-      const Part part = part_of(problem, whole, row);
-      if (!part.ignored) kernel(forward_of(problem, part, records + row));
+    with_divergences(work.divergences, [&](auto divergences) {
+      const auto kernel = forward_kernel<divergences()>(kernels, problem.dtype);
+      auto* records = static_cast<LabelledStats<decltype(real), divergences()>*>(work.records);
+      in_parallel(problem.rows, problem.vocabulary, threads, [&](int64_t row) {
+        const Part part = part_of(problem, whole, row);
+        if (!part.ignored) kernel(forward_of(problem, part, records + row));
+      });
     });
   });
 }
 
 void token_stats_finish(const TokenStatsFinish& work, int threads) {
-  with_real(work.dtype, [&](auto real) {
+  const auto finish = [&](auto real, auto divergences) {
     using Real = decltype(real);
-    const auto* records = static_cast<const LabelledStats<Real>*>(work.records);
+    using Stats = LabelledStats<Real, divergences()>;
+    const auto* records = static_cast<const Stats*>(work.records);
     in_parallel(work.rows, kWorkOfFinish, threads, [&](int64_t row) {
       const LabelKind kind = label_kind(work, row);
-      if (kind != LabelKind::kEntry) return fill_outputs<Real>(work.outputs, row, kind);
-      LabelledStats<Real> stats = records[row];
+      if (!has_results(kind, work.unlabelled)) {
+        return fill_outputs<Real, divergences()>(work.outputs, row, kind);
+      }
+      Stats stats = records[row];
       for (int64_t set = 1; set < work.sets; ++set) {
         stats = merge(stats, records[set * work.rows + row]);
       }
       write_outputs(work.outputs, row, finalise(stats));
     });
+  };
+  with_real(work.dtype, [&](auto real) {
+    with_divergences(has_divergences(work.outputs),
+                     [&](auto divergences) { finish(real, divergences); });
   });
 }
+
+namespace {
+
+auto backward_kernel(const TokenStatsBackward& work, const RowKernels& kernels) {
+  const int dtype = static_cast<int>(work.problem.dtype);
+  auto kernel = kernels.backward[dtype][static_cast<int>(work.gradient_dtype)];
+  if (has_divergences(work.upstream)) {
+    kernel =
+        work.gradient_dtype == work.problem.dtype ? kernels.divergences_backward[dtype] : nullptr;
+  }
+  if (!kernel) throw std::invalid_argument("no kernel of this gradient's dtype");
+  return kernel;
+}
+
+}  // namespace
 
 void token_stats_backward(const TokenStatsBackward& work, const RowKernels& kernels, int threads) {
   const TokenStatsProblem& problem = work.problem;
   const size_t entry_bytes = logit_size(work.gradient_dtype);
-  const auto kernel =
-      kernels.backward[static_cast<int>(problem.dtype)][static_cast<int>(work.gradient_dtype)];
-  if (!kernel) throw std::invalid_argument("no kernel of this gradient's dtype");
+  const auto kernel = backward_kernel(work, kernels);
   const Split split = split_of(problem);
   const RowLayout& rows = work.gradient_rows;
   if (work.gradient != problem.policy.data && rows.dims == 1 &&
@@ -262,11 +302,18 @@ void token_stats_backward(const TokenStatsBackward& work, const RowKernels& kern
       }
       work_of_part.policy = logits_of(problem.policy, part, problem.dtype);
       work_of_part.reference = logits_of(problem.reference, part, problem.dtype);
-      work_of_part.normalizers = static_cast<const Normalizers<Real>*>(work.normalizers) + row;
-      const RowUpstream<Real> upstream = upstream_of<Real>(work, row);
-      work_of_part.grad_policy_logp = &upstream.policy_logp;
-      work_of_part.grad_forward_kl = &upstream.forward_kl;
-      kernel(work_of_part);
+      const auto compute = [&](const auto* normalizers, const auto& upstream) {
+        work_of_part.normalizers = normalizers + row;
+        work_of_part.upstream = &upstream;
+        kernel(work_of_part);
+      };
+      if (has_divergences(work.upstream)) {
+        compute(static_cast<const DivergenceNormalizers<Real>*>(work.normalizers),
+                divergence_upstream_of<Real>(work.upstream, row));
+      } else {
+        compute(static_cast<const Normalizers<Real>*>(work.normalizers),
+                upstream_of<Real>(work, row));
+      }
     });
   });
 }

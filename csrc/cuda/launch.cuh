@@ -74,10 +74,17 @@ inline dim3 a_thread_per_row(int64_t rows) { return dim3(blocks_for(rows, kThrea
 // One warp takes a row of at most this many vectors; a block takes a longer one.
 constexpr int kVectorsOfAWarp = 512;
 
-template <class T>
+// With kDivergences a block takes each row: a kernel for short rows would take its time to compile,
+// and vocabularies are long.
+template <class T, bool kDivergences = false>
 bool one_warp_per_row(const TokenStatsProblem& problem) {
-  return problem.vocabulary <= int64_t(kVectorsOfAWarp) * Storage<T>::kPerVector;
+  return !kDivergences && problem.vocabulary <= int64_t(kVectorsOfAWarp) * Storage<T>::kPerVector;
 }
+
+// Whether one kernel takes logits that lie alike in memory and those that do not: also a kernel
+// less to compile, where arithmetic takes the time.
+template <class T, bool kDivergences>
+constexpr bool takes_any_alignment = kDivergences && sizeof(T) == 8;
 
 // Where rows are few, each is split over several blocks, so that there are about this many: four
 // for each of 132 multiprocessors (H100, H200). The number does not depend on the card at hand, so

@@ -3,12 +3,14 @@
 //
 // All lanes share the base. Each lane has sums of its own, which `record` adds up at the end. With
 // w = e^(r - reference_max) and d = z - r - centre an entry adds w, w d, w e^d and w (e^d - 1 - d),
-// the last two times k. There are two paths, and all lanes of a warp take the same one:
+// the last two times k, and with kDivergences what DivergenceSums are made of. There are two paths,
+// and all lanes of a warp take the same one:
 //
 //   quick   gaps of any size. In units of ln 2 an exponential is one multiply-add and one result of
 //           the special-function unit. With L = log2(e), M = reference_max L and C = centre L:
 //             w = 2^(r L - M), D = (z - r) L - C, e^d = 2^D
 //             e^d - 1 - d = a polynomial where |D| is small, else (2^D - 1) - D ln 2
+//           For DivergenceSums it adds w e^d D, w (r L - M) and w e^d (r L - M).
 //   mixed   everything else, which is rare: infinities; logits so far apart that w may underflow
 //           where w e^d does not; entries far above the base; a centre so large that z - r has lost
 //           its digits. Each entry chooses, as on the CPU's path of this name.
@@ -38,7 +40,7 @@ struct SideVectors {
   bool present;  // whether there is one; if not, the words have no meaning
 };
 
-template <class T>
+template <class T, bool kDivergences>
 class RunningStats {
   using Real = RealOf<T>;
   static constexpr int kPerVector = Storage<T>::kPerVector;
@@ -91,7 +93,7 @@ class RunningStats {
   // The vectors that the base was made from should be added first. `long_row`: whether the row is
   // so long that the rounding errors of the quick path average out.
   __device__ RunningStats(const Base<Real>& base, bool long_row)
-      : stats(empty_stats<Real>()), reference_limit(kHeadroom), long_row(long_row) {
+      : stats(empty_stats<Real>()), more(), reference_limit(kHeadroom), long_row(long_row) {
     set_base(base);
   }
 
@@ -105,6 +107,7 @@ class RunningStats {
   struct QuickSums {
     float reference = 0, gap = 0, policy = 0, excess = 0;
     int farthest = 0;
+    float policy_gap = 0, policy_log = 0, reference_log = 0;  // with kDivergences
   };
 
   __device__ __forceinline__ void sum_quickly(const SideVectors<T>& vectors,
@@ -112,15 +115,24 @@ class RunningStats {
     Values z, r;
     unpack(vectors, z, r);
     for (int i = 0; i < kPerVector; ++i) {
-      const float w = exp2_of(fmaf(float(r[i]), kLog2E, -shift.reference));
+      const float exponent = fmaf(float(r[i]), kLog2E, -shift.reference);
+      const float w = exp2_of(exponent);
       const float d = fmaf(float(z[i] - r[i]), kLog2E, -shift.centre);  // D
       const float power = exp2_of(d);
       const float close = (d * d) * excess_over_square_of_2(d), far = (power - 1) - d * kLn2;
       sums.reference += w;
       sums.gap += w * d;
-      sums.policy += w * power;
       sums.excess += w * (fabs(d) < kClose ? close : far);
       sums.farthest = max(sums.farthest, bit_cast<int>(d));
+      if constexpr (kDivergences) {
+        const float m = w * power;
+        sums.policy += m;
+        sums.policy_gap += m * d;
+        sums.policy_log += m * exponent;
+        sums.reference_log += w * exponent;
+      } else {
+        sums.policy += w * power;
+      }
     }
   }
 
@@ -129,12 +141,14 @@ class RunningStats {
   __device__ __forceinline__ bool add_quickly(const QuickSums& sums) {
     const Real total = stats.reference_sum + Real(scale.reference * sums.reference);
     const bool near_enough = sums.farthest < kFarthest;
-    const bool fits = near_enough && sums.gap > -1e30f && total <= reference_limit;
+    bool fits = near_enough && sums.gap > -1e30f && total <= reference_limit;
+    if (kDivergences) fits = fits && sums.reference_log > -1e30f;  // NaN where r L is -inf
     if (!all_of_warp(fits)) return false;
     stats.reference_sum = total;
     stats.gap_sum += Real(scale.reference * (sums.gap * float(kLn2 / kGapUnit)));
     stats.policy_sum += Real(scale.policy * sums.policy);
     stats.excess_sum += Real(scale.excess * sums.excess);
+    if constexpr (kDivergences) add_divergences(sums);
     return true;
   }
 
@@ -167,21 +181,42 @@ class RunningStats {
         (base.policy_max - base.reference_max) + (log(sums.policy) - log(sums.reference));
     const bool known = centre - centre == Real(0);
     if (known && !(fabs(centre - base.centre) <= kCentreOff)) base.centre = centre;
+    if constexpr (kDivergences) more = rebase(more, stats, base);
     stats = rebase(stats, base);
     set_base(base);
   }
 
   // The record of the whole warp: sums over its lanes, the same in each of them.
-  __device__ VocabStats<Real> record() const {
+  __device__ StatsOf<Real, kDivergences> record() const {
     VocabStats<Real> all = stats;
     all.policy_sum = sum_lanes(stats.policy_sum);
     all.reference_sum = sum_lanes(stats.reference_sum);
     all.gap_sum = sum_lanes(stats.gap_sum);
     all.excess_sum = sum_lanes(stats.excess_sum);
-    return all;
+    if constexpr (kDivergences) {
+      return {all,
+              {sum_lanes(more.policy_gap_sum), sum_lanes(more.reverse_excess_sum),
+               sum_lanes(more.policy_log_sum), sum_lanes(more.reference_log_sum)}};
+    } else {
+      return all;
+    }
   }
 
  private:
+  // What a lane's sums on the quick path give DivergenceSums. The rounding of M and C is undone as
+  // in `scale`; z - policy_max is r - reference_max + d + log k.
+  __device__ __forceinline__ void add_divergences(const QuickSums& sums) {
+    const float gaps = scale.excess * kLn2 * sums.policy_gap;
+    const float difference = kLn2 * (sums.policy_gap - sums.gap);  // sum w (e^d - 1) d
+    const float reference = scale.reference * sums.reference, policy = scale.policy * sums.policy;
+    more.policy_gap_sum += Real(gaps * float(1 / kGapUnit));
+    more.reverse_excess_sum += Real(scale.excess * (difference - sums.excess));
+    more.policy_log_sum +=
+        Real(scale.policy * kLn2 * sums.policy_log + gaps + policy_above * policy);
+    more.reference_log_sum +=
+        Real(scale.reference * kLn2 * sums.reference_log - (1 - scale.reference) * reference);
+  }
+
   // Adds half a vector at a time, which needs fewer registers. Then the other half moves to the
   // front, and -inf, which has no mass, takes its place: so move_base makes the base from what is
   // not added yet.
@@ -206,6 +241,13 @@ class RunningStats {
       stats.reference_sum = total;
       stats.gap_sum = sums.excluded ? -Real(INFINITY) : stats.gap_sum + sums.gap;
       stats.excess_sum += sums.excess;
+      if constexpr (kDivergences) {
+        more.policy_gap_sum =
+            sums.reference_excluded ? Real(INFINITY) : more.policy_gap_sum + sums.policy_gap;
+        more.reverse_excess_sum += sums.reverse_excess;
+        more.policy_log_sum += sums.policy_log;
+        more.reference_log_sum += sums.reference_log;
+      }
       const Words policy = vectors.policy, reference = vectors.reference,
                   none = Side<T>::without_mass();
       vectors.policy = {{policy.word[2], policy.word[3], none.word[2], none.word[3]}};
@@ -218,11 +260,15 @@ class RunningStats {
   struct Sums {
     Real policy, reference, gap, excess;  // the gap in units of kGapUnit
     bool excluded;  // whether some z = -inf < r: the KL is infinite, also where w has become 0
+    // With kDivergences; the last says whether some r = -inf < z.
+    Real policy_gap, reverse_excess, policy_log, reference_log;
+    bool reference_excluded;
   };
 
   VocabStats<Real> stats;
-  Real reference_limit;  // when a lane's reference_sum reaches this, the base is looked at
-  Real k;                // e^(reference_max + centre - policy_max); 0 while one is not known
+  DivergenceSums<Real> more;  // only with kDivergences
+  Real reference_limit;       // when a lane's reference_sum reaches this, the base is looked at
+  Real k;                     // e^(reference_max + centre - policy_max); 0 while one is not known
   const bool long_row;
   bool base_is_quick;
   // For the quick path: M and C, which are rounded, and the factors of its sums, which undo that
@@ -233,6 +279,7 @@ class RunningStats {
   struct {
     float reference, policy, excess;
   } scale;
+  float policy_above;  // log k less what the rounding of M and C has added; with kDivergences
 
   static __device__ Sides<Real> relative(Sides<Real> sums, const Base<Real>& from,
                                          const Base<Real>& to) {
@@ -261,6 +308,12 @@ class RunningStats {
     scale.reference = 1 - of_reference;
     scale.excess = scale_k - scale_k * of_reference;
     scale.policy = scale_k - scale_k * (of_reference + of_centre);
+    if constexpr (kDivergences) {
+      const TwoSum<Real> apart = two_sum(base.reference_max, -base.policy_max);
+      const TwoSum<Real> sum = two_sum(apart.rounded, base.centre);
+      const Real log_k = sum.rounded + (apart.lost + sum.lost);
+      policy_above = float(log_k) - (of_reference + of_centre);
+    }
   }
 
   // How the mixed path takes a gap: from z - r, or from z - policy_max and r - reference_max (see
@@ -282,7 +335,7 @@ class RunningStats {
   }
 
   __device__ __forceinline__ Sums sums_of(const HalfValues& z, const HalfValues& r) const {
-    Sums sums = {0, 0, 0, 0, false};
+    Sums sums = {};
     const Gaps gaps = this->gaps();
     for (int i = 0; i < kPerVector / 2; ++i) {
       const Real policy = z[i] - stats.base.policy_max, reference = r[i] - stats.base.reference_max;
@@ -298,6 +351,16 @@ class RunningStats {
       sums.gap += w * (gap * kPerGapUnit);
       sums.excess += fabs(d) < Real(1) ? close : far;
       sums.excluded = sums.excluded || (z[i] == -Real(INFINITY) && r[i] > -Real(INFINITY));
+      if constexpr (kDivergences) {
+        const Real policy_gap = p == Real(0) ? Real(0) : gap;
+        sums.policy_gap += p * (policy_gap * kPerGapUnit);
+        sums.reverse_excess +=
+            fabs(d) < Real(1) ? linear * d * d + close * (d - 1) : linear - p * (1 - policy_gap);
+        sums.policy_log += p == Real(0) ? Real(0) : p * policy;
+        sums.reference_log += w == Real(0) ? Real(0) : w * reference;
+        sums.reference_excluded =
+            sums.reference_excluded || (r[i] == -Real(INFINITY) && z[i] > -Real(INFINITY));
+      }
     }
     return sums;
   }

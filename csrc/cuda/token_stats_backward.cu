@@ -1,6 +1,10 @@
 // Backward of the token statistics: the gradient of the policy's logits,
 //
-//   dz = g_m (onehot(y) - p) + g_k (p - q),     p = softmax(z), q = softmax(r).
+//   dz = g_m (onehot(y) - p) + g_k (p - q),     p = softmax(z), q = softmax(r),
+//
+// and with kDivergences
+//
+//   dz += g_r p (u - KL(p || q)) - g_H p (log p + H),     u = log p - log q.
 //
 // Reads policy and reference logits z, r [N, V] of type T, only the side that the kind of gradient
 // needs; labels y [N] of int64; in Real the 8 Normalizers [N, 8] that forward has saved, and the
@@ -158,6 +162,88 @@ struct Mixed {
   }
 };
 
+// ---- the kinds with divergences ----
+//
+// All terms but g_k (p - q) are p times a sum, in which log p = z - policy_max + log(policy_scale).
+// p is 0 where z is -inf, and then the sum may be infinite or NaN.
+
+template <class T>
+struct PolicyTerms {  // g_k = g_r = 0: p (constant + slope (z - policy_max))
+  using Real = RealOf<T>;
+  static constexpr bool kReadsPolicy = true, kReadsReference = false, kHasLabel = true;
+  Real policy_max, policy_scale, constant, slope, label_gradient;
+  // A term whose upstream gradient is 0 is left out, since what it is multiplied with may be
+  // infinite.
+  __device__ PolicyTerms(const DivergenceNormalizers<Real>& saved,
+                         const DivergenceUpstream<Real>& upstream)
+      : policy_max(saved.forward.policy_max),
+        policy_scale(saved.forward.policy_scale),
+        constant(-upstream.policy_logp),
+        slope(-upstream.policy_entropy),
+        label_gradient(upstream.policy_logp * saved.forward.policy_rest) {
+    const Real g_k = upstream.forward_kl, g_r = upstream.reverse_kl;
+    if (g_k != Real(0)) label_gradient += g_k * saved.forward.label_gap;
+    if (g_r != Real(0)) {
+      constant -= g_r * saved.reverse_kl;
+      label_gradient += g_r * saved.label_reverse;
+    }
+    if (slope != Real(0)) {
+      constant += slope * saved.entropy_offset;
+      label_gradient += slope * saved.label_log;
+    }
+  }
+  __device__ __forceinline__ Real mass(Real z) const {
+    return mass_of<T>(z, policy_max) * policy_scale;
+  }
+  __device__ __forceinline__ Real product(Real p, Real z, Real more) const {
+    return p == Real(0) ? p : p * (constant + (z - policy_max) * slope + more);
+  }
+  __device__ __forceinline__ Real gradient(Real z, Real) const {
+    return product(mass(z), z, Real(0));
+  }
+  __device__ __forceinline__ Real label() const { return label_gradient; }
+};
+
+template <class T>
+struct ReverseTerms : PolicyTerms<T> {  // g_k = 0: the same with g_r u in the sum
+  using Real = RealOf<T>;
+  static constexpr bool kReadsReference = true;
+  Real log_sum_gap, g_r;
+  __device__ ReverseTerms(const DivergenceNormalizers<Real>& saved,
+                          const DivergenceUpstream<Real>& upstream)
+      : PolicyTerms<T>(saved, upstream),
+        log_sum_gap(saved.forward.log_sum_gap),
+        g_r(upstream.reverse_kl) {}
+  __device__ __forceinline__ Real gradient(Real z, Real r) const {
+    const Real u = (z - r) - log_sum_gap;
+    return this->product(this->mass(z), z, g_r * u);
+  }
+};
+
+// The same and g_k (p - q), where each entry chooses: where p and q are close, it is p (1 - e^-u).
+template <class T>
+struct MixedTerms : ReverseTerms<T> {
+  using Real = RealOf<T>;
+  Real g_k, reference_max, reference_scale, close_gap, largest_gap;
+  __device__ MixedTerms(const DivergenceNormalizers<Real>& saved,
+                        const DivergenceUpstream<Real>& upstream)
+      : ReverseTerms<T>(saved, upstream),
+        g_k(upstream.forward_kl),
+        reference_max(saved.forward.reference_max),
+        reference_scale(saved.forward.reference_scale),
+        close_gap(fabs(saved.forward.log_sum_gap) < Real(2) ? Real(1) : Real(0)),
+        largest_gap(upstream.reverse_kl == Real(0) ? Real(1e30) : Real(INFINITY)) {}
+  __device__ __forceinline__ Real gradient(Real z, Real r) const {
+    const Real p = this->mass(z), u = (z - r) - this->log_sum_gap;
+    const Real q = mass_of<T>(r, reference_max) * reference_scale;
+    const Real close = p * (u - (u * u) * excess_over_square(-u));
+    const Real difference = fabs(u) < close_gap ? close : p - q;
+    // Where g_r is 0 an infinite u must not make it NaN.
+    const Real reverse = this->g_r * fmin(u, largest_gap);
+    return this->product(p, z, reverse) + g_k * difference;
+  }
+};
+
 // A team's work: a row or a part of it, and the loop that writes its gradient. T: type of the
 // logits; G: type of the gradient. kShifted: whether some row of the logits is aligned differently
 // from the gradient's.
@@ -201,10 +287,12 @@ struct GradientRow {
     if (index < begin) index += size;
     for (; index + (kAtOnce - 1) * size < end; index += kAtOnce * size) {
       Words policy[kAtOnce] = {}, reference[kAtOnce] = {};
+#pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (Kind::kReadsPolicy) policy[i] = z.load(index + i * size, load_16);
         if (Kind::kReadsReference) reference[i] = r.load(index + i * size, load_16);
       }
+#pragma unroll
       for (int i = 0; i < kAtOnce; ++i) write_vector(index + i * size, policy[i], reference[i]);
     }
 #pragma unroll 1
@@ -273,8 +361,10 @@ struct GradientRow {
   }
 };
 
-template <class T, class G, int kWarps, bool kShifted>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
+template <class T, class G, int kWarps, bool kShifted, bool kDivergences>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2
+                                            : kDivergences ? 3
+                                                           : 4)
     token_stats_backward_kernel(const TokenStatsBackward work) {
   using Real = RealOf<T>;
   using Scope = Team<kWarps>;
@@ -282,12 +372,28 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
   if (row >= work.problem.rows) return;
   const GradientRow<T, G, kWarps, kShifted> gradient = {work, row, static_cast<int>(blockIdx.y),
                                                         static_cast<int>(gridDim.y)};
+  // In whole rows a label outside the vocabulary has left NaN normalizers, and then the gradient is
+  // NaN too, unless its upstream gradients are 0. In a tile a label outside belongs to another
+  // tile.
+  const bool ignored = label_kind(work.problem, row) == LabelKind::kIgnored;
+  if constexpr (kDivergences) {
+    const auto& saved = static_cast<const DivergenceNormalizers<Real>*>(work.normalizers)[row];
+    const auto upstream = divergence_upstream_of<Real>(work.upstream, row);
+    const bool of_policy = upstream.policy_logp != Real(0) || upstream.policy_entropy != Real(0);
+    if (!ignored && upstream.forward_kl != Real(0)) {
+      gradient.write(MixedTerms<T>(saved, upstream));
+    } else if (!ignored && upstream.reverse_kl != Real(0)) {
+      gradient.write(ReverseTerms<T>(saved, upstream));
+    } else if (!ignored && of_policy) {
+      gradient.write(PolicyTerms<T>(saved, upstream));
+    } else {
+      gradient.write(Zero<T>());
+    }
+    return;
+  }
   const RowUpstream<Real> upstream = upstream_of<Real>(work, row);
   const Real g_m = upstream.policy_logp, g_k = upstream.forward_kl;
-  // In whole rows a label outside the vocabulary has left NaN normalizers, and then the gradient is
-  // NaN too, unless g_m and g_k are 0. In a tile a label outside belongs to another tile.
   const Normalizers<Real>& saved = static_cast<const Normalizers<Real>*>(work.normalizers)[row];
-  const bool ignored = label_kind(work.problem, row) == LabelKind::kIgnored;
   if (ignored || (g_m == Real(0) && g_k == Real(0))) {
     gradient.write(Zero<T>());
   } else if (g_k == Real(0)) {
@@ -301,7 +407,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
   }
 }
 
-template <class T, class G, int kWarps>
+template <class T, class G, int kWarps, bool kDivergences>
 void launch_backward(const TokenStatsBackward& work, int parts, const Launch& launch) {
   constexpr int kTeams = Team<kWarps>::kTeams, kPerVector = Storage<T>::kPerVector;
   const Rows gradient = {work.gradient, work.gradient_rows, sizeof(G)};
@@ -310,20 +416,23 @@ void launch_backward(const TokenStatsBackward& work, int parts, const Launch& la
   };
   const bool shifted =
       !aligned_alike(work.problem.policy) || !aligned_alike(work.problem.reference);
+  constexpr bool kAlwaysShifted = takes_any_alignment<T, kDivergences>;
   launch_kernel("token_stats_backward_kernel",
-                shifted ? token_stats_backward_kernel<T, G, kWarps, true>
-                        : token_stats_backward_kernel<T, G, kWarps, false>,
+                shifted ? token_stats_backward_kernel<T, G, kWarps, true, kDivergences>
+                        : token_stats_backward_kernel<T, G, kWarps, kAlwaysShifted, kDivergences>,
                 dim3(blocks_for(work.problem.rows, kTeams), parts), 0, launch, work);
 }
 
 template <class T, class G>
 void launch_backward(const TokenStatsBackward& work, const Launch& launch) {
   if (one_warp_per_row<T>(work.problem)) {
-    launch_backward<T, G, 1>(work, 1, launch);
+    launch_backward<T, G, 1, false>(work, 1, launch);
   } else {
-    launch_backward<T, G, kBlockWarps>(work, parts_of_row<T>(work.problem), launch);
+    launch_backward<T, G, kBlockWarps, false>(work, parts_of_row<T>(work.problem), launch);
   }
 }
+
+constexpr char kNoKernel[] = "token_stats_backward: no kernel of this gradient's dtype";
 
 }  // namespace
 
@@ -333,13 +442,18 @@ void token_stats_backward(const TokenStatsBackward& work, const Launch& launch) 
   const OnDevice guard(launch.device);
   with_storage(work.problem.dtype, [&](auto storage) {
     using T = decltype(storage);
-    if (work.gradient_dtype == work.problem.dtype) return launch_backward<T, T>(work, launch);
+    const bool same_dtype = work.gradient_dtype == work.problem.dtype;
+    if (same_dtype && has_divergences(work.upstream)) {
+      return launch_backward<T, T, kBlockWarps, true>(work, parts_of_row<T>(work.problem), launch);
+    }
+    if (same_dtype) return launch_backward<T, T>(work, launch);
     if constexpr (std::is_same_v<T, float>) {
+      if (has_divergences(work.upstream)) throw std::runtime_error(kNoKernel);
       if (work.gradient_dtype == DType::kBFloat16)
         return launch_backward<T, BFloat16>(work, launch);
       if (work.gradient_dtype == DType::kFloat16) return launch_backward<T, Float16>(work, launch);
     }
-    throw std::runtime_error("token_stats_backward: no kernel of this gradient's dtype");
+    throw std::runtime_error(kNoKernel);
   });
 }
 

@@ -3,10 +3,13 @@
 //   log p(y) = z_y - lse(z)          log q(y) = r_y - lse(r)
 //   KL(q || p) = sum_v q_v (log q_v - log p_v)
 //
+// and with kDivergences KL(p || q) and the entropies of p and q.
+//
 // Reads policy and reference logits z, r [N, V] of type T, and labels y [N] of int64. Writes, in
 // Real (float, or double for double logits), log p(y), log q(y) and KL [N], and the 8 Normalizers
 // [N, 8] that backward needs. A tile's forward instead adds to one LabelledStats for each row [N,
-// 9]. The formulas as sums that merge: csrc/vocab_stats.h, docs/algebra.md.
+// 9]. With kDivergences these are [N, 12] and [N, 13]. The formulas as sums that merge:
+// csrc/vocab_stats.h, docs/algebra.md.
 //
 //   for each row, by a warp, a block or several blocks:
 //     base = maxima and lse(z) - lse(r) of the first vectors
@@ -33,13 +36,12 @@ namespace tdpo::cuda {
 namespace {
 
 // How many blocks a multiprocessor shall hold at least. With five, 35 KiB are in flight, and an
-// H200's 4.3 TB/s at a latency of 650 ns need 21. Where a side has to be shifted, or a warp is
-// alone with its row, registers allow fewer; float64 is bound by arithmetic.
-template <class T, int kWarps, bool kShifted>
+// H200's 4.3 TB/s at a latency of 650 ns need 21. Where a side has to be shifted, a warp is alone
+// with its row, or there are more sums, registers allow fewer; float64 is bound by arithmetic.
+template <class T, int kWarps, bool kShifted, bool kDivergences>
 constexpr int kResidentBlocks = sizeof(T) == 8 ? 1
                                 : kWarps == 1  ? 2
-                                : kShifted     ? TDPO_FORWARD_BLOCKS - 1
-                                               : TDPO_FORWARD_BLOCKS;
+                                               : TDPO_FORWARD_BLOCKS - kShifted - 2 * kDivergences;
 
 // At most so many rounds go by one at a time before turns are tried again.
 constexpr int kMostSingleRounds = 16;
@@ -57,11 +59,13 @@ __device__ RealOf<T> value_of(T entry) {
 // Leaves a record of all entries but the label's for each warp that works on a row.
 //
 // kShifted: whether some row of the reference is aligned differently from the policy's. `tile`:
-// whether the rows are those of a tile; a row whose label is outside is read then.
-template <class T, int kWarps, bool kShifted>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>)
-    row_records_kernel(const TokenStatsProblem problem, bool tile, VocabStats<RealOf<T>>* records) {
+// whether the rows are those of a tile, or unlabelled; a row whose label is outside is read then.
+template <class T, int kWarps, bool kShifted, bool kDivergences>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted, kDivergences>)
+    row_records_kernel(const TokenStatsProblem problem, bool tile,
+                       StatsOf<RealOf<T>, kDivergences>* records) {
   using Scope = Team<kWarps>;
+  using Running = RunningStats<T, kDivergences>;
   const uint32_t row = blockIdx.x * Scope::kTeams + Scope::index();
   const int part = blockIdx.y, parts = gridDim.y;
   if (row >= problem.rows) return;
@@ -133,8 +137,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>
   };
 
   SideVectors<T> loaded = load(0);
-  RunningStats<T> stats(RunningStats<T>::template own_base_of<Scope>(loaded).base,
-                        whole_rounds >= 2);
+  Running stats(Running::template own_base_of<Scope>(loaded).base, whole_rounds >= 2);
   bool taken = true;  // whether the quick path took the last turn
   for (int round = 0, last = 1, single_rounds = 1;;) {
     for (;;) {  // single rounds
@@ -150,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>
 #pragma unroll 1
       for (bool more = true; more; round += 2) {
         const SideVectors<T> second = load_whole(round + 1);
-        typename RunningStats<T>::QuickSums sums;
+        typename Running::QuickSums sums;
         stats.sum_quickly(first, sums);
         more = round + 4 <= stop;
         if (more) first = load_whole(round + 2);
@@ -164,18 +167,17 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kWarps, kShifted>
     last = min(round + single_rounds, rounds);
     loaded = load(round);
   }
-  const VocabStats<RealOf<T>> of_warp = stats.record();
+  const StatsOf<RealOf<T>, kDivergences> of_warp = stats.record();
   if (lane_index() != 0) return;
   const uint64_t block = uint64_t(blockIdx.x) * gridDim.y + blockIdx.y;
   records[block * kBlockWarps + warp_index()] = of_warp;
 }
 
 // `stats`, with the records that a row's warps have left and the row's label added.
-template <class T>
-__device__ LabelledStats<RealOf<T>> labelled_stats(const TokenStatsProblem& problem, uint32_t row,
-                                                   LabelledStats<RealOf<T>> stats,
-                                                   const VocabStats<RealOf<T>>* records,
-                                                   int records_of_row) {
+template <class T, bool kDivergences>
+__device__ LabelledStats<RealOf<T>, kDivergences> labelled_stats(
+    const TokenStatsProblem& problem, uint32_t row, LabelledStats<RealOf<T>, kDivergences> stats,
+    const StatsOf<RealOf<T>, kDivergences>* records, int records_of_row) {
   records += uint64_t(row) * records_of_row;
 #pragma unroll 1
   for (int i = 0; i < records_of_row; ++i) stats.rest = merge(stats.rest, records[i]);
@@ -189,86 +191,109 @@ __device__ LabelledStats<RealOf<T>> labelled_stats(const TokenStatsProblem& prob
 
 // The three kernels below have one thread for each row.
 
-template <class T>
+template <class T, bool kDivergences>
 __global__ void __launch_bounds__(kThreads, 1)
     finish_rows_kernel(const TokenStatsForward work, int records_of_row,
-                       const VocabStats<RealOf<T>>* records) {
+                       const StatsOf<RealOf<T>, kDivergences>* records) {
   using Real = RealOf<T>;
   const TokenStatsProblem& problem = work.problem;
   const uint32_t row = blockIdx.x * kThreads + threadIdx.x;
   if (row >= problem.rows) return;
   const LabelKind kind = label_kind(problem, row);
-  if (kind != LabelKind::kEntry) {
-    fill_outputs<Real>(work.outputs, row, kind);
+  if (!has_results(kind, kDivergences && work.unlabelled)) {
+    fill_outputs<Real, kDivergences>(work.outputs, row, kind);
     return;
   }
-  const LabelledStats<Real> empty = empty_labelled_stats<Real>();
-  const auto stats = labelled_stats<T>(problem, row, empty, records, records_of_row);
+  const auto empty = empty_labelled_stats<Real, kDivergences>();
+  const auto stats = labelled_stats<T, kDivergences>(problem, row, empty, records, records_of_row);
   write_outputs(work.outputs, row, finalise(stats));
 }
 
-template <class T>
+template <class T, bool kDivergences>
 __global__ void __launch_bounds__(kThreads, 1)
     merge_tile_kernel(const TokenStatsTile work, int records_of_row,
-                      const VocabStats<RealOf<T>>* records) {
+                      const StatsOf<RealOf<T>, kDivergences>* records) {
   const uint32_t row = blockIdx.x * kThreads + threadIdx.x;
   if (row >= work.problem.rows || label_kind(work.problem, row) == LabelKind::kIgnored) return;
-  auto& stats = static_cast<LabelledStats<RealOf<T>>*>(work.records)[row];
-  stats = labelled_stats<T>(work.problem, row, stats, records, records_of_row);
+  auto& stats = static_cast<LabelledStats<RealOf<T>, kDivergences>*>(work.records)[row];
+  stats = labelled_stats<T, kDivergences>(work.problem, row, stats, records, records_of_row);
 }
 
-template <class Real>
+template <class Real, bool kDivergences>
 __global__ void __launch_bounds__(kThreads, 1) finish_tiles_kernel(const TokenStatsFinish work) {
+  using Stats = LabelledStats<Real, kDivergences>;
   const uint32_t row = blockIdx.x * kThreads + threadIdx.x;
   if (row >= work.rows) return;
   const LabelKind kind = label_kind(work, row);
-  if (kind != LabelKind::kEntry) {
-    fill_outputs<Real>(work.outputs, row, kind);
+  if (!has_results(kind, kDivergences && work.unlabelled)) {
+    fill_outputs<Real, kDivergences>(work.outputs, row, kind);
     return;
   }
-  const auto* records = static_cast<const LabelledStats<Real>*>(work.records) + row;
-  LabelledStats<Real> stats = *records;
+  const Stats* records = static_cast<const Stats*>(work.records) + row;
+  Stats stats = *records;
 #pragma unroll 1
   for (int64_t set = 1; set < work.sets; ++set) stats = merge(stats, records[set * work.rows]);
   write_outputs(work.outputs, row, finalise(stats));
 }
 
-template <class T>
+template <class T, bool kDivergences>
 int warps_of_row(const TokenStatsProblem& problem) {
-  return one_warp_per_row<T>(problem) ? 1 : kBlockWarps * parts_of_row<T>(problem);
+  return one_warp_per_row<T, kDivergences>(problem) ? 1 : kBlockWarps * parts_of_row<T>(problem);
 }
 
-template <class T, int kWarps>
+template <class T, int kWarps, bool kDivergences>
 void launch_row_records(const TokenStatsProblem& problem, bool tile, int parts,
-                        VocabStats<RealOf<T>>* records, const Launch& launch) {
+                        StatsOf<RealOf<T>, kDivergences>* records, const Launch& launch) {
   using Scope = Team<kWarps>;
   const auto rows = [](const Logits& logits) { return Rows{logits.data, logits.rows, sizeof(T)}; };
   const bool shifted =
       !same_alignment(rows(problem.policy), rows(problem.reference), Storage<T>::kPerVector);
-  launch_kernel(
-      "row_records_kernel",
-      shifted ? row_records_kernel<T, kWarps, true> : row_records_kernel<T, kWarps, false>,
-      dim3(blocks_for(problem.rows, Scope::kTeams), parts), Scope::template kSharedBytes<RealOf<T>>,
-      launch, problem, tile, records);
+  constexpr bool kAlwaysShifted = takes_any_alignment<T, kDivergences>;
+  launch_kernel("row_records_kernel",
+                shifted ? row_records_kernel<T, kWarps, true, kDivergences>
+                        : row_records_kernel<T, kWarps, kAlwaysShifted, kDivergences>,
+                dim3(blocks_for(problem.rows, Scope::kTeams), parts),
+                Scope::template kSharedBytes<RealOf<T>>, launch, problem, tile, records);
 }
 
-template <class T>
-void launch_row_records(const TokenStatsProblem& problem, bool tile, VocabStats<RealOf<T>>* records,
-                        const Launch& launch) {
-  if (one_warp_per_row<T>(problem)) {
-    launch_row_records<T, 1>(problem, tile, 1, records, launch);
-  } else {
-    launch_row_records<T, kBlockWarps>(problem, tile, parts_of_row<T>(problem), records, launch);
+template <class T, bool kDivergences>
+void launch_row_records(const TokenStatsProblem& problem, bool tile,
+                        StatsOf<RealOf<T>, kDivergences>* records, const Launch& launch) {
+  if constexpr (!kDivergences) {
+    if (one_warp_per_row<T, kDivergences>(problem)) {
+      return launch_row_records<T, 1, kDivergences>(problem, tile, 1, records, launch);
+    }
   }
+  const int parts = parts_of_row<T>(problem);
+  launch_row_records<T, kBlockWarps, kDivergences>(problem, tile, parts, records, launch);
+}
+
+// Calls body with T{}, the type that the logits are stored in, and a constant that says whether
+// divergences are asked for.
+template <class Body>
+void with_kernel(DType dtype, bool divergences, const Body& body) {
+  with_storage(dtype, [&](auto storage) {
+    divergences ? body(storage, std::true_type()) : body(storage, std::false_type());
+  });
+}
+
+template <bool kDivergences>
+int64_t workspace_bytes(const TokenStatsProblem& problem) {
+  return with_storage(problem.dtype, [&](auto storage) -> int64_t {
+    using T = decltype(storage);
+    const int64_t of_row = warps_of_row<T, kDivergences>(problem);
+    return problem.rows * of_row * int64_t(sizeof(StatsOf<RealOf<T>, kDivergences>));
+  });
 }
 
 }  // namespace
 
 int64_t forward_workspace_bytes(const TokenStatsProblem& problem) {
-  return with_storage(problem.dtype, [&](auto storage) -> int64_t {
-    using T = decltype(storage);
-    return problem.rows * warps_of_row<T>(problem) * int64_t(sizeof(VocabStats<RealOf<T>>));
-  });
+  return workspace_bytes<false>(problem);
+}
+
+int64_t divergences_workspace_bytes(const TokenStatsProblem& problem) {
+  return workspace_bytes<true>(problem);
 }
 
 void token_stats_forward(const TokenStatsForward& work, void* workspace, const Launch& launch) {
@@ -276,12 +301,14 @@ void token_stats_forward(const TokenStatsForward& work, void* workspace, const L
   if (problem.rows == 0) return;
   check_sizes(problem);
   const OnDevice guard(launch.device);
-  with_storage(problem.dtype, [&](auto storage) {
+  with_kernel(problem.dtype, has_divergences(work.outputs), [&](auto storage, auto divergences) {
     using T = decltype(storage);
-    auto* records = static_cast<VocabStats<RealOf<T>>*>(workspace);
-    launch_row_records<T>(problem, false, records, launch);
-    launch_kernel("finish_rows_kernel", finish_rows_kernel<T>, a_thread_per_row(problem.rows), 0,
-                  launch, work, warps_of_row<T>(problem), records);
+    constexpr bool kDivergences = decltype(divergences)::value;
+    auto* records = static_cast<StatsOf<RealOf<T>, kDivergences>*>(workspace);
+    launch_row_records<T, kDivergences>(problem, work.unlabelled, records, launch);
+    launch_kernel("finish_rows_kernel", finish_rows_kernel<T, kDivergences>,
+                  a_thread_per_row(problem.rows), 0, launch, work,
+                  warps_of_row<T, kDivergences>(problem), records);
   });
 }
 
@@ -290,12 +317,14 @@ void token_stats_tile(const TokenStatsTile& work, void* workspace, const Launch&
   if (problem.rows == 0) return;
   check_sizes(problem);
   const OnDevice guard(launch.device);
-  with_storage(problem.dtype, [&](auto storage) {
+  with_kernel(problem.dtype, work.divergences, [&](auto storage, auto divergences) {
     using T = decltype(storage);
-    auto* records = static_cast<VocabStats<RealOf<T>>*>(workspace);
-    launch_row_records<T>(problem, true, records, launch);
-    launch_kernel("merge_tile_kernel", merge_tile_kernel<T>, a_thread_per_row(problem.rows), 0,
-                  launch, work, warps_of_row<T>(problem), records);
+    constexpr bool kDivergences = decltype(divergences)::value;
+    auto* records = static_cast<StatsOf<RealOf<T>, kDivergences>*>(workspace);
+    launch_row_records<T, kDivergences>(problem, true, records, launch);
+    launch_kernel("merge_tile_kernel", merge_tile_kernel<T, kDivergences>,
+                  a_thread_per_row(problem.rows), 0, launch, work,
+                  warps_of_row<T, kDivergences>(problem), records);
   });
 }
 
@@ -304,9 +333,14 @@ void token_stats_finish(const TokenStatsFinish& work, const Launch& launch) {
   check_rows(work.rows);
   const OnDevice guard(launch.device);
   const bool wide = work.dtype == DType::kFloat64;
-  launch_kernel("finish_tiles_kernel",
-                wide ? finish_tiles_kernel<double> : finish_tiles_kernel<float>,
-                a_thread_per_row(work.rows), 0, launch, work);
+  const auto finish = [&](auto kernel) {
+    launch_kernel("finish_tiles_kernel", kernel, a_thread_per_row(work.rows), 0, launch, work);
+  };
+  if (has_divergences(work.outputs)) {
+    finish(wide ? finish_tiles_kernel<double, true> : finish_tiles_kernel<float, true>);
+  } else {
+    finish(wide ? finish_tiles_kernel<double, false> : finish_tiles_kernel<float, false>);
+  }
 }
 
 }  // namespace tdpo::cuda

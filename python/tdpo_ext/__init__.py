@@ -1,11 +1,11 @@
 """Token-level Direct Preference Optimization: the loss, its per-token statistics, their kernels."""
 
 from tdpo_ext import reference
-from tdpo_ext.functional import tdpo_loss, token_stats
+from tdpo_ext.functional import tdpo_loss, token_divergences, token_stats
 from tdpo_ext.fused_head.functional import linear_tdpo_loss, linear_token_stats
 from tdpo_ext.loss import pair_loss
 from tdpo_ext.modules import LinearTDPOLoss, TDPOLoss
-from tdpo_ext.outputs import TDPOOutput, TokenStats
+from tdpo_ext.outputs import TDPOOutput, TokenDivergences, TokenStats
 from tdpo_ext.token_statistics.native import backends
 
 __version__ = "0.1.0"
@@ -14,6 +14,7 @@ __all__ = [
     "LinearTDPOLoss",
     "TDPOLoss",
     "TDPOOutput",
+    "TokenDivergences",
     "TokenStats",
     "backends",
     "linear_tdpo_loss",
@@ -21,5 +22,6 @@ __all__ = [
     "pair_loss",
     "reference",
     "tdpo_loss",
+    "token_divergences",
     "token_stats",
 ]

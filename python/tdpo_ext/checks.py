@@ -6,6 +6,7 @@ The checks of tensors come first, then those of the loss's options, of batches a
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -144,6 +145,55 @@ def label_range_error(label: int, vocabulary: int, ignore_index: int) -> IndexEr
     return IndexError(
         f"labels must lie in [0, {vocabulary}) or equal ignore_index ({ignore_index}), got {label}"
     )
+
+
+Divergence = Literal[
+    "policy_logps",
+    "reference_logps",
+    "forward_kl",
+    "reverse_kl",
+    "policy_entropy",
+    "reference_entropy",
+]
+"""What ``token_divergences`` can give."""
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
+NEED_LABELS: tuple[Divergence, ...] = ("policy_logps", "reference_logps")
+
+
+def check_divergences(outputs: Collection[str], labels: Tensor | None, mask: Tensor | None) -> None:
+    """``outputs`` must name some of ``DIVERGENCES``; those of labels need labels, not a mask."""
+    if isinstance(outputs, str) or not isinstance(outputs, Collection):
+        raise TypeError(
+            f"outputs must be a tuple of names, got {outputs!r}; write (name,) for a single one"
+        )
+    unknown = [name for name in outputs if name not in DIVERGENCES]
+    if unknown or not outputs:
+        came = repr(unknown[0]) if unknown else "none"
+        raise ValueError(f"outputs must be some of {DIVERGENCES}, got {came}")
+    missing = [name for name in outputs if name in NEED_LABELS]
+    if labels is None and missing:
+        raise ValueError(f"outputs has {missing[0]!r}, which needs labels, got None; pass labels")
+    if labels is not None and mask is not None:
+        raise ValueError(
+            "labels and mask were both given; mark the rows to leave out with ignore_index in "
+            "labels, or pass labels=None"
+        )
+
+
+def check_mask(mask: Tensor, logits: Tensor) -> None:
+    """A mask must be bool, of the logits' shape without its last dimension."""
+    check_tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must have dtype bool, got {_names((mask.dtype,))}")
+    if mask.shape != logits.shape[:-1]:
+        raise ValueError(
+            "mask must have the shape of the logits without their last dimension, "
+            f"{list(logits.shape[:-1])}, got {list(mask.shape)}"
+        )
+    if mask.device != logits.device:
+        raise ValueError(
+            f"mask must be on the device of the logits ({logits.device}), got {mask.device}"
+        )
 
 
 def check_inplace_backward(policy_logits: Tensor) -> None:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tdpo_ext import checks
-from tdpo_ext.checks import Reduction, Variant
-from tdpo_ext.distributed import Shard, local_logits, shard_of
+from tdpo_ext.checks import Divergence, Reduction, Variant
+from tdpo_ext.distributed import IGNORED, Shard, local_logits, shard_of
 from tdpo_ext.loss import LossOptions
-from tdpo_ext.outputs import TDPOOutput, TokenStats
+from tdpo_ext.outputs import TDPOOutput, TokenDivergences, TokenStats
 from tdpo_ext.sequences import given_labels
-from tdpo_ext.token_statistics import loss_ops, ops
+from tdpo_ext.token_statistics import divergence_ops, loss_ops, ops
 from tdpo_ext.token_statistics.loss_kernels import Batch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["tdpo_loss", "token_stats"]
+__all__ = ["tdpo_loss", "token_divergences", "token_stats"]
 
 
 def token_stats(
@@ -104,6 +105,100 @@ def _token_stats(
     return ops.token_stats(
         policy_logits, reference_logits, labels, ignore_index, inplace_backward, shard
     )
+
+
+def token_divergences(
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    outputs: Collection[Divergence] = ("forward_kl", "reverse_kl"),
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
+) -> TokenDivergences:
+    """Divergences in both directions and entropies of each token, in one pass over the vocabulary.
+
+    For each row, with p = softmax(policy_logits), q = softmax(reference_logits) and label y:
+
+        policy_logps = log p(y)
+        reference_logps = log q(y)
+        forward_kl = KL(pi_ref || pi) = sum_v q(v) log(q(v) / p(v))
+        reverse_kl = KL(pi || pi_ref) = sum_v p(v) log(p(v) / q(v))
+        policy_entropy = -sum_v p(v) log p(v)
+        reference_entropy = -sum_v q(v) log q(v)
+
+    These are exact, over the whole vocabulary: the terms of distillation, whose teacher is the
+    reference, of KL penalties and of entropy bonuses. Memory is that of ``token_stats``, which
+    remains the faster call where log-probabilities and the forward KL are all that is needed.
+
+    Args:
+        policy_logits: ``[..., V]``, float32, bfloat16, float16 or float64. The last dimension must
+            be contiguous; other strides are free (a ``[:, :-1]`` slice is not copied).
+        reference_logits: ``[..., V]``, the shape, dtype and device of policy_logits, not requiring
+            grad.
+        labels: ``[...]``, int64 or int32, aligned with the logits (nothing is shifted). Needed for
+            policy_logps and reference_logps only.
+        mask: ``[...]``, bool, in place of labels: rows that are False are never read; their outputs
+            and gradients are 0.
+        outputs: The names of what is wanted, in any order.
+        ignore_index: Rows with this label are never read; their outputs and gradients are 0.
+        inplace_backward: Let the gradient overwrite ``policy_logits`` instead of allocating memory
+            for it. A second backward then raises.
+        process_group: The processes that share the vocabulary, as for ``token_stats``. A mask, like
+            labels, is the same on all processes.
+
+    Returns:
+        ``TokenDivergences``, whose fields are ``[...]``, in nats, float32 (float64 for float64
+        logits), or None where not asked for. Differentiable once with respect to ``policy_logits``,
+        for any upstream gradients of ``policy_logps``, ``forward_kl``, ``reverse_kl`` and
+        ``policy_entropy``; ``tdpo_ext.reference.token_divergences`` is differentiable twice.
+
+        ``forward_kl`` is infinite where pi excludes an entry (with a logit of -inf) that pi_ref
+        does not, ``reverse_kl`` where pi_ref excludes one that pi does not. The gradient of an
+        infinite ``forward_kl`` is p - q all the same. An infinite ``reverse_kl`` has none: if its
+        upstream gradient is not 0, that row's gradient is not finite, as in eager PyTorch. Entries
+        that both exclude, and entropies of rows with excluded entries, are nothing special.
+
+    Raises:
+        TypeError: As ``token_stats``; or mask is not bool, or outputs is not a tuple of names.
+        ValueError: As ``token_stats``; or an output is unknown or needs labels that are not given,
+            or labels and mask are both given.
+        IndexError: As ``token_stats``.
+    """
+    policy_logits, reference_logits, labels, mask, shard = local_logits(
+        policy_logits, reference_logits, labels, mask, process_group=process_group
+    )
+    checks.check_logits(policy_logits, reference_logits)
+    checks.check_divergences(outputs, labels, mask)
+    checks.check_ignore_index(ignore_index)
+    if labels is not None:
+        checks.check_labels("labels", labels, policy_logits)
+    if mask is not None:
+        checks.check_mask(mask, policy_logits)
+    shard = shard or shard_of(process_group, policy_logits.shape[-1])
+    given = labels if labels is not None else mask
+    _check_calls(inplace_backward, policy_logits, reference_logits, given)
+    if labels is not None and set(outputs) <= set(TokenStats._fields):
+        stats = ops.token_stats(
+            policy_logits, reference_logits, labels, ignore_index, inplace_backward, shard
+        )
+        found = stats._asdict()
+    else:
+        unlabelled = labels is None
+        if labels is None:
+            labels, ignore_index = _labels_of_mask(mask, policy_logits), IGNORED
+        options = ignore_index, unlabelled, inplace_backward, shard
+        every = divergence_ops.token_divergences(policy_logits, reference_logits, labels, *options)
+        found = every._asdict()
+    return TokenDivergences(**{name: found[name] for name in outputs})
+
+
+def _labels_of_mask(mask: Tensor | None, logits: Tensor) -> Tensor:
+    """For rows without labels: -1, which is none, and IGNORED where the mask is False."""
+    labels = torch.full(logits.shape[:-1], -1, dtype=torch.int64, device=logits.device)
+    return labels if mask is None else labels.masked_fill(~mask, IGNORED)
 
 
 def tdpo_loss(

@@ -25,6 +25,32 @@ class TokenStats(NamedTuple):
     """KL(pi_ref(.|s_t) || pi(.|s_t)) over the whole vocabulary, never below 0."""
 
 
+class TokenDivergences(NamedTuple):
+    """Numbers per token, in nats, of the shape of the logits without their last dimension.
+
+    None where not asked for; 0 in rows that are left out. They are float32, or float64 for float64
+    logits.
+    """
+
+    policy_logps: Tensor | None = None
+    """log pi(y_t | s_t), never above 0."""
+
+    reference_logps: Tensor | None = None
+    """log pi_ref(y_t | s_t), never above 0. No gradient."""
+
+    forward_kl: Tensor | None = None
+    """KL(pi_ref(.|s_t) || pi(.|s_t)) over the whole vocabulary, never below 0."""
+
+    reverse_kl: Tensor | None = None
+    """KL(pi(.|s_t) || pi_ref(.|s_t)) over the whole vocabulary, never below 0."""
+
+    policy_entropy: Tensor | None = None
+    """-sum_v pi(v|s_t) log pi(v|s_t), never below 0."""
+
+    reference_entropy: Tensor | None = None
+    """-sum_v pi_ref(v|s_t) log pi_ref(v|s_t), never below 0. No gradient."""
+
+
 class TDPOOutput(NamedTuple):
     """The loss and quantities to log; only ``loss`` carries a gradient.
 
@@ -101,5 +127,5 @@ class TDPOOutput(NamedTuple):
 # The function that does it is not public; where it is missing, only such saving fails.
 _register = getattr(_pytree, "_register_namedtuple", None)
 if _register is not None:
-    for _class in (TokenStats, TDPOOutput):
+    for _class in (TokenStats, TokenDivergences, TDPOOutput):
         _register(_class, serialized_type_name=f"tdpo_ext.{_class.__name__}")

@@ -18,19 +18,27 @@ with alpha = 0 is DPO.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tdpo_ext import checks
-from tdpo_ext.checks import Reduction, Variant
+from tdpo_ext.checks import Divergence, Reduction, Variant
 from tdpo_ext.distributed import is_dtensor
 from tdpo_ext.loss import LossOptions, loss_from_stats, pair_loss
-from tdpo_ext.outputs import TDPOOutput, TokenStats
+from tdpo_ext.outputs import TDPOOutput, TokenDivergences, TokenStats
 from tdpo_ext.sequences import aligned_labels
 
-__all__ = ["linear_tdpo_loss", "linear_token_stats", "pair_loss", "tdpo_loss", "token_stats"]
+__all__ = [
+    "linear_tdpo_loss",
+    "linear_token_stats",
+    "pair_loss",
+    "tdpo_loss",
+    "token_divergences",
+    "token_stats",
+]
 
 
 def token_stats(
@@ -56,29 +64,83 @@ def token_stats(
     Raises:
         ValueError: Also for ``inplace_backward=True``, for a ``process_group`` and for DTensors.
     """
+    names: tuple[Divergence, ...] = ("policy_logps", "reference_logps", "forward_kl")
+    stats = token_divergences(
+        policy_logits,
+        reference_logits,
+        labels,
+        outputs=names,
+        ignore_index=ignore_index,
+        inplace_backward=inplace_backward,
+        process_group=process_group,
+    )
+    return TokenStats(*(x for x in stats[:3] if x is not None))
+
+
+def token_divergences(
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    outputs: Collection[Divergence] = ("forward_kl", "reverse_kl"),
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    process_group: None = None,
+) -> TokenDivergences:
+    """``tdpo_ext.token_divergences`` from softmaxes, for the whole vocabulary on one process.
+
+    Arguments, results and errors are those of ``tdpo_ext.token_divergences``, except:
+
+    Args:
+        inplace_backward: False only.
+        process_group: None only, and no DTensors.
+
+    Returns:
+        ``TokenDivergences``, differentiable twice. The gradient of an infinite divergence has no
+        meaning.
+
+    Raises:
+        ValueError: Also for ``inplace_backward=True``, for a ``process_group`` and for DTensors.
+    """
     _check_plain(inplace_backward, process_group, policy_logits, reference_logits)
     checks.check_logits(policy_logits, reference_logits)
-    checks.check_labels("labels", labels, policy_logits)
+    checks.check_divergences(outputs, labels, mask)
     checks.check_ignore_index(ignore_index)
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        checks.check_label_range(labels, policy_logits.shape[-1], ignore_index)
-
-    ignored = labels == ignore_index
-    outside = ~ignored & ((labels < 0) | (labels >= policy_logits.shape[-1]))
-    label = labels.masked_fill(ignored | outside, 0).to(torch.int64).unsqueeze(-1)
-    # Ignored rows are replaced before anything is computed, so NaN or inf in one of them changes
+    left_out = torch.zeros(policy_logits.shape[:-1], dtype=torch.bool, device=policy_logits.device)
+    outside, label = left_out, None
+    if mask is not None:
+        checks.check_mask(mask, policy_logits)
+        left_out = ~mask
+    if labels is not None:
+        checks.check_labels("labels", labels, policy_logits)
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            checks.check_label_range(labels, policy_logits.shape[-1], ignore_index)
+        left_out = labels == ignore_index
+        outside = ~left_out & ((labels < 0) | (labels >= policy_logits.shape[-1]))
+        label = labels.masked_fill(left_out | outside, 0).to(torch.int64).unsqueeze(-1)
+    # Rows left out are replaced before anything is computed, so NaN or inf in one of them changes
     # nothing. Masking the results instead would multiply their gradient by 0, and 0 * inf is NaN.
-    blank = ignored.unsqueeze(-1)
+    blank = left_out.unsqueeze(-1)
     policy_log_probs = log_softmax(policy_logits.masked_fill(blank, 0))
     reference_log_probs = log_softmax(reference_logits.masked_fill(blank, 0))
 
-    def per_token(values: Tensor) -> Tensor:
-        return values.masked_fill(outside, torch.nan).masked_fill(ignored, 0)
+    def of_tokens(name: Divergence) -> Tensor:
+        if name == "forward_kl":
+            return forward_kl(policy_log_probs, reference_log_probs)
+        if name == "reverse_kl":
+            return reverse_kl(policy_log_probs, reference_log_probs)
+        log_probs = policy_log_probs if name.startswith("policy") else reference_log_probs
+        if name.endswith("entropy"):
+            return entropy(log_probs)
+        assert label is not None
+        return log_probs.gather(-1, label).squeeze(-1)
 
-    return TokenStats(
-        policy_logps=per_token(policy_log_probs.gather(-1, label).squeeze(-1)),
-        reference_logps=per_token(reference_log_probs.gather(-1, label).squeeze(-1)),
-        forward_kl=per_token(forward_kl(policy_log_probs, reference_log_probs)),
+    return TokenDivergences(
+        **{
+            name: of_tokens(name).masked_fill(outside, torch.nan).masked_fill(left_out, 0)
+            for name in outputs
+        }
     )
 
 
@@ -115,6 +177,16 @@ def forward_kl(policy_log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     large_u = u.masked_fill(close | impossible | excluded, 0)
     terms = torch.where(close, q * (torch.expm1(-small_u) + small_u), p - q + q * large_u)
     return terms.masked_fill(excluded, torch.inf).sum(dim=-1)
+
+
+def reverse_kl(policy_log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
+    """KL(pi || pi_ref) = sum_v p (log p - log q): ``forward_kl`` with the sides exchanged."""
+    return forward_kl(reference_log_probs, policy_log_probs)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """-sum_v p log p, where 0 log 0 = 0."""
+    return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0)).sum(dim=-1)
 
 
 def tdpo_loss(

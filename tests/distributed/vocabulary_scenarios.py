@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import tdpo_ext
-from tdpo_ext import distributed, reference
+from tdpo_ext import checks, distributed, reference
 from tdpo_ext.distributed import shard_of
 from tdpo_ext.fused_head.head import Head
 from tdpo_ext.fused_head.problem import Problem
@@ -176,6 +176,77 @@ def op_of_a_shard() -> dict[str, float]:
     shard = shard_of(group(), VOCABULARY // dist.get_world_size())
     arguments = (own(policy.float()), own(ref.float()), labels, -100, *shard)
     torch.library.opcheck(torch.ops.tdpo_ext.token_stats_of_shard.default, arguments)
+    return {"opcheck": 0.0}
+
+
+DIFFERENTIABLE = ("forward_kl", "reverse_kl", "policy_entropy")
+
+
+def sharded_divergences(
+    dtype: torch.dtype = torch.float32, labelled: bool = True, **options: Any
+) -> dict[str, float]:
+    """As ``sharded_stats``, of everything that ``token_divergences`` gives."""
+    policy, ref, labels = (x.to(dtype) if x.is_floating_point() else x for x in logits())
+    names = checks.DIVERGENCES if labelled else checks.DIVERGENCES[2:]
+    rows = {"labels": labels} if labelled else {"mask": labels != -100}
+    upstream = torch.randn(3, *labels.shape)
+
+    def results(function: Any, policy: Tensor, ref: Tensor, **given: Any) -> Any:
+        leaf = policy.clone().requires_grad_()
+        logits = leaf * 1 if given.get("inplace_backward") else leaf
+        found = function(logits, ref, **rows, outputs=names, **given)
+        total = sum(
+            (getattr(found, name) * weight).sum()
+            for name, weight in zip(DIFFERENTIABLE, upstream, strict=True)
+        )
+        return found, torch.autograd.grad(total, leaf)[0]
+
+    function = tdpo_ext.token_divergences
+    ours, gradient = results(function, own(policy), own(ref), process_group=group(), **options)
+    truth, expected = results(reference.token_divergences, policy.double(), ref.double())
+    expected = torch.where(labels[..., None] == -100, 0, expected)
+    errors = {name: relative(getattr(ours, name), getattr(truth, name)) for name in names}
+    for name in ("forward_kl", "reverse_kl"):
+        pair = (getattr(x, name)[1] for x in (ours, truth))
+        errors["kl of close rows"] = max(errors.get("kl of close rows", 0), relative(*pair))
+    errors["gradient"] = relative(gradient, own(expected))
+    errors["bits"] = max(same_bits(getattr(ours, name)) for name in names)
+    return errors
+
+
+@scenario
+def divergences_float32() -> dict[str, float]:
+    return sharded_divergences()
+
+
+@scenario
+def divergences_float64_without_labels() -> dict[str, float]:
+    return sharded_divergences(torch.float64, labelled=False)
+
+
+@scenario
+def divergences_in_place_without_labels() -> dict[str, float]:
+    return sharded_divergences(labelled=False, inplace_backward=True)
+
+
+@scenario
+def divergences_in_plain_pytorch() -> dict[str, float]:
+    with core(None):
+        return sharded_divergences()
+
+
+@scenario
+def divergences_on_emulated_cuda() -> dict[str, float]:
+    with core(emulated.EmulatedCore()):
+        return sharded_divergences(labelled=False)
+
+
+@scenario
+def op_of_divergences_of_a_shard() -> dict[str, float]:
+    policy, ref, labels = (x.nan_to_num(0, 0, 0) if x.is_floating_point() else x for x in logits())
+    shard = shard_of(group(), VOCABULARY // dist.get_world_size())
+    arguments = (own(policy.float()), own(ref.float()), labels, -100, False, *shard)
+    torch.library.opcheck(torch.ops.tdpo_ext.token_divergences_of_shard.default, arguments)
     return {"opcheck": 0.0}
 
 

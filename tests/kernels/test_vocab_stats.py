@@ -14,6 +14,7 @@ from pathlib import Path
 
 import emulated
 import numpy as np
+import oracle
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -38,9 +39,11 @@ def harness(tmp_path_factory, request):
 class Algebra:
     """Records as NumPy arrays."""
 
+    of_record, of_summary = "", 11
+
     def __init__(self, library: ctypes.CDLL, dtype: str):
         self.library, self.dtype = library, dtype
-        self.size = self._call("stats_size")
+        self.size = self._call(f"{self.of_record or 'stats_'}size")
 
     def _call(self, name: str, *arguments):
         pointers = [
@@ -51,12 +54,12 @@ class Algebra:
     def record(self, z: np.ndarray, r: np.ndarray) -> np.ndarray:
         stats = np.empty(self.size, self.dtype)
         z, r = np.ascontiguousarray(z), np.ascontiguousarray(r)
-        self._call("record", z, r, ctypes.c_long(len(z)), stats)
+        self._call(f"{self.of_record}record", z, r, ctypes.c_long(len(z)), stats)
         return stats
 
     def merge(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         total = np.empty(self.size, self.dtype)
-        self._call("merge", a, b, total)
+        self._call(f"{self.of_record}merge", a, b, total)
         return total
 
     def results(self, stats: np.ndarray) -> np.ndarray:
@@ -67,15 +70,26 @@ class Algebra:
 
     def row(self, rest: np.ndarray, z: float, r: float) -> np.ndarray:
         """log p(y), log q(y), KL(q || p), then the normalizers, of a label and the others."""
-        values = np.empty(11, self.dtype)
+        values = np.empty(self.of_summary, self.dtype)
         real = ctypes.c_float if self.dtype == "float32" else ctypes.c_double
-        self._call("finalise", rest, real(z), real(r), values)
+        self._call(f"{self.of_record}finalise", rest, real(z), real(r), values)
         return values.astype(np.float64)
+
+
+class AlgebraOfDivergences(Algebra):
+    """``row`` gives log p(y), log q(y), both KLs, both entropies, then the normalizers."""
+
+    of_record, of_summary = "divergences_", 18
 
 
 @pytest.fixture(params=["float32", "float64"])
 def algebra(request, harness):
     return Algebra(harness, request.param)
+
+
+@pytest.fixture(params=["float32", "float64"])
+def divergences(request, harness):
+    return AlgebraOfDivergences(harness, request.param)
 
 
 def truth(z: np.ndarray, r: np.ndarray) -> np.ndarray:
@@ -260,3 +274,71 @@ def test_a_label_alone_has_all_the_mass(algebra):
     np.testing.assert_array_equal(row[:3], 0)
     np.testing.assert_array_equal(row[8:], 0)
     assert row[7] == -10
+
+
+# --- with divergences -----------------------------------------------------------------------------
+
+
+def check_divergences(algebra, z, r, rel, label=None):
+    """In 25 random splits, with an entry as the label or without a label."""
+    rng = np.random.default_rng(37)
+    truth = oracle.divergences(z[None].astype(np.float64), r[None].astype(np.float64))
+    rest = np.arange(len(z)) != label
+    z_label, r_label = (-np.inf if label is None else x[label] for x in (z, r))
+    floor = 2e-7 if algebra.dtype == "float32" else 1e-15
+    for _ in range(25):
+        record = merged_at_random(algebra, z[rest], r[rest], rng)
+        row = algebra.row(record, z_label, r_label)
+        assert row[3] >= 0
+        for index, wanted in enumerate(truth[:4], start=2):
+            allowed = rel * abs(wanted[0]) + (floor if index > 3 else floor * 1e-3)
+            exact = row[index] == wanted[0]
+            assert exact or abs(row[index] - wanted[0]) <= allowed, (index, row[2:6], truth[:4])
+
+
+@pytest.mark.parametrize("label", [None, 1])
+@pytest.mark.parametrize("case", CASES)
+def test_divergences_of_every_split(divergences, case, label):
+    rng = np.random.default_rng(41)
+    for vocabulary in (3, 40, 301):
+        z, r = (x.astype(divergences.dtype) for x in CASES[case](rng, vocabulary))
+        rel = 2e-5 if divergences.dtype == "float32" else 1e-12
+        # Shifted by hundreds, float32 logits differ by multiples of 1e-5.
+        rel *= 100 if case in ("shifted", "close") else 1
+        check_divergences(divergences, z, r, rel, label)
+
+
+@pytest.mark.parametrize("mask", [-60.0, -1e4, -1e30, -np.inf])
+@pytest.mark.parametrize("label", [None, 1])
+def test_a_policy_that_masks_entries_in_every_split(divergences, mask, label):
+    rng = np.random.default_rng(43)
+    z, r = rng.normal(0, 1, (2, 60)).astype(divergences.dtype)
+    z[5:40] = mask
+    check_divergences(divergences, z, r, 2e-5 if divergences.dtype == "float32" else 1e-12, label)
+
+
+def test_both_divergences_keep_their_digits_in_every_split(divergences):
+    rng = np.random.default_rng(47)
+    r = rng.normal(0, 2, 500).astype(divergences.dtype)
+    z = (r + rng.normal(0, 2e-3, 500)).astype(divergences.dtype)
+    check_divergences(divergences, z, r, 1e-3 if divergences.dtype == "float32" else 1e-9)
+
+
+def test_identical_rows_have_no_divergences_in_any_split(divergences):
+    rng = np.random.default_rng(53)
+    z = rng.normal(0, 3, 200).astype(divergences.dtype)
+    z[::7] = -np.inf
+    for _ in range(25):
+        row = divergences.row(merged_at_random(divergences, z, z, rng), -np.inf, -np.inf)
+        assert row[2] == row[3] == 0
+        assert row[4] == row[5]
+
+
+def test_a_reference_that_excludes_an_entry_in_every_split(divergences):
+    rng = np.random.default_rng(59)
+    z, r = rng.normal(0, 1, (2, 60)).astype(divergences.dtype)
+    r[5], z[5] = -np.inf, -300
+    for _ in range(25):
+        row = divergences.row(merged_at_random(divergences, z, r, rng), z[0], r[0])
+        assert row[3] == np.inf
+        assert np.isfinite(row[[2, 4, 5]]).all()

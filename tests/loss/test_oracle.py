@@ -95,3 +95,30 @@ def test_gradients_of_a_head_by_finite_differences(softcap):
                     (head._replace(**{head._fields[number]: moved}).logits() * weights).sum()
                 )
             assert gradient[at] == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-6, abs=1e-8)
+
+
+def test_divergences_of_two_words_by_hand():
+    # p = (3/4, 1/4), q = (1/2, 1/2)
+    got = oracle.divergences(np.log([[3.0, 1.0]]), np.zeros((1, 2)))
+    forward, reverse = np.log(4 / 3) / 2, 0.75 * np.log(3 / 2) + 0.25 * np.log(1 / 2)
+    entropy = 0.75 * np.log(4 / 3) + 0.25 * np.log(4)
+    np.testing.assert_allclose(np.ravel(got[:4]), [forward, reverse, entropy, np.log(2)], 1e-15)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_gradients_of_divergences(which):
+    z, r = RNG.normal(0, 1, (2, 4, 7))
+    z[1, 2] = r[1, 2] = z[2, 3] = -30
+    weights = RNG.normal(0, 1, 4)
+    wanted = central_difference(lambda z: (weights * oracle.divergences(z, r)[which]).sum(), z)
+    got = weights[:, None] * oracle.divergences(z, r).gradients[which]
+    np.testing.assert_allclose(got, wanted, atol=1e-8)
+
+
+def test_divergences_of_excluded_words():
+    z, r = np.array([[0.0, 1.0, -np.inf]] * 2), np.array([[0.0, -np.inf, -np.inf], [0.0, 1.0, 2.0]])
+    got = oracle.divergences(z, r)
+    assert got.forward_kl.tolist() == [pytest.approx(np.log1p(np.e)), np.inf]
+    assert got.reverse_kl.tolist() == [np.inf, pytest.approx(np.log(1 + np.e**2 / (1 + np.e)))]
+    assert np.isfinite(got.policy_entropy).all()
+    assert got.reference_entropy[0] == 0

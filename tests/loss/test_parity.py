@@ -104,6 +104,7 @@ def test_every_backend_keeps_its_bounds(monkeypatch):
     assert names == {*expected, *(f"{name}, fused head" for name in expected)}
     assert {row.quantity for row in report.rows} == {
         *("policy_logps", "reference_logps", "forward_kl", "gradient"),
+        *("reverse_kl", "policy_entropy", "reference_entropy", "gradient of divergences"),
         *("gradient of hidden", "gradient of weight"),
     }
     assert all(0 <= row.median <= row.largest for row in report.rows)
@@ -128,6 +129,27 @@ def test_statistics_that_are_a_little_off_are_a_miss(small_grid, monkeypatch, ou
     missed = {row.quantity for row in parity.check(["cpu"], quick=True).misses}
     assert missed >= {TokenStats._fields[output]}
     assert missed <= {TokenStats._fields[output], "gradient"}
+
+
+@pytest.mark.parametrize(
+    ("quantity", "factor"),
+    [
+        ("reverse_kl", 1 + 2e-3),
+        ("policy_entropy", 1 + 5e-5),
+        ("reference_entropy", 1 + 5e-5),
+        ("gradient of divergences", 1.02),
+    ],
+)
+def test_divergences_that_are_a_little_off_are_a_miss(small_grid, monkeypatch, quantity, factor):
+    right = formulas.divergences_from_logits
+
+    def wrong(inputs, *, eager):
+        found = right(inputs, eager=eager)
+        return found if eager else {**found, quantity: found[quantity] * factor}
+
+    monkeypatch.setattr(formulas, "divergences_from_logits", wrong)
+    missed = {row.quantity for row in parity.check(["cpu"], quick=True).misses}
+    assert missed == {quantity}
 
 
 def test_a_gradient_that_is_a_little_off_is_a_miss(small_grid, monkeypatch):

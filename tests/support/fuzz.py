@@ -26,12 +26,14 @@ import torch
 from torch import Tensor
 
 import tdpo_ext
+from tdpo_ext.checks import DIVERGENCES
 from tdpo_ext.token_statistics import kernels, native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EXPECTED = (TypeError, ValueError, IndexError)
 ARGUMENT = re.compile(
-    r"policy_|reference_|labels|ignore_index|beta|alpha|variant|reduction|smoothing|cu_seqlens|chunk"
+    r"policy_|reference_|labels|mask|outputs|ignore_index|beta|alpha|variant|reduction|smoothing"
+    r"|cu_seqlens|chunk"
 )
 
 
@@ -47,10 +49,17 @@ class Call:
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype = self.random.choice(DTYPES)
         self.name = self.random.choice(
-            ("token_stats", "tdpo_loss", "linear_token_stats", "linear_tdpo_loss")
+            (
+                "token_stats",
+                "token_divergences",
+                "tdpo_loss",
+                "linear_token_stats",
+                "linear_tdpo_loss",
+            )
         )
         self.linear = self.name.startswith("linear")
         self.is_loss = self.name.endswith("loss")
+        self.is_divergences = self.name.endswith("divergences")
         self.vocabulary = self.random.choice((1, 2, 3, 5, 8, 17, 33, 64, 65, 127, 300, 1030))
         self.arguments: dict[str, Any] = {}
         self._fill()
@@ -109,6 +118,8 @@ class Call:
             self.arguments["policy_logits"] = self.strided(policy)
             self.arguments["reference_logits"] = self.strided(reference)
             self.arguments["inplace_backward"] = self.random.random() < 0.3
+        if self.is_divergences:
+            self._choose_divergences()
         if self.is_loss:
             self.arguments |= {
                 "beta": self.random.choice((0.05, 1, 2.5)),
@@ -118,6 +129,15 @@ class Call:
                 "average_log_prob": self.random.random() < 0.3,
                 "reduction": self.random.choice(("mean", "sum", "none")),
             }
+
+    def _choose_divergences(self) -> None:
+        names = DIVERGENCES
+        if self.random.random() < 0.5:
+            labels = self.arguments.pop("labels")
+            if self.random.random() < 0.7:
+                self.arguments["mask"] = labels != self.arguments.get("ignore_index", -100)
+            names = names[2:]
+        self.arguments["outputs"] = self.random.sample(names, self.random.randint(1, len(names)))
 
     def _fill_heads(self, shape: list[int]) -> None:
         for which in ("policy", "reference"):
@@ -141,11 +161,14 @@ def _some(call: Call, ending: str) -> str:
 
 
 def _labels(call: Call) -> str:
-    return "labels" if "labels" in call.arguments else "shift_labels"
+    names = ("labels", "shift_labels", "mask")
+    return next((name for name in names if name in call.arguments), "")
 
 
 def _label_outside(call: Call) -> bool:
     name = _labels(call)
+    if name in ("", "mask"):
+        return False
     labels = call.arguments[name].to(torch.int64).clone()
     if labels.numel() == 0 or (name == "labels" and call.is_loss):
         return False  # the first label of a sequence is never scored
@@ -171,11 +194,15 @@ def _other_shape(call: Call) -> bool:
 
 
 def _float_labels(call: Call) -> bool:
+    if not _labels(call):
+        return False
     call.arguments[_labels(call)] = call.arguments[_labels(call)].double()
     return True
 
 
 def _one_label_more(call: Call) -> bool:
+    if not _labels(call):
+        return False
     labels = call.arguments[_labels(call)]
     call.arguments[_labels(call)] = torch.cat((labels.reshape(-1), labels.new_zeros(1)))
     return True
@@ -211,6 +238,8 @@ def _sparse(call: Call) -> bool:
 
 def _wrong_option(call: Call) -> bool:
     wrong: dict[str, list[Any]] = {"ignore_index": [0.5, 2**63, True]}
+    if call.is_divergences:
+        wrong["outputs"] = ["reverse_kl", (), ("kl",), ["reverse_kl", "jsd"]]
     if call.is_loss:
         wrong |= {"beta": [0, -1, float("nan"), "1"], "alpha": [-1, float("inf")]}
         wrong |= {"variant": ["tdpo3"], "reduction": ["max"], "label_smoothing": [0.5, -0.1]}
@@ -259,9 +288,13 @@ def _run(call: Call, module: Any, dtype: torch.dtype | None = None) -> list[Tens
         leaves.append(leaf)
         arguments[name] = leaf * 1 if arguments.get("inplace_backward") else leaf
     result = getattr(module, call.name)(**arguments)
-    outputs = [result.loss] if call.is_loss else [result.policy_logps, result.forward_kl]
+    result = tuple(x for x in result if x is not None) if call.is_divergences else result
+    if call.is_divergences:
+        outputs = [x for x in result if x.requires_grad]
+    else:
+        outputs = [result.loss] if call.is_loss else [result.policy_logps, result.forward_kl]
     upstream = [torch.linspace(-1, 1.5, x.numel(), dtype=x.dtype).view(x.shape) for x in outputs]
-    gradients = torch.autograd.grad(outputs, leaves, upstream)
+    gradients = torch.autograd.grad(outputs, leaves, upstream) if outputs else ()
     return [x.detach().double() for x in (*result, *gradients)]
 
 
@@ -269,6 +302,8 @@ def _compare(call: Call, ours: list[Tensor], wanted: list[Tensor]) -> None:
     half = call.dtype in (torch.bfloat16, torch.float16)
     rtol = 1e-10 if call.dtype == torch.float64 else 2e-5
     outputs = 8 if call.is_loss else 3
+    if call.is_divergences:
+        outputs = len(call.arguments["outputs"])
     # What is left of large numbers that cancel has their errors.
     sizes = [float(y.nan_to_num(0, 0, 0).abs().max()) if y.numel() else 0.0 for y in wanted]
     largest = max(1.0, *sizes[:outputs])

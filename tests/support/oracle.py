@@ -80,6 +80,43 @@ def token_stats_gradient(
     return gradient
 
 
+class Divergences(NamedTuple):
+    forward_kl: Array
+    """KL(q || p) = sum_v q log(q / p), [N]"""
+    reverse_kl: Array
+    """KL(p || q) = sum_v p log(p / q), [N]"""
+    policy_entropy: Array
+    reference_entropy: Array
+    gradients: tuple[Array, Array, Array]
+    """of forward_kl, reverse_kl and policy_entropy by z, [N, V] each"""
+
+
+def divergences(z: Array, r: Array) -> Divergences:
+    """[N, V], [N, V]. The definitions as they stand, in extended precision, whose 64 bits leave
+    1e-13 of a divergence of 1e-6."""
+    log_p, log_q = (_extended_log_softmax(x) for x in (z, r))
+    p, q = np.exp(log_p), np.exp(log_q)
+    with np.errstate(invalid="ignore"):
+        u = log_p - log_q
+        forward = np.where(q == 0, 0, -q * u).sum(-1)
+        reverse = np.where(p == 0, 0, p * u).sum(-1)
+        # exp() may be 0 where the logit is not -inf.
+        forward = np.where(((z == -np.inf) & (r > -np.inf)).any(-1), np.inf, forward)
+        reverse = np.where(((r == -np.inf) & (z > -np.inf)).any(-1), np.inf, reverse)
+        entropies = [-np.where(x == 0, 0, x * y).sum(-1) for x, y in ((p, log_p), (q, log_q))]
+        # d/dz_v of sum_w p_w x_w is p_v (x_v - mean x) plus the mean of dx/dz_v, which is 0 here.
+        by_reverse = np.where(p == 0, 0, p * (u - reverse[:, None]))
+        by_entropy = np.where(p == 0, 0, -p * (log_p + entropies[0][:, None]))
+    values = (forward, reverse, *entropies)
+    gradients = tuple(x.astype(np.float64) for x in (p - q, by_reverse, by_entropy))
+    return Divergences(*(x.astype(np.float64) for x in values), gradients)
+
+
+def _extended_log_softmax(x: Array) -> NDArray[np.longdouble]:
+    shifted = x.astype(np.longdouble) - x.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
 class Loss(NamedTuple):
     losses: Array
     """[B]"""

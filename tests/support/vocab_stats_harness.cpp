@@ -11,6 +11,15 @@ tdpo::VocabStats<Real> record_of(const Real* z, const Real* r, long count) {
   return stats;
 }
 
+template <class Real>
+tdpo::DivergenceStats<Real> divergences_of(const Real* z, const Real* r, long count) {
+  auto stats = tdpo::empty_stats_of<Real, true>();
+  for (long v = 0; v < count; ++v) {
+    stats = tdpo::merge(stats, tdpo::divergence_stats_of_one(z[v], r[v]));
+  }
+  return stats;
+}
+
 }  // namespace
 
 #define TDPO_HARNESS(Real, suffix)                                                                 \
@@ -32,7 +41,23 @@ tdpo::VocabStats<Real> record_of(const Real* z, const Real* r, long count) {
   }                                                                                                \
   extern "C" void finalise_##suffix(const tdpo::VocabStats<Real>* rest, Real z, Real r,            \
                                     tdpo::RowSummary<Real>* row) {                                 \
-    *row = tdpo::finalise<Real>({*rest, z, r});                                                    \
+    *row = tdpo::finalise(tdpo::LabelledStats<Real>{*rest, z, r});                                 \
+  }                                                                                                \
+  extern "C" int divergences_size_##suffix() {                                                     \
+    return sizeof(tdpo::DivergenceStats<Real>) / sizeof(Real);                                     \
+  }                                                                                                \
+  extern "C" void divergences_record_##suffix(const Real* z, const Real* r, long count,            \
+                                              tdpo::DivergenceStats<Real>* stats) {                \
+    *stats = divergences_of(z, r, count);                                                          \
+  }                                                                                                \
+  extern "C" void divergences_merge_##suffix(const tdpo::DivergenceStats<Real>* a,                 \
+                                             const tdpo::DivergenceStats<Real>* b,                 \
+                                             tdpo::DivergenceStats<Real>* sum) {                   \
+    *sum = tdpo::merge(*a, *b);                                                                    \
+  }                                                                                                \
+  extern "C" void divergences_finalise_##suffix(const tdpo::DivergenceStats<Real>* rest, Real z,   \
+                                                Real r, tdpo::DivergenceSummary<Real>* row) {      \
+    *row = tdpo::finalise(tdpo::LabelledStats<Real, true>{*rest, z, r});                           \
   }
 
 TDPO_HARNESS(float, float32)

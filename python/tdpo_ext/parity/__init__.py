@@ -56,7 +56,7 @@ def check(
     certain of the label, underflowing, masked with -inf, shifted), strides, ignored rows full of
     NaN, and upstream gradients. The backends are each instruction set of the CPU's kernels, the
     CUDA kernels and plain PyTorch, each also under the fused head. The quantities are the
-    statistics and the gradients.
+    statistics, the divergences and entropies of ``token_divergences``, and the gradients.
 
     Args:
         devices: Device names such as "cpu", "cuda", "cuda:1"; None: all that are present.
@@ -93,13 +93,18 @@ def _check_logits(backends: list[Backend], cases: Iterable[Case]) -> Iterator[_C
     for case in cases:
         here = _moved(case.logits(), backends[0].device)
         true = wanted.from_logits(here)  # on the device, since float64 on a CPU takes far longer
+        true_divergences = wanted.divergences_from_logits(here)
         layout = LAYOUTS[case.layout]
         here = here._replace(policy=layout(here.policy), reference=layout(here.reference))
         eager = formulas.from_logits(here, eager=True)
+        eager_divergences = formulas.divergences_from_logits(here, eager=True)
         for backend in backends:
             with backend.serving():
                 ours = formulas.from_logits(here, eager=False)
-            cells = cells_of(str(case), ours, eager, true, backend.is_fallback)
+                divergences = formulas.divergences_from_logits(here, eager=False)
+            name, fallback = str(case), backend.is_fallback
+            cells = cells_of(name, ours, eager, true, fallback)
+            cells |= cells_of(name, divergences, eager_divergences, true_divergences, fallback)
             yield _Checked(str(backend), case.dtype, cells)
 
 

@@ -35,6 +35,12 @@ class Inputs(NamedTuple):
     grad_kl: Tensor
 
 
+def upstream_of_divergences(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Upstream gradients of KL(pi || pi_ref), where it is finite, and of the policy's entropy."""
+    excluded = (inputs.reference == -torch.inf) & (inputs.policy > -torch.inf)
+    return inputs.grad_kl.masked_fill(excluded.any(-1), 0), inputs.grad_logps
+
+
 class HeadInputs(NamedTuple):
     policy_hidden: Tensor
     """``[4, 3, H]``"""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import tdpo_ext
-from tdpo_ext.outputs import TokenStats
-from tdpo_ext.parity.cases import HeadInputs, Inputs
+from tdpo_ext.outputs import TokenDivergences, TokenStats
+from tdpo_ext.parity.cases import HeadInputs, Inputs, upstream_of_divergences
+from tdpo_ext.parity.wanted import DIVERGENCES
 
 Quantities = dict[str, Tensor]
 
@@ -45,6 +46,36 @@ def from_logits(inputs: Inputs, *, eager: bool) -> Quantities:
     function = eager_token_stats if eager else tdpo_ext.token_stats
     stats = function(policy, inputs.reference, inputs.labels)
     return _with_gradients(stats, {"gradient": policy}, inputs.grad_logps, inputs.grad_kl)
+
+
+def eager_divergences(policy: Tensor, reference: Tensor, labels: Tensor) -> TokenDivergences:
+    ignored = labels == -100
+    log_p = _wide(policy).masked_fill(ignored.unsqueeze(-1), 0).log_softmax(-1)
+    log_q = _wide(reference).masked_fill(ignored.unsqueeze(-1), 0).log_softmax(-1)
+    # 0 log 0 = 0, and its derivative too.
+    finite = log_p.masked_fill(log_p == -torch.inf, 0)
+    gaps = (finite - log_q).masked_fill(log_p == -torch.inf, 0)
+    terms = (log_p.exp() * gaps, -log_p.exp() * finite, torch.special.entr(log_q.exp()))
+    return TokenDivergences(
+        **{
+            name: x.sum(-1).masked_fill(ignored, 0)
+            for name, x in zip(DIVERGENCES, terms, strict=True)
+        }
+    )
+
+
+def divergences_from_logits(inputs: Inputs, *, eager: bool) -> Quantities:
+    policy = inputs.policy.detach().requires_grad_()
+    if eager:
+        found = eager_divergences(policy, inputs.reference, inputs.labels)
+    else:
+        found = tdpo_ext.token_divergences(
+            policy, inputs.reference, inputs.labels, outputs=DIVERGENCES
+        )
+    values = {name: getattr(found, name) for name in DIVERGENCES}
+    differentiable = (values["reverse_kl"], values["policy_entropy"])
+    (gradient,) = torch.autograd.grad(differentiable, policy, upstream_of_divergences(inputs))
+    return {**{x: y.detach() for x, y in values.items()}, "gradient of divergences": gradient}
 
 
 def from_heads(

@@ -8,19 +8,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tdpo_ext.parity.wanted import STATISTICS, Wanted, least_size
+from tdpo_ext.parity.wanted import DIVERGENCES, STATISTICS, Wanted, least_size
 
 _BOUNDS = {torch.float64: 1e-12}
 _OTHERS = 2e-6
 _KL_BOUNDS = {torch.float64: 1e-9}
 _OTHERS_KL = 1e-3
+_ENTROPIES = 1e-5
+"""An entropy is a difference of two numbers that may each be 10 larger."""
 _OF_FLOAT32_LOGITS = 1e-4
 """A head's logits are rounded to float32 before they are subtracted from each other."""
 
 
 def stored_dtype(quantity: str, dtype: torch.dtype) -> torch.dtype:
     """Gradients have the inputs' dtype; statistics are accumulated in float32 at least."""
-    if quantity in STATISTICS and dtype != torch.float64:
+    if quantity in (*STATISTICS, *DIVERGENCES) and dtype != torch.float64:
         return torch.float32
     return dtype
 
@@ -33,9 +35,12 @@ def bound_of(quantity: str, dtype: torch.dtype, head: bool) -> float:
     take half-width operands and sum in float32), and the product where it is stored. Relative to
     the sum of |dz| |W| (`wanted.Wanted.sizes`) each rounding is half a unit at most.
     """
-    if quantity == "forward_kl":
+    if quantity in ("forward_kl", "reverse_kl"):
         return _KL_BOUNDS.get(dtype, _OTHERS_KL)
-    bound = _BOUNDS.get(dtype, _OF_FLOAT32_LOGITS if head else _OTHERS)
+    of_float32 = _OF_FLOAT32_LOGITS if head else _OTHERS
+    if quantity.endswith("entropy"):
+        of_float32 = _ENTROPIES
+    bound = _BOUNDS.get(dtype, of_float32)
     stored = stored_dtype(quantity, dtype)
     if stored in (torch.float32, torch.float64):
         return bound

@@ -69,3 +69,54 @@ def token_stats(z: Tensor, r: Tensor, labels: Tensor, grad_logps: Tensor, grad_k
         gradient.masked_fill(blank, 0),
         largest.masked_fill(ignored, 0),
     )
+
+
+class Divergences(NamedTuple):
+    """float64 tensors, ``[N]``; the gradient of the logits is ``[N, V]``."""
+
+    reverse_kl: Tensor
+    policy_entropy: Tensor
+    reference_entropy: Tensor
+    gradient: Tensor
+    """Of KL(p || q) and of the policy's entropy."""
+    terms: Tensor
+    """As in ``Truth``."""
+
+
+def divergences(
+    z: Tensor, r: Tensor, labels: Tensor, grad_reverse: Tensor, grad_entropy: Tensor
+) -> Divergences:
+    """As ``token_stats``, for KL(p || q) and the entropies."""
+    ignored = labels == -100
+    blank = ignored.unsqueeze(-1)
+    label = labels.masked_fill(ignored, 0).unsqueeze(-1)
+    z, r = (x.masked_fill(blank, 0) for x in (z, r))
+    log_p, log_q = (log_softmax(x, label) for x in (z, r))
+    p, q = log_p.exp(), log_q.exp()
+    impossible = p == 0
+    u = (log_p - log_q).masked_fill(impossible, 0)
+    close = u.abs() < 0.5
+    small = u.masked_fill(~close, 0)
+    # KL = sum of p (e^-u - 1 + u). No term is negative; where p = 0 the term is q.
+    near, far = p * (torch.expm1(-small) + small), q - p + p * u
+    reverse_kl = torch.where(close & ~impossible, near, far).sum(-1, keepdim=True)
+    entropies = [-(torch.special.xlogy(x, x)).sum(-1, keepdim=True) for x in (p, q)]
+    g_r, g_h = grad_reverse.double().unsqueeze(-1), grad_entropy.double().unsqueeze(-1)
+    finite_log = log_p.masked_fill(impossible, 0)
+    by_reverse = torch.where(g_r == 0, 0, g_r * p * (u - reverse_kl))
+    gradient = by_reverse - g_h * p * (finite_log + entropies[0])
+    # u is no more accurate than z - r, and log p than the difference of z and a number near its
+    # largest: an entry with almost all of the mass has the errors of these.
+    gap = 1 + (z - r).abs().nan_to_num(0, posinf=0) + u.abs() + reverse_kl
+    terms = torch.where(g_r == 0, 0, g_r.abs() * p * gap)
+    terms = terms + g_h.abs() * p * (1 + finite_log.abs() + entropies[0])
+    kl, entropy, reference_entropy = (
+        x.squeeze(-1).masked_fill(ignored, 0) for x in (reverse_kl, *entropies)
+    )
+    return Divergences(
+        kl,
+        entropy,
+        reference_entropy,
+        gradient.masked_fill(blank, 0),
+        terms.amax(-1).masked_fill(ignored, 0),
+    )

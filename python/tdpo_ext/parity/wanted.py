@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tdpo_ext.checks import Divergence
 from tdpo_ext.parity import truth
-from tdpo_ext.parity.cases import HeadInputs, Inputs
+from tdpo_ext.parity.cases import HeadInputs, Inputs, upstream_of_divergences
 
 STATISTICS = ("policy_logps", "reference_logps", "forward_kl")
+DIVERGENCES: tuple[Divergence, ...] = ("reverse_kl", "policy_entropy", "reference_entropy")
 SMALLEST_KL = 1e-6
 """Errors of a smaller KL are relative to this, since rounded logits determine it no better."""
 
@@ -20,10 +22,10 @@ class Wanted(NamedTuple):
     sizes: dict[str, Tensor]
     """A number for each row of a quantity, which its errors are relative to.
 
-    For a statistic it is the statistic itself. For the gradient of the logits it is the largest
-    term in the sums of its row. A head's gradients are sums of dz W or dz h, whose rounding errors
-    are relative to the sum of |dz| |W| or |dz| |h|: it is the largest of these sums in the row of a
-    token (hidden states), or of all vocabulary entries (weight).
+    For a statistic it is the statistic itself, for an entropy 1 more. For the gradient of the
+    logits it is the largest term in the sums of its row. A head's gradients are sums of dz W or
+    dz h, whose rounding errors are relative to the sum of |dz| |W| or |dz| |h|: it is the largest
+    of these sums in the row of a token (hidden states), or of all vocabulary entries (weight).
     """
 
 
@@ -36,6 +38,19 @@ def from_logits(inputs: Inputs) -> Wanted:
     sizes["forward_kl"] = sizes["forward_kl"].clamp(min=SMALLEST_KL)
     values["gradient"] = found.gradient.view(inputs.policy.shape)
     sizes["gradient"] = found.terms.view(shape)
+    return Wanted(values, sizes)
+
+
+def divergences_from_logits(inputs: Inputs) -> Wanted:
+    shape, vocabulary = inputs.labels.shape, inputs.policy.shape[-1]
+    rows = [x.double().reshape(-1, vocabulary) for x in (inputs.policy, inputs.reference)]
+    upstream = (x.flatten() for x in upstream_of_divergences(inputs))
+    found = truth.divergences(rows[0], rows[1], inputs.labels.flatten(), *upstream)
+    values: dict[str, Tensor] = {x: getattr(found, x).view(shape) for x in DIVERGENCES}
+    sizes = {name: 1 + x for name, x in values.items()}
+    sizes["reverse_kl"] = values["reverse_kl"].clamp(min=SMALLEST_KL)
+    values["gradient of divergences"] = found.gradient.view(inputs.policy.shape)
+    sizes["gradient of divergences"] = found.terms.view(shape)
     return Wanted(values, sizes)
 
 

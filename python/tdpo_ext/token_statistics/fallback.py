@@ -47,6 +47,11 @@ def accumulation_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+DIVERGENCE_NORMALIZERS = NORMALIZERS + 4
+"""With divergences also KL(p || q), H - lse(z) + max z for the policy's entropy H,
+p(y) (log p(y) - log q(y) - KL(p || q)) and p(y) (log p(y) + H)."""
+
+
 def forward(
     policy_logits: Tensor, reference_logits: Tensor, labels: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -155,4 +160,106 @@ def backward(
         label = label.masked_fill(outside, 0)
         at_label = torch.where(outside, result.gather(-1, label), at_label)
         result.scatter_(-1, label, at_label)
+        gradient[rows] = result.masked_fill(ignored, 0).to(gradient.dtype)
+
+
+# --- divergences ----------------------------------------------------------------------------------
+
+
+def divergences_forward(
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    unlabelled: bool,
+) -> tuple[Tensor, ...]:
+    """policy_logps, reference_logps, forward_kl, reverse_kl, policy_entropy, reference_entropy
+    ``[...]`` and normalizers ``[..., 12]``."""
+    dtype = accumulation_dtype(policy_logits)
+    outputs = tuple(policy_logits.new_zeros(labels.shape, dtype=dtype) for _ in range(6))
+    normalizers = policy_logits.new_zeros((*labels.shape, DIVERGENCE_NORMALIZERS), dtype=dtype)
+    for rows in _row_blocks(labels.shape, policy_logits.shape[-1]):
+        ignored = (labels[rows] == ignore_index).unsqueeze(-1)
+        z, r = (
+            x[rows].to(dtype).masked_fill(ignored, 0) for x in (policy_logits, reference_logits)
+        )
+        label = labels[rows].to(torch.int64).unsqueeze(-1)
+        outside = (label < 0) | (label >= z.shape[-1])
+        label = label.masked_fill(outside, 0)
+        wrong = torch.zeros_like(outside) if unlabelled else outside
+        policy_log_probs, reference_log_probs = _log_softmax(z), _log_softmax(r)
+        forward_kl = _forward_kl(policy_log_probs, reference_log_probs)
+        reverse_kl = _forward_kl(reference_log_probs, policy_log_probs)
+        entropies = _entropy(policy_log_probs), _entropy(reference_log_probs)
+        logps = policy_log_probs.gather(-1, label), reference_log_probs.gather(-1, label)
+        values = (*logps, forward_kl, reverse_kl, *entropies)
+        for output, value in zip(outputs, values, strict=True):
+            kept = value.masked_fill(wrong, torch.nan).masked_fill(ignored, 0)
+            output[rows] = kept.squeeze(-1)
+        saved = _normalizers(z, r, forward_kl, label)
+        offset = entropies[0] + saved[..., 1:2].log()
+        at_label = _weighted_terms(z, r, saved, reverse_kl, offset)
+        label_terms = (x.gather(-1, label).masked_fill(outside, 0) for x in at_label)
+        saved = torch.cat((saved, reverse_kl, offset, *label_terms), dim=-1)
+        normalizers[rows] = saved.masked_fill(wrong, torch.nan).masked_fill(ignored, 0)
+    return *outputs, normalizers
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    """-sum_v p log p ``[..., 1]``, where 0 log 0 = 0."""
+    terms = log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0)
+    return -terms.sum(dim=-1, keepdim=True)
+
+
+def _weighted_terms(
+    z: Tensor, r: Tensor, saved: Tensor, reverse_kl: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """p (log p - log q - KL(p || q)) and p (log p + H), 0 where p = 0."""
+    z_max, z_scale, gap = saved[..., 0:1], saved[..., 1:2], saved[..., 4:5]
+    p = (z - z_max).exp() * z_scale
+    by_reverse, by_entropy = p * (z - r - gap - reverse_kl), p * (z - z_max + offset)
+    return by_reverse.masked_fill(p == 0, 0), by_entropy.masked_fill(p == 0, 0)
+
+
+def divergences_backward(
+    gradient: Tensor,
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor,
+    normalizers: Tensor,
+    grad_logps: Tensor,
+    grad_forward_kl: Tensor,
+    grad_reverse_kl: Tensor,
+    grad_entropy: Tensor,
+    ignore_index: int,
+) -> None:
+    """Write dz = g_m (onehot(y) - p) + g_k (p - q) + g_r p (log p - log q - KL(p || q))
+    - g_H p (log p + H) to ``gradient``, which may be the logits of either side."""
+    for rows in _row_blocks(labels.shape, policy_logits.shape[-1]):
+        z = policy_logits[rows].to(normalizers.dtype)
+        r = reference_logits[rows].to(normalizers.dtype)
+        saved = normalizers[rows]
+        label = labels[rows].to(torch.int64).unsqueeze(-1)
+        ignored = label == ignore_index
+        outside = (label < 0) | (label >= z.shape[-1])
+        label = label.masked_fill(outside, 0)
+        p, q = (
+            (x - saved[..., at : at + 1]).exp() * saved[..., at + 1 : at + 2]
+            for x, at in ((z, 0), (r, 2))
+        )
+        by_reverse, by_entropy = _weighted_terms(z, r, saved, saved[..., 8:9], saved[..., 9:10])
+        difference = _difference(z, r, p, q, saved[..., 4:5])
+        # Each term by all entries, and by the label, which forward has computed with more digits.
+        terms = (
+            (grad_logps, -p, saved[..., 5:6]),
+            (grad_forward_kl, difference, saved[..., 7:8]),
+            (grad_reverse_kl, by_reverse, saved[..., 10:11]),
+            (-grad_entropy, by_entropy, saved[..., 11:12]),
+        )
+        result, at_label = torch.zeros_like(z), torch.zeros_like(saved[..., :1])
+        for upstream, of_entries, of_label in terms:
+            weight = upstream[rows].unsqueeze(-1)
+            result = result + torch.where(weight == 0, 0, weight * of_entries)
+            at_label = at_label + torch.where(weight == 0, 0, weight * of_label)
+        result.scatter_(-1, label, torch.where(outside, result.gather(-1, label), at_label))
         gradient[rows] = result.masked_fill(ignored, 0).to(gradient.dtype)

@@ -7,6 +7,7 @@ checked all arguments.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from tdpo_ext import checks
 from tdpo_ext.distributed import IGNORED, Shard, gather_logits, gather_records
 from tdpo_ext.token_statistics import fallback
 from tdpo_ext.token_statistics.native import (
-    core,
+    core as core,
+)
+from tdpo_ext.token_statistics.native import (
     core_absent_because,
     cuda_absent_because,
     instruction_set,
@@ -146,7 +149,12 @@ def _outputs(outputs: Outputs) -> Any:
         reference_logps=reference_logps.data_ptr(),
         forward_kl=forward_kl.data_ptr(),
         normalizers=normalizers.data_ptr(),
+        **NO_DIVERGENCES,
     )
+
+
+NO_DIVERGENCES = {"reverse_kl": 0, "policy_entropy": 0, "reference_entropy": 0}
+"""The fields of the core's ``Outputs`` that ``divergence_kernels`` alone fills."""
 
 
 def run_over_logits(
@@ -198,6 +206,7 @@ def token_stats(
     work = core.Forward(
         problem=problem_of(policy_logits, reference_logits, labels, ignore_index),
         outputs=_outputs(outputs),
+        unlabelled=False,
     )
     wrong_label = run_over_logits("token_stats_forward", device, work)
     if device.type == "cpu" and wrong_label >= 0:
@@ -225,7 +234,11 @@ def tdpo_loss(
         problem=problem_of(policy_logits, reference_logits, labels, ignore_index, sequences),
         options=_loss_options(options),
         statistics=core.Outputs(
-            policy_logps=0, reference_logps=0, forward_kl=0, normalizers=normalizers.data_ptr()
+            policy_logps=0,
+            reference_logps=0,
+            forward_kl=0,
+            normalizers=normalizers.data_ptr(),
+            **NO_DIVERGENCES,
         ),
         slopes=slopes.data_ptr(),
         pairs=pairs.data_ptr(),
@@ -283,6 +296,7 @@ def tdpo_loss_of_stats(
             reference_logps=reference_logps.data_ptr(),
             forward_kl=forward_kl.data_ptr(),
             normalizers=0,
+            **NO_DIVERGENCES,
         ),
         slopes=slopes.data_ptr(),
         pairs=pairs.data_ptr(),
@@ -294,27 +308,43 @@ def tdpo_loss_of_stats(
         raise checks.bounds_error(sequences.cu_seqlens, labels.numel())
 
 
-def empty_records(rows: int, like: Tensor) -> Tensor:
-    """Records ``[rows, 9]`` to which no vocabulary entry has been added (LabelledStats in
-    csrc/vocab_stats.h)."""
-    records = like.new_zeros(rows, core.RECORD, dtype=fallback.accumulation_dtype(like))
+def empty_records(rows: int, like: Tensor, divergences: bool = False) -> Tensor:
+    """Records ``[rows, 9]`` (``[rows, 13]`` with divergences) to which no vocabulary entry has been
+    added (LabelledStats in csrc/vocab_stats.h)."""
+    width = core.DIVERGENCE_RECORD if divergences else core.RECORD
+    records = like.new_zeros(rows, width, dtype=fallback.accumulation_dtype(like))
     records[:, :2] = -torch.inf  # maxima
-    records[:, 7:] = -torch.inf  # the label's logits
+    records[:, -2:] = -torch.inf  # the label's logits
     return records
 
 
 def add_tile(records: Tensor, policy_tile: Tensor, reference_tile: Tensor, labels: Tensor) -> None:
-    """Add the entries of a tile ``[..., columns]`` to ``records``; labels count from the tile's
-    first column."""
+    """Add the entries of a tile ``[..., columns]`` to ``records``, of either width; labels count
+    from the tile's first column."""
     problem = problem_of(policy_tile, reference_tile, labels, IGNORED)
-    work = core.Tile(problem=problem, records=records.data_ptr())
-    run_over_logits("token_stats_tile", records.device, work)
+    divergences = records.shape[-1] == core.DIVERGENCE_RECORD
+    work = core.Tile(problem=problem, records=records.data_ptr(), divergences=divergences)
+    bytes_of = "cuda_divergences_workspace_bytes" if divergences else "cuda_forward_workspace_bytes"
+    run_over_logits("token_stats_tile", records.device, work, bytes_of)
 
 
 def finish(records: Tensor, labels: Tensor, vocabulary: int, ignore_index: int) -> Outputs:
     """Outputs ``[rows]`` from records ``[sets, rows, 9]``; NaN where a label lies outside the
     vocabulary."""
     outputs = empty_outputs(records, labels.shape)
+    run_finish(records, labels, vocabulary, ignore_index, _outputs(outputs))
+    return outputs
+
+
+def run_finish(
+    records: Tensor,
+    labels: Tensor,
+    vocabulary: int,
+    ignore_index: int,
+    outputs: Any,
+    unlabelled: bool = False,
+) -> None:
+    """Write the core's ``Outputs`` from records."""
     work = core.Finish(
         dtype=dtype_code(records),
         rows=labels.numel(),
@@ -323,10 +353,10 @@ def finish(records: Tensor, labels: Tensor, vocabulary: int, ignore_index: int) 
         labels=labels.data_ptr(),
         sets=records.shape[0],
         records=records.data_ptr(),
-        outputs=_outputs(outputs),
+        outputs=outputs,
+        unlabelled=unlabelled,
     )
     run("token_stats_finish", records.device, work)
-    return outputs
 
 
 def token_stats_of_shard(
@@ -356,14 +386,23 @@ def finish_of_shards(
 ) -> Outputs:
     """Outputs ``[...]`` from this process's records ``[N, 9]`` and those of the others."""
     gathered, agreed = gather_records(records, labels, width, shard)
-    # A header lies behind the records. As a row that is ignored it need not be cut off, which would
-    # copy all records.
-    with_header = torch.cat([labels.reshape(-1), labels.new_full((1,), ignore_index)])
+    with_header = labels_with_header(labels, ignore_index)
     outputs = finish(gathered, with_header, shard.total, ignore_index)
-    logps, reference_logps, kl, normalizers = (
-        torch.where(agreed, x[:-1], torch.nan).view(labels.shape + x.shape[1:]) for x in outputs
-    )
+    logps, reference_logps, kl, normalizers = without_header(outputs, agreed, labels.shape)
     return logps, reference_logps, kl, normalizers
+
+
+def labels_with_header(labels: Tensor, ignore_index: int) -> Tensor:
+    """Labels ``[N + 1]`` for records of shards, behind which a header lies. As a row that is
+    ignored it need not be cut off, which would copy all records."""
+    return torch.cat([labels.reshape(-1), labels.new_full((1,), ignore_index)])
+
+
+def without_header(
+    outputs: tuple[Tensor, ...], agreed: Tensor, shape: torch.Size
+) -> Iterator[Tensor]:
+    """Outputs ``[N + 1]`` without the header's row; NaN where the processes do not agree."""
+    return (torch.where(agreed, x[:-1], torch.nan).view(shape + x.shape[1:]) for x in outputs)
 
 
 def write_gradient(
@@ -390,13 +429,17 @@ def write_gradient(
     # Upstream gradients are often expanded scalars, whose rows have no addresses of their own.
     grad_logps, grad_kl = grad_logps.contiguous(), grad_kl.contiguous()
     upstream = core.Upstream(
-        policy_logps=grad_logps.data_ptr(), forward_kl=grad_kl.data_ptr(), **_NO_PAIRS
+        policy_logps=grad_logps.data_ptr(),
+        forward_kl=grad_kl.data_ptr(),
+        **NO_PAIRS,
+        **NO_DIVERGENCE_GRADIENTS,
     )
     tensors = policy_logits, reference_logits, labels, normalizers
-    _run_backward(gradient, *tensors, upstream, ignore_index)
+    run_backward(gradient, *tensors, upstream, ignore_index)
 
 
-_NO_PAIRS = {
+NO_DIVERGENCE_GRADIENTS = {"reverse_kl": 0, "policy_entropy": 0}
+NO_PAIRS = {
     "slopes": 0,
     "loss": 0,
     "loss_stride": 0,
@@ -427,12 +470,13 @@ def write_gradient_of_loss(
         loss_stride=grad_loss.dim(),
         chosen_kl_ratio=kl_ratios[0],
         rejected_kl_ratio=kl_ratios[1],
+        **NO_DIVERGENCE_GRADIENTS,
     )
     tensors = policy_logits, reference_logits, labels, normalizers
-    _run_backward(gradient, *tensors, upstream, ignore_index, sequences)
+    run_backward(gradient, *tensors, upstream, ignore_index, sequences)
 
 
-def _run_backward(
+def run_backward(
     gradient: Tensor,
     policy_logits: Tensor,
     reference_logits: Tensor,

@@ -40,21 +40,24 @@ std::vector<uint64_t> workspace_of(int64_t bytes) {
   return std::vector<uint64_t>(static_cast<size_t>(bytes) / sizeof(uint64_t) + 1, ~uint64_t(0));
 }
 
-std::vector<uint64_t> workspace_for(const tdpo::TokenStatsProblem& problem) {
-  return workspace_of(tdpo::cuda::forward_workspace_bytes(problem));
+std::vector<uint64_t> workspace_for(const tdpo::TokenStatsProblem& problem, bool divergences) {
+  return workspace_of(divergences ? tdpo::cuda::divergences_workspace_bytes(problem)
+                                  : tdpo::cuda::forward_workspace_bytes(problem));
 }
 
 // Each function returns an error message, which is empty if there was no error.
 
 extern "C" const char* emulated_forward(const tdpo::TokenStatsForward* work) {
   return message_of([&] {
-    tdpo::cuda::token_stats_forward(*work, workspace_for(work->problem).data(), {0, nullptr});
+    auto workspace = workspace_for(work->problem, tdpo::has_divergences(work->outputs));
+    tdpo::cuda::token_stats_forward(*work, workspace.data(), {0, nullptr});
   });
 }
 
 extern "C" const char* emulated_tile(const tdpo::TokenStatsTile* work) {
   return message_of([&] {
-    tdpo::cuda::token_stats_tile(*work, workspace_for(work->problem).data(), {0, nullptr});
+    auto workspace = workspace_for(work->problem, work->divergences);
+    tdpo::cuda::token_stats_tile(*work, workspace.data(), {0, nullptr});
   });
 }
 

@@ -8,7 +8,7 @@ checked all arguments.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +24,6 @@ from tdpo_ext.token_statistics.native import (
     cuda_absent_because,
     instruction_set,
 )
-
-if TYPE_CHECKING:
-    from tdpo_ext.loss import LossOptions
-    from tdpo_ext.outputs import TokenStats
 
 _DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in checks.LOGIT_DTYPES}
 
@@ -129,11 +125,12 @@ def problem_of(
         reference=_logits(reference_logits),
         labels=labels.data_ptr(),
         shift=sequences.shift,
-        sequences=_sequences(sequences),
+        sequences=sequences_of_core(sequences),
     )
 
 
-def _sequences(sequences: Sequences) -> Any:
+def sequences_of_core(sequences: Sequences) -> Any:
+    """The core's ``Sequences``."""
     bounds = sequences.cu_seqlens
     return core.Sequences(
         count=sequences.number,
@@ -213,99 +210,6 @@ def token_stats(
         label = int(labels.view(-1)[wrong_label])
         raise checks.label_range_error(label, vocabulary, ignore_index)
     return outputs
-
-
-def tdpo_loss(
-    policy_logits: Tensor,
-    reference_logits: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    sequences: Sequences,
-    options: LossOptions,
-    outputs: Outputs,
-) -> None:
-    """Write ``outputs``, those of ``loss_kernels.forward``. On the CPU a label outside the
-    vocabulary raises IndexError, and bounds of sequences that are not usable raise ValueError."""
-    device, vocabulary = policy_logits.device, policy_logits.shape[-1]
-    loss, pairs, slopes, normalizers = outputs
-    labels = contiguous_int64(labels)
-    policy_logits, reference_logits = map(with_dense_rows, (policy_logits, reference_logits))
-    work = core.LossForward(
-        problem=problem_of(policy_logits, reference_logits, labels, ignore_index, sequences),
-        options=_loss_options(options),
-        statistics=core.Outputs(
-            policy_logps=0,
-            reference_logps=0,
-            forward_kl=0,
-            normalizers=normalizers.data_ptr(),
-            **NO_DIVERGENCES,
-        ),
-        slopes=slopes.data_ptr(),
-        pairs=pairs.data_ptr(),
-        loss=loss.data_ptr(),
-    )
-    refusal = run_over_logits("tdpo_loss_forward", device, work, "cuda_loss_workspace_bytes")
-    if device.type != "cpu" or refusal == core.ALL_LABELS_VALID:
-        return
-    if sequences.cu_seqlens is not None and refusal == core.BOUNDS_NOT_USABLE:
-        raise checks.bounds_error(sequences.cu_seqlens, labels.numel())
-    label = int(labels.view(-1)[refusal + sequences.shift])
-    raise checks.label_range_error(label, vocabulary, ignore_index)
-
-
-def _loss_options(options: LossOptions) -> Any:
-    return core.LossOptions(
-        beta=options.beta,
-        alpha=options.alpha,
-        label_smoothing=options.label_smoothing,
-        tdpo1=options.variant == "tdpo1",
-        average=options.average_log_prob,
-        reduction=checks.REDUCTIONS.index(options.reduction),
-    )
-
-
-def tdpo_loss_of_stats(
-    stats: TokenStats,
-    labels: Tensor,
-    ignore_index: int,
-    sequences: Sequences,
-    options: LossOptions,
-    outputs: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    """Write the loss, pairs and slopes of ``tdpo_loss`` from the statistics of rows."""
-    device = labels.device
-    loss, pairs, slopes = outputs
-    logps, reference_logps, forward_kl = (x.contiguous() for x in stats)
-    labels = contiguous_int64(labels)
-    nothing = core.Logits(data=0, rows=core.RowLayout(dims=0, sizes=(), strides=()))
-    work = core.LossForward(
-        problem=core.Problem(
-            dtype=dtype_code(logps),
-            rows=labels.numel(),
-            vocabulary=0,
-            ignore_index=ignore_index,
-            policy=nothing,
-            reference=nothing,
-            labels=labels.data_ptr(),
-            shift=sequences.shift,
-            sequences=_sequences(sequences),
-        ),
-        options=_loss_options(options),
-        statistics=core.Outputs(
-            policy_logps=logps.data_ptr(),
-            reference_logps=reference_logps.data_ptr(),
-            forward_kl=forward_kl.data_ptr(),
-            normalizers=0,
-            **NO_DIVERGENCES,
-        ),
-        slopes=slopes.data_ptr(),
-        pairs=pairs.data_ptr(),
-        loss=loss.data_ptr(),
-    )
-    refusal = run_over_logits("tdpo_loss_finish", device, work, "cuda_loss_finish_workspace_bytes")
-    if device.type == "cpu" and refusal == core.BOUNDS_NOT_USABLE:
-        assert sequences.cu_seqlens is not None
-        raise checks.bounds_error(sequences.cu_seqlens, labels.numel())
 
 
 def empty_records(rows: int, like: Tensor, divergences: bool = False) -> Tensor:
@@ -446,34 +350,6 @@ NO_PAIRS = {
     "chosen_kl_ratio": 0.0,
     "rejected_kl_ratio": 0.0,
 }
-
-
-def write_gradient_of_loss(
-    gradient: Tensor,
-    policy_logits: Tensor,
-    reference_logits: Tensor,
-    labels: Tensor,
-    normalizers: Tensor,
-    slopes: Tensor,
-    grad_loss: Tensor,
-    kl_ratios: tuple[float, float],
-    ignore_index: int,
-    sequences: Sequences,
-) -> None:
-    """As ``write_gradient``, from the upstream gradient of the loss, and what forward returned."""
-    slopes, grad_loss = slopes.contiguous(), grad_loss.contiguous()
-    upstream = core.Upstream(
-        policy_logps=0,
-        forward_kl=0,
-        slopes=slopes.data_ptr(),
-        loss=grad_loss.data_ptr(),
-        loss_stride=grad_loss.dim(),
-        chosen_kl_ratio=kl_ratios[0],
-        rejected_kl_ratio=kl_ratios[1],
-        **NO_DIVERGENCE_GRADIENTS,
-    )
-    tensors = policy_logits, reference_logits, labels, normalizers
-    run_backward(gradient, *tensors, upstream, ignore_index, sequences)
 
 
 def run_backward(

@@ -7,11 +7,12 @@ all arguments.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tdpo_ext import checks
 from tdpo_ext.checks import Reduction, Variant
 from tdpo_ext.loss import (
     LossOptions,
@@ -89,16 +90,48 @@ def forward(
     if not kernels.serves(policy_logits.device):
         return _plain_forward(policy_logits, reference_logits, batch, options)
     outputs = empty_outputs(policy_logits, batch, options.reduction)
-    kernels.tdpo_loss(
-        policy_logits,
-        reference_logits,
-        batch.labels,
-        batch.ignore_index,
-        batch.sequences(),
-        options,
-        outputs,
+    loss, pairs, slopes, normalizers = outputs
+    labels = kernels.contiguous_int64(batch.labels)
+    policy, reference = map(kernels.with_dense_rows, (policy_logits, reference_logits))
+    sequences, ignore_index = batch.sequences(), batch.ignore_index
+    work = kernels.core.LossForward(
+        problem=kernels.problem_of(policy, reference, labels, ignore_index, sequences),
+        options=_options(options),
+        statistics=kernels.core.Outputs(
+            policy_logps=0,
+            reference_logps=0,
+            forward_kl=0,
+            normalizers=normalizers.data_ptr(),
+            **kernels.NO_DIVERGENCES,
+        ),
+        slopes=slopes.data_ptr(),
+        pairs=pairs.data_ptr(),
+        loss=loss.data_ptr(),
     )
+    bytes_of, device = "cuda_loss_workspace_bytes", policy.device
+    refusal = kernels.run_over_logits("tdpo_loss_forward", device, work, bytes_of)
+    if device.type == "cpu" and refusal != kernels.core.ALL_LABELS_VALID:
+        raise _refusal(refusal, batch, policy.shape[-1])
     return outputs
+
+
+def _options(options: LossOptions) -> Any:
+    return kernels.core.LossOptions(
+        beta=options.beta,
+        alpha=options.alpha,
+        label_smoothing=options.label_smoothing,
+        tdpo1=options.variant == "tdpo1",
+        average=options.average_log_prob,
+        reduction=checks.REDUCTIONS.index(options.reduction),
+    )
+
+
+def _refusal(refusal: int, batch: Batch, vocabulary: int) -> Exception:
+    """What the core has found wrong: the row of a label, or the bounds of the sequences."""
+    if batch.cu_seqlens is not None and refusal == kernels.core.BOUNDS_NOT_USABLE:
+        return checks.bounds_error(batch.cu_seqlens, batch.labels.numel())
+    label = int(batch.labels.reshape(-1)[refusal + batch.shift])
+    return checks.label_range_error(label, vocabulary, batch.ignore_index)
 
 
 def forward_of_stats(
@@ -108,9 +141,39 @@ def forward_of_stats(
     if not kernels.serves(batch.labels.device):
         return _plain_forward_of_stats(stats, batch, options)
     outputs = empty_outputs_of_stats(stats.policy_logps, batch, options.reduction)
-    kernels.tdpo_loss_of_stats(
-        stats, batch.labels, batch.ignore_index, batch.sequences(), options, outputs
+    loss, pairs, slopes = outputs
+    logps, reference_logps, forward_kl = (x.contiguous() for x in stats)
+    labels, sequences = kernels.contiguous_int64(batch.labels), batch.sequences()
+    core = kernels.core
+    nothing = core.Logits(data=0, rows=core.RowLayout(dims=0, sizes=(), strides=()))
+    work = core.LossForward(
+        problem=core.Problem(
+            dtype=kernels.dtype_code(logps),
+            rows=labels.numel(),
+            vocabulary=0,
+            ignore_index=batch.ignore_index,
+            policy=nothing,
+            reference=nothing,
+            labels=labels.data_ptr(),
+            shift=sequences.shift,
+            sequences=kernels.sequences_of_core(sequences),
+        ),
+        options=_options(options),
+        statistics=core.Outputs(
+            policy_logps=logps.data_ptr(),
+            reference_logps=reference_logps.data_ptr(),
+            forward_kl=forward_kl.data_ptr(),
+            normalizers=0,
+            **kernels.NO_DIVERGENCES,
+        ),
+        slopes=slopes.data_ptr(),
+        pairs=pairs.data_ptr(),
+        loss=loss.data_ptr(),
     )
+    bytes_of, device = "cuda_loss_finish_workspace_bytes", labels.device
+    refusal = kernels.run_over_logits("tdpo_loss_finish", device, work, bytes_of)
+    if device.type == "cpu" and refusal == core.BOUNDS_NOT_USABLE:
+        raise _refusal(refusal, batch, 0)
     return outputs
 
 
@@ -182,18 +245,19 @@ def write_gradient(
             batch.ignore_index,
         )
         return
-    kernels.write_gradient_of_loss(
-        gradient,
-        policy_logits,
-        reference_logits,
-        batch.labels,
-        normalizers,
-        slopes,
-        grad_loss,
-        ratios,
-        batch.ignore_index,
-        batch.sequences(),
+    slopes, grad_loss = slopes.contiguous(), grad_loss.contiguous()
+    upstream = kernels.core.Upstream(
+        policy_logps=0,
+        forward_kl=0,
+        slopes=slopes.data_ptr(),
+        loss=grad_loss.data_ptr(),
+        loss_stride=grad_loss.dim(),
+        chosen_kl_ratio=ratios[0],
+        rejected_kl_ratio=ratios[1],
+        **kernels.NO_DIVERGENCE_GRADIENTS,
     )
+    tensors = policy_logits, reference_logits, batch.labels, normalizers
+    kernels.run_backward(gradient, *tensors, upstream, batch.ignore_index, batch.sequences())
 
 
 def gradients_of_stats(

@@ -21,6 +21,7 @@ from render_gpu import (
     step_text,
 )
 from render_logits import logits_pictures, logits_section
+from tables import table
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -60,6 +61,28 @@ def small_section(report: Report) -> list[str]:
         f"{report['torch']}, one thread, medians of {report['rounds']} interleaved rounds: "
         f"{ABOUT_SMALL_CALLS}",
         *small_table(report),
+    ]
+
+
+def divergences_section(report: Report) -> list[str]:
+    names = list(report["measurements"][0]["nanoseconds"])
+    rows = []
+    for measured in report["measurements"]:
+        for which in ("forward", "backward"):
+            times = [measured["nanoseconds"][name][which] for name in names]
+            rows.append([measured["dtype"], f"{measured['gap']}", which])
+            rows[-1] += [f"{times[0]:.2f} ns", *(f"{time / times[0]:.2f}x" for time in times[1:])]
+    return [
+        "## Divergences in both directions and entropies, CPU",
+        "",
+        f"{repeat('python benchmarks/divergences_cpu.py OUT')} {report['processor']}, "
+        f"{report['instruction_set'].upper()}, commit {report['commit']}, torch "
+        f"{report['torch']}, one thread, {report['rows']} rows, V = {report['vocabulary']}, "
+        f"medians of {report['rounds']} interleaved rounds. Nanoseconds for each pair of logits, "
+        "and the others' times as multiples. All but `token_stats` give KL(pi_ref || pi), "
+        "KL(pi || pi_ref) and the policy's entropy, with a gradient from each. The gap is the "
+        "standard deviation of policy minus reference logits.",
+        *table(["dtype", "gap", "pass", *names], rows),
     ]
 
 
@@ -124,6 +147,7 @@ def page() -> str:
         "fused-head-cpu.json": fused_section,
         "training-step-cpu.json": step_section,
         "small-calls-cpu.json": small_section,
+        "divergences-cpu.json": divergences_section,
     }
     for name, section in sections.items():
         report = load(name)

@@ -47,6 +47,7 @@ bench: .venv/installed .venv/demo
 	$(python) benchmarks/logits_cpu.py benchmarks/results
 	$(python) benchmarks/fused_head.py benchmarks/results
 	$(python) benchmarks/training_step.py benchmarks/results
+	$(python) benchmarks/small_calls.py benchmarks/results
 	$(python) benchmarks/render.py
 
 docs: .venv/installed .venv/demo # options, measured errors and figures, put into the pages

@@ -67,7 +67,7 @@ def expected(kernel: str) -> Expected:
     double = "kernelId" in kernel
     if "row_records_kernel" in kernel:
         alone, shifted = "Li1E" in kernel, "Lb1E" in kernel
-        blocks = 1 if double else 2 if alone else 3 if shifted else 4
+        blocks = 1 if double else 2 if alone else 4 if shifted else 5
         room = 2 if "If" in kernel else 0  # float32 moves twice the bytes
         per_entry = None if double else (27 if shifted else 24.5) + room
         return Expected(blocks, loads=True, stores=False, per_entry=per_entry)

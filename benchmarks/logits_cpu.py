@@ -153,16 +153,6 @@ def measure(vocabulary: int, dtype: torch.dtype, rows: int, rounds: int) -> dict
     }
 
 
-def small_calls(repeats: int = 300) -> dict[str, float]:
-    """Median microseconds of forward + backward of a batch so small that only the calls cost."""
-    batch, times = Batch(2, 32, torch.float32), {}
-    for name, provider in providers().items():
-        in_place = name.endswith("in place")
-        calls = [passes(provider, batch, in_place)["both"] for _ in range(repeats)]
-        times[name] = statistics.median(calls[repeats // 3 :]) * 1e6
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
@@ -180,14 +170,12 @@ def main() -> None:
                 row = {"vocabulary": vocabulary, "dtype": name, "threads": threads}
                 row |= measure(vocabulary, dtype, options.rows, options.rounds)
                 measurements.append(row)
-    torch.set_num_threads(1)
     report = {
         **machine.described(),
         "note": options.note,
         "rows": options.rows,
         "rounds": options.rounds,
         "skipped": SKIPPED,
-        "small_call_microseconds": small_calls(),
         "measurements": measurements,
     }
     options.out.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import tdpo_ext
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -28,6 +24,10 @@ def commit() -> str:
 
 
 def described() -> dict[str, Any]:
+    import torch
+
+    import tdpo_ext
+
     return {
         "processor": processor(),
         "python": platform.python_version(),

@@ -10,11 +10,13 @@ from typing import Any
 import render_readme
 from render_gpu import (
     ABOUT_FUSED_TABLE,
+    ABOUT_SMALL_CALLS,
     RESULTS,
     fused_table,
     gpu_pictures,
     gpu_section,
     repeat,
+    small_table,
     step_table,
     step_text,
 )
@@ -49,6 +51,18 @@ def step_section(report: Report) -> list[str]:
     ]
 
 
+def small_section(report: Report) -> list[str]:
+    return [
+        "## Small calls, CPU",
+        "",
+        f"{repeat('python benchmarks/small_calls.py OUT')} {report['processor']}, "
+        f"{report['instruction_set'].upper()}, commit {report['commit']}, torch "
+        f"{report['torch']}, one thread, medians of {report['rounds']} interleaved rounds: "
+        f"{ABOUT_SMALL_CALLS}",
+        *small_table(report),
+    ]
+
+
 def fused_picture(report: Report) -> None:
     """docs/fused-head.png: memory against the vocabulary."""
     import matplotlib
@@ -75,14 +89,15 @@ def load(name: str) -> Report | None:
 
 
 HOW = """\
-All figures of this page come from the reports in `benchmarks/results/`. One of them, `by-hand.json`
-of the run on a GPU, was filled in by hand
-([which report is behind which figure](../benchmarks/results/README.md)). To repeat the others, on a
+All figures of this page come from the reports in `benchmarks/results/`
+([which report is behind which figure](../benchmarks/results/README.md)). Two tables of the fused
+head on a GPU come from `by-hand.json`, which was filled in by hand. To repeat the others, on a
 machine that does nothing else:
 
 ```bash
 make bench                               # the CPU's, then this page and its pictures
-bash benchmarks/gpu_check.sh OUT         # a GPU's, with build and tests: about 7 minutes
+bash benchmarks/gpu_check.sh OUT         # a GPU's, with build and tests: about 8 minutes
+bash benchmarks/gpu_check.sh OUT --choices   # shares of a copy by gap, alternatives: a minute
 .venv/bin/python benchmarks/render.py    # this page and its pictures, from the reports
 make docs                                # the figures of the other pages
 ```
@@ -108,6 +123,7 @@ def page() -> str:
         "logits-cpu.json": logits_section,
         "fused-head-cpu.json": fused_section,
         "training-step-cpu.json": step_section,
+        "small-calls-cpu.json": small_section,
     }
     for name, section in sections.items():
         report = load(name)

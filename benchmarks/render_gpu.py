@@ -1,8 +1,8 @@
 """The part of docs/benchmarks.md, and the pictures, that come from a run on a GPU.
 
 Each run has a folder in results/, named after card and commit, with the reports of
-benchmarks/gpu_check.sh, and by-hand.json for figures that were measured otherwise. The pages show
-the run that RUN names.
+benchmarks/gpu_check.sh. The pages show the run that RUN names, and the figures of BY_HAND, which
+nothing has measured since.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from tables import table
 
 Report = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
-RUN = RESULTS / "h200-3f694a0"
+RUN = RESULTS / "h200-2a7c665"
+BY_HAND = RESULTS / "h200-3f694a0" / "by-hand.json"
 LOGITS, FUSED = "gpu-against-copy.json", "fused-head-cuda.json"
+STEP, SMALL = "training-step-cuda.json", "small-calls-cuda.json"
+CHOICES, CHECK, PARITY = "choices.json", "gpu-check.json", "parity.json"
 KINDS = {
     "any": "any",
     "tdpo1": "TDPO1",
@@ -25,34 +28,33 @@ KINDS = {
     "dpo": "DPO",
     "rejected": "rejected rows of TDPO2",
 }
-COMPILING_FROM = 5_000  # a step that took as many milliseconds on a GPU contains a compilation
+AS_IT_STANDS = "as it stands"
+TIME_CHOICES = "bash benchmarks/gpu_check.sh OUT --choices"
+PASSES_OF_CHOICES = {
+    "forward": (),
+    "one side": ("tdpo1", "dpo"),
+    "both sides": ("any", "rejected"),
+}
 
 
 def load(name: str) -> Report:
-    """A report of the run; empty if there is none of this name."""
-    path = RUN / name
-    return json.loads(path.read_text()) if path.exists() else {}
+    """A report of the run."""
+    report: Report = json.loads((RUN / name).read_text())
+    return report
 
 
 def by_hand() -> Report:
-    return load("by-hand.json")
+    report: Report = json.loads(BY_HAND.read_text())
+    return report
 
 
-def training_step() -> Report:
-    """The report of benchmarks/training_step.py, or figures noted by hand if the run has none."""
-    return load("training-step-cuda.json") or by_hand().get("training_step", {})
-
-
-NOTED = "Noted by hand (`by-hand.json`)."
-
-
-def step_is_by_hand() -> bool:
-    return not load("training-step-cuda.json")
+NOTED = "Noted by hand (`by-hand.json`) from a script that was not kept"
 
 
 def made_on(report: Report) -> str:
-    """Card, commit, torch and CUDA, to be named at every table."""
-    known = {**by_hand().get("run", {}), **report}
+    """Card, commit, torch and CUDA, to be named at every table. A report that lacks one of them has
+    it from another of its run."""
+    known = {**load(LOGITS), **report}
     return (
         f"{known['device']}, commit {known['commit']}, torch {known['torch']}, CUDA {known['cuda']}"
     )
@@ -133,10 +135,16 @@ def error_rows(report: Report) -> Iterable[list[str]]:
         yield [*of_batch(row), *(f"{error:.0e}" for error in errors)]
 
 
+def kernel_times(build: str) -> list[Report]:
+    """What benchmarks/kernel_times.cu has measured of a build with some of choices.cuh."""
+    return [row for row in load(CHOICES)["measurements"] if row["build"] == build]
+
+
 def gap_rows(rows: list[Report]) -> Iterable[list[str]]:
     for row in rows:
+        copy = f"{row['copy_gigabytes_per_second'] / 1e3:.2f}"
         shares = [*row["forward"].values(), *(row["backward"][kind] for kind in KINDS)]
-        yield [str(row["vocabulary"]), row["dtype"], *map(percent, shares)]
+        yield [str(row["vocabulary"]), row["dtype"], copy, *map(percent, shares)]
 
 
 def logits_section(report: Report) -> list[str]:
@@ -169,21 +177,51 @@ def logits_section(report: Report) -> list[str]:
 
 
 def gap_section() -> list[str]:
-    rows = by_hand().get("share_of_copy")
-    if rows is None:
-        return []
+    report, rows = load(CHOICES), kernel_times(AS_IT_STANDS)
     gaps = [f"forward, gap {gap}" for gap in rows[0]["forward"]]
+    choices = ", ".join(f"`{name} {value}`" for name, value in report["choices"].items())
     return [
-        f"{made_on({})}. The same share by how far the policy lies from its reference (standard "
-        "deviation of the gap of two logits, which are N(0, 1)) and by the kind of upstream "
-        "gradients. V = 4096 in float32 is a tile of the fused head. Made with a C++ program, "
-        "without PyTorch, that was not kept; `benchmarks/kernel_times.cu` takes such a table now. "
-        f"{NOTED} {repeat('bash benchmarks/gpu_check.sh OUT')}",
-        *table(["V", "dtype", *gaps, *KINDS.values()], gap_rows(rows)),
+        f"{made_on(report)}. {repeat(TIME_CHOICES)} The same share by how far the policy lies from "
+        "its reference (standard deviation of the gap of two logits, which are N(0, 1)) and by the "
+        "kind of upstream gradients, from `benchmarks/kernel_times.cu`, without PyTorch. Shares "
+        "above 100 %: there the copy of the same run reached less. V = 4096 in float32 is a tile "
+        "of the fused head:",
+        *table(["V", "dtype", "copy, TB/s", *gaps, *KINDS.values()], gap_rows(rows)),
         "",
         "![Share of a copy's bandwidth](gpu-copy.png)",
         "",
+        f"{made_on(report)}. From the same run. What each alternative of `csrc/cuda/choices.cuh` "
+        f"gains over the build as it stood at that commit ({choices}). Forward: all gaps; one "
+        "side: TDPO1 and DPO; both sides: any and rejected rows. "
+        "[What was chosen, and why](tried.md#chosen-on-a-card):",
+        *table(["alternative", "pass", *map(name_of, rows)], choice_rows(rows)),
+        "",
     ]
+
+
+def name_of(row: Report) -> str:
+    return f"{row['dtype']}, V = {row['vocabulary']}"
+
+
+def mean_share(row: Report, names: tuple[str, ...]) -> float:
+    """Of forward over all gaps (no names), or of some kinds of backward."""
+    shares = [row["backward"][name] for name in names] or list(row["forward"].values())
+    return sum(shares) / len(shares)
+
+
+def choice_rows(now: list[Report]) -> Iterable[list[str]]:
+    for build in dict.fromkeys(row["build"] for row in load(CHOICES)["measurements"]):
+        for what, names in PASSES_OF_CHOICES.items():
+            if build != AS_IT_STANDS and what in passes_of_choice(build):
+                pairs = zip(kernel_times(build), now, strict=True)
+                gains = [mean_share(a, names) / mean_share(b, names) - 1 for a, b in pairs]
+                yield [build, what, *(f"{100 * gain:+.1f} %" for gain in gains)]
+
+
+def passes_of_choice(build: str) -> set[str]:
+    """The passes that a build changes, by its name in benchmarks/gpu_check.sh."""
+    changed = {what for what in PASSES_OF_CHOICES if build.startswith(what)}
+    return changed or {"one side", "both sides"}
 
 
 # The fused head
@@ -200,26 +238,20 @@ def bare_products(row: Report, units: list[float]) -> float:
     return sum(n * unit for n, unit in zip(units, alone, strict=True))
 
 
-def fused_times(row: Report, on_card: bool) -> dict[str, float | None]:
-    """Milliseconds by path or peer; None if they contain a compilation."""
+def fused_times(row: Report) -> dict[str, float]:
+    """Milliseconds by path or peer."""
     return {
-        name: None if on_card and taken > COMPILING_FROM else taken
-        for name, taken in row["milliseconds"].items()
-        if not name.startswith("unit")
+        name: taken for name, taken in row["milliseconds"].items() if not name.startswith("unit")
     }
 
 
 def fused_rows(report: Report) -> Iterable[list[str]]:
     for row in report["measurements"]:
-        times, extra = fused_times(row, report["device"] != "CPU"), row["extra_bytes"]
-        ours = times["tdpo_ext"]
-        assert ours is not None
+        times, extra = fused_times(row), row["extra_bytes"]
         for name, taken in times.items():
             units = report["ways"].get(name)
-            cells = ["-", "-", "-"]
-            if taken is not None:
-                bare = f"{taken / bare_products(row, units):.2f}x" if units else "-"
-                cells = [f"{taken:.0f}", bare, f"{taken / ours:.2f}x"]
+            bare = f"{taken / bare_products(row, units):.2f}x" if units else "-"
+            cells = [f"{taken:.0f}", bare, f"{taken / times['tdpo_ext']:.2f}x"]
             memory = f"{extra[name] / 2**20:.0f}" if name in extra else "-"
             kind = [shape_of(row), row["dtype"], percent(row["ignored"])]
             yield [*kind, name, *cells, memory]
@@ -230,7 +262,7 @@ def fused_table(report: Report) -> list[str]:
     return table([*head, "against tdpo_ext", "extra memory, MiB"], fused_rows(report))
 
 
-CHOICES = "python benchmarks/fused_head.py OUT --device cuda --choices"
+FUSED_CHOICES = "python benchmarks/fused_head.py OUT --device cuda --choices"
 ABOUT_FUSED_TABLE = (
     "Forward and backward of TDPO2 if not said otherwise. Bare products: as many of the same as "
     "that path has units ([fused-head.md](fused-head.md)), operands cast beforehand. `eager` and "
@@ -256,45 +288,40 @@ def fused_section(report: Report) -> list[str]:
         "### The fused head",
         "",
         f"{made_on(report)}. {repeat('python benchmarks/fused_head.py OUT --device cuda')} "
-        f"Medians of {report['rounds']} interleaved rounds. {ABOUT_FUSED_TABLE} A dash in the "
-        "place of a time: it ran once, with its compilation.",
+        f"Medians of {report['rounds']} interleaved rounds. {ABOUT_FUSED_TABLE}",
         *fused_table(report),
         "",
         "![Time and memory of the fused head](gpu-fused-head.png)",
         "",
         f"{made_on(report)}. From the same run. The bare products, one unit each:",
         *table(["2B x T, H, V", "ignored", *units], unit_rows(report)),
-        *chunk_section(),
-        *products_section(),
+        "",
+        *chunk_section(by_hand()),
+        "",
+        *products_section(by_hand()),
     ]
 
 
-def chunk_section() -> list[str]:
-    chunks = by_hand().get("chunk_bytes")
-    if chunks is None:
-        return []
+def chunk_section(noted: Report) -> list[str]:
+    chunks = noted["chunk_bytes"]
     rows = [[str(r["mebibytes"]), str(r["full_ms"]), str(r["frozen_ms"])] for r in chunks["rows"]]
     return [
-        "",
-        f"{made_on({})}. By `chunk_bytes`, at {shape_of(chunks)}. Only the largest holds a pair's "
-        "logits, so that they need not be made again; a step takes "
-        f"{chunks['peak_gib_of_the_last']} GiB then. {NOTED} `{CHOICES}` measures such a table "
-        "anew, into a report of its own, from which no page is made.",
+        f"{made_on(noted['run'])}. Milliseconds by `chunk_bytes`, at {shape_of(chunks)}, before "
+        "gradients of logits were kept in bfloat16: only the largest held a pair's logits then, so "
+        f"that they need not be made again, and a step took {chunks['peak_gib_of_the_last']} GiB. "
+        f"{NOTED}; `{FUSED_CHOICES}` takes such a table now, into a report of its own:",
         *table(["chunk_bytes, MiB", "full, ms", "frozen head, ms"], rows),
     ]
 
 
-def products_section() -> list[str]:
-    products = by_hand().get("products_teraflops")
-    if products is None:
-        return []
+def products_section(noted: Report) -> list[str]:
+    products = noted["products_teraflops"]
     rows = [[name, *map(str, values)] for name, values in products["results"].items()]
     columns = [f"{n} columns" for n in products["columns"]]
     return [
-        "",
-        f"{made_on({})}. TFLOP/s of products alone by the columns of a tile, "
-        f"{products['rows']} tokens, H = {products['width']}, bfloat16 operands. {NOTED} The "
-        f"script was not kept; whole steps by the columns of a tile: `{CHOICES}`.",
+        f"{made_on(noted['run'])}. TFLOP/s of products alone by the columns of a tile, "
+        f"{products['rows']} tokens, H = {products['width']}, bfloat16 operands. {NOTED}; "
+        f"whole steps by the columns of a tile: `{FUSED_CHOICES}`.",
         *table(["result", *columns], rows),
     ]
 
@@ -311,9 +338,7 @@ def step_rows(report: Report) -> Iterable[list[str]]:
         above = row["peak_gib"] - alone["peak_gib"]
         memory = [gib.format(row["peak_gib"]), gib.format(above)]
         cells = [f"{row['milliseconds']:.0f}", against, *memory]
-        if "loss" in wanted:
-            cells += [of_formula(row, wanted, of) for of in ("loss", "gradient_norm")]
-        yield [name, *cells]
+        yield [name, *cells, *(of_formula(row, wanted, of) for of in ("loss", "gradient_norm"))]
 
 
 def of_formula(row: Report, wanted: Report, name: str) -> str:
@@ -324,8 +349,7 @@ def of_formula(row: Report, wanted: Report, name: str) -> str:
 
 def step_table(report: Report) -> list[str]:
     head = ["what", "ms", "against the backbones", "peak, GiB", "above the backbones, GiB"]
-    if "loss" in report["ways"]["eager formula"]:
-        head += ["loss, off the formula's", "gradient norm, off the formula's"]
+    head += ["loss, off the formula's", "gradient norm, off the formula's"]
     return table(head, step_rows(report))
 
 
@@ -347,65 +371,94 @@ def step_section(report: Report) -> list[str]:
     return [
         "### A whole training step",
         "",
-        f"{made_on(report)}. {f'{NOTED} ' if step_is_by_hand() else ''}"
-        f"{repeat('python benchmarks/training_step.py OUT --device cuda')} "
+        f"{made_on(report)}. {repeat('python benchmarks/training_step.py OUT --device cuda')} "
         f"{step_text(report)} The limit is the two backbones alone, without head and loss. Peak "
         "memory is all that was allocated, models included.",
         *step_table(report),
     ]
 
 
-def small_section() -> list[str]:
-    calls = by_hand().get("small_calls")
-    if calls is None:
-        return []
-    names = list(calls[0]["ways"])
-    rows = []
-    for call in calls:
-        cells = []
-        for name in names:
-            taken = call["ways"][name]
-            kernels = f", {taken['kernels']} kernels" if "kernels" in taken else ""
-            cells.append(f"{taken['microseconds']}{kernels}")
-        rows.append([f"{call['shape'][0]} x {call['shape'][1]}", *cells])
+ABOUT_SMALL_CALLS = (
+    "forward and backward of the loss of one pair of one token each, V = 32, by the wall clock. "
+    "`eager` is the whole loss in PyTorch, which `torch.compile` compiles. Two bounds: "
+    "`token_stats` has no loss of pairs, and `save and sum` is an autograd.Function that only "
+    "saves its inputs and sums one."
+)
+
+
+def small_table(report: Report) -> list[str]:
+    rows = report["rows"]
+    ours = rows["tdpo_ext"]["microseconds"]
+    cells = [
+        [name, f"{row['microseconds']:.0f}", f"{row['microseconds'] / ours:.2f}x"]
+        for name, row in rows.items()
+    ]
+    head = ["what", "us", "against tdpo_ext"]
+    if "kernels" in rows["tdpo_ext"]:
+        head.append("kernels")
+        cells = [
+            [*line, str(row["kernels"])] for line, row in zip(cells, rows.values(), strict=True)
+        ]
+    return table(head, cells)
+
+
+def small_section(report: Report) -> list[str]:
     return [
-        "",
         "### Small calls",
         "",
-        f"{made_on({})}. Forward and backward, microseconds by the wall clock: the host's, since a "
-        f"GPU has next to nothing to do. `tdpo_ext` is the whole loss. {NOTED} The script was not "
-        "kept; `benchmarks/logits_cpu.py` times small calls on the CPU.",
-        *table(["tokens x V", *names], rows),
+        f"{made_on(report)}. {repeat('python benchmarks/small_calls.py OUT --device cuda')} "
+        f"Medians of {report['rounds']} interleaved rounds: {ABOUT_SMALL_CALLS} Almost all is the "
+        "host's time. Kernels are all that run on the GPU, PyTorch's own among them.",
+        *small_table(report),
     ]
 
 
 # Findings
 
 
-def findings(logits: Report, fused: Report) -> list[str]:
+def findings() -> list[str]:
     """Sentences on the limits, and on what falls short of them, from the numbers of the tables."""
     return [
-        *bandwidth_findings(),
-        formula_finding(logits),
-        *fused_findings(fused),
-        *step_findings(),
-        *small_findings(),
+        f"- {tests_passed()}",
+        bandwidth_finding(),
+        formula_finding(load(LOGITS)),
+        *fused_findings(load(FUSED)),
+        step_finding(load(STEP)),
+        small_finding(load(SMALL)),
     ]
 
 
-def bandwidth_findings() -> list[str]:
-    rows = [r for r in by_hand().get("share_of_copy", []) if r["dtype"] == "bfloat16"]
-    if not rows:
-        return []
+def tests_passed() -> str:
+    tests = load(CHECK)["tests"]["last_line"].split(", ")
+    failed, passed = (
+        next(int(part.split()[0]) for part in tests if part.endswith(outcome))
+        for outcome in ("failed", "passed")
+    )
+    bounds = load(PARITY)["rows"]
+    kept = [row for row in bounds if row["kept"]]
+    return (
+        f"At that commit {passed} of {passed + failed} tests passed on the card, and {len(kept)} "
+        f"of {len(bounds)} bounds of `python -m tdpo_ext.parity` were kept "
+        "([what failed](../benchmarks/results/README.md#the-run-on-a-gpu))."
+    )
+
+
+def bandwidth_finding() -> str:
+    rows = [row for row in kernel_times(AS_IT_STANDS) if row["dtype"] == "bfloat16"]
     forward, backward = (
-        percents(share for row in rows for share in row[which].values())
+        {row["vocabulary"]: percents(row[which].values()) for row in rows}
         for which in ("forward", "backward")
     )
-    slowest = min(rows[0]["forward"], key=lambda gap: sum(row["forward"][gap] for row in rows))
-    return [
-        f"- From logits in bfloat16 forward runs at {forward} of a copy's bandwidth, least at a "
-        f"gap of {slowest} between policy and reference, and backward at {backward}."
-    ]
+    copy = {row["vocabulary"]: row["copy_gigabytes_per_second"] / 1e3 for row in rows}
+    nearest, *_, farthest = rows[0]["forward"]
+    return (
+        f"- From logits in bfloat16, for gaps of {nearest} to {farthest} between policy and "
+        "reference, forward and backward run at these shares of a copy's bandwidth: "
+        + "; ".join(
+            f"at V = {v} {forward[v]} and {backward[v]} of {copy[v]:.2f} TB/s" for v in forward
+        )
+        + "."
+    )
 
 
 def formula_finding(report: Report) -> str:
@@ -430,73 +483,66 @@ def against_products(report: Report, path: str) -> str:
 
 
 def fused_findings(report: Report) -> list[str]:
-    forward, again, frozen = (
+    forward, full, again, frozen = (
         against_products(report, f"tdpo_ext{path}")
-        for path in (": forward", ", recomputed", ", frozen head")
+        for path in (": forward", "", ", recomputed", ", frozen head")
     )
     lines = [
-        f"- The fused head takes {forward} times its bare products in forward, {again} in a full "
-        f"step that makes logits again, {frozen} with a frozen head."
+        f"- The fused head takes {forward} times its bare products in forward, {full} in a full "
+        f"step, {again} in one that makes logits again, {frozen} with a frozen head, with all "
+        "tokens kept."
     ]
     for ignored in (0.0, 0.5):
         rows = [row for row in report["measurements"] if row["ignored"] == ignored]
-        liger = [pair for row in rows if (pair := of_liger(row))]
-        if liger:
-            ours = least_to_most(a for a, _ in liger)
-            theirs = least_to_most(b for _, b in liger)
-            kept = "all tokens" if ignored == 0 else f"{1 - ignored:.0%} of the tokens"
-            who = "slower" if all(a > b for a, b in liger) else "faster"
-            lines.append(
-                f"- With {kept} kept the fused head is {who} than Liger's fused DPO, which "
-                f"computes no KL: {ours} ms against {theirs}."
-            )
+        times = [fused_times(row) for row in rows]
+        pairs = [(one["tdpo_ext"], one["Liger DPO (no KL)"]) for one in times]
+        ours, theirs = (least_to_most(side) for side in zip(*pairs, strict=True))
+        kept = "all tokens" if ignored == 0 else f"{1 - ignored:.0%} of the tokens"
+        who = "faster" if all(a < b for a, b in pairs) else "not everywhere faster"
+        lines.append(
+            f"- With {kept} kept the fused head is {who} than Liger's fused DPO, which computes no "
+            f"KL: {ours} ms against {theirs}."
+        )
     return lines
 
 
-def of_liger(row: Report) -> tuple[float, float] | None:
-    times = fused_times(row, on_card=True)
-    ours, theirs = times["tdpo_ext"], times.get("Liger DPO (no KL)")
-    return None if ours is None or theirs is None else (ours, theirs)
-
-
-def step_findings() -> list[str]:
-    step = training_step()
-    if not step:
-        return []
+def step_finding(step: Report) -> str:
     alone, logits, inside = (
         step["ways"][name] for name in ("backbone alone", "TDPOLoss", "attach_tdpo")
     )
     times = [f"{x['milliseconds'] / alone['milliseconds']:.2f}" for x in (inside, logits)]
     above = [f"{x['peak_gib'] - alone['peak_gib']:.1f}" for x in (inside, logits)]
-    return [
+    return (
         f"- A whole training step takes {times[0]} times as long as its backbones alone with "
         f"`attach_tdpo`, {above[0]} GiB above them, and {times[1]} times with `TDPOLoss` on "
         f"logits, {above[1]} GiB above."
-    ]
+    )
 
 
-def small_findings() -> list[str]:
-    calls = by_hand().get("small_calls", [])
-    pairs = [(c["ways"]["tdpo_ext"], c["ways"]["eager formula"]) for c in calls]
-    if not pairs:
-        return []
-    gain = percents(1 - a["microseconds"] / b["microseconds"] for a, b in pairs)
-    return [f"- Small calls are bound by the host: {gain} less time than eager PyTorch there."]
+def small_finding(report: Report) -> str:
+    rows = report["rows"]
+    ours, eager = rows["tdpo_ext"], rows["eager"]
+    return (
+        "- A call of a few tokens is bound by the host: "
+        f"{ours['microseconds'] / eager['microseconds']:.2f} of the time of eager PyTorch, with "
+        f"{ours['kernels']} kernels instead of {eager['kernels']}."
+    )
 
 
 def gpu_section() -> list[str]:
-    logits, fused, step = load(LOGITS), load(FUSED), training_step()
+    logits = load(LOGITS)
     return [
         f"## On a GPU: {made_on(logits)}",
         "",
-        *(f"{note}\n" for note in by_hand().get("notes", [])),
-        *findings(logits, fused),
+        *findings(),
         "",
         *logits_section(logits),
         "",
-        *fused_section(fused),
-        *(["", *step_section(step)] if step else []),
-        *small_section(),
+        *fused_section(load(FUSED)),
+        "",
+        *step_section(load(STEP)),
+        "",
+        *small_section(load(SMALL)),
     ]
 
 
@@ -507,7 +553,7 @@ def copy_picture(rows: list[Report], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 4), sharey=True)
-    names = [f"{row['dtype']}, V = {row['vocabulary']}" for row in rows]
+    names = [name_of(row) for row in rows]
     gaps, backward = panels
     for row, name in zip(rows, names, strict=True):
         distances = [float(gap) for gap in row["forward"]]
@@ -524,9 +570,9 @@ def copy_picture(rows: list[Report], path: Path) -> None:
     backward.set(title="backward")
     for axes in panels:
         axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_ylim(0, 1.05)
+        axes.set_ylim(0, 1.15)
     gaps.legend(frameon=False, fontsize=8, loc="lower left")
-    figure.suptitle(made_on({}), fontsize=9)
+    figure.suptitle(made_on(load(CHOICES)), fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
 
@@ -535,12 +581,12 @@ def fused_picture(report: Report, path: Path) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in report["measurements"] if row["ignored"] == 0]
-    names = [name for name in fused_times(rows[0], on_card=True) if "TDPO1" not in name]
+    names = [name for name in fused_times(rows[0]) if "TDPO1" not in name]
     figure, (times, memory) = pyplot.subplots(1, 2, figsize=(9, 4))
     width = 0.8 / len(names)
     for index, name in enumerate(names):
         places = [place + width * (index - (len(names) - 1) / 2) for place in range(len(rows))]
-        taken = [fused_times(row, on_card=True)[name] or 0 for row in rows]
+        taken = [fused_times(row)[name] for row in rows]
         times.bar(places, taken, width, label=name)
         sizes = [row["extra_bytes"].get(name, 0) / 2**30 for row in rows]
         memory.bar(places, sizes, width)
@@ -555,7 +601,7 @@ def fused_picture(report: Report, path: Path) -> None:
     memory.set(ylabel="extra memory, GiB")
     named = times.get_legend_handles_labels()
     figure.legend(*named, frameon=False, fontsize=8, ncols=4, loc="lower center")
-    figure.suptitle(f"{made_on(report)}; 8 x 1024 tokens, all kept; no bar: not timed", fontsize=9)
+    figure.suptitle(f"{made_on(report)}; 8 x 1024 tokens, all kept", fontsize=9)
     figure.tight_layout(rect=(0, 0.1, 1, 1))
     figure.savefig(path, dpi=90)
 
@@ -564,7 +610,5 @@ def gpu_pictures(folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    shares = by_hand().get("share_of_copy")
-    if shares:
-        copy_picture(shares, folder / "gpu-copy.png")
+    copy_picture(kernel_times(AS_IT_STANDS), folder / "gpu-copy.png")
     fused_picture(load(FUSED), folder / "gpu-fused-head.png")

@@ -59,7 +59,6 @@ def memory_and_error(report: Report) -> Iterable[list[str]]:
 
 
 def logits_section(report: Report) -> list[str]:
-    small = report["small_call_microseconds"]
     head = ["V", "dtype", "threads"]
     limits = [[f"{limit}, ns", f"{name}, ns", "ratio"] for name, _, limit in LIMITS]
     return [
@@ -88,10 +87,6 @@ def logits_section(report: Report) -> list[str]:
         "From the same run, memory at its peak beyond the batch, in tensors of logits, and the "
         "largest error relative to float64 on the same logits:",
         *table(["V", "dtype", "what", "extra memory", "log p(y)", "KL"], memory_and_error(report)),
-        "",
-        "A small call (2 rows, V = 32), forward and backward: "
-        + ", ".join(f"{name} {time:.0f} us" for name, time in small.items())
-        + ".",
     ]
 
 

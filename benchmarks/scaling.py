@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import render_gpu
 
-from tdpo_ext.fused_head.problem import DEFAULT_CHUNK_BYTES, MOST_CHUNK_BYTES_ON_CUDA
+from tdpo_ext.fused_head.problem import MOST_CHUNK_BYTES_ON_CUDA
 from tdpo_ext.fused_head.tiles import MOST_COLUMNS_ON_CUDA
 
 VOCABULARY = 128256
 TOKENS = 8192  # tokens that are not ignored, in each tensor-parallel group
 RECORD = 36  # bytes of a token's record, float32
 CHUNK_BYTES = MOST_CHUNK_BYTES_ON_CUDA  # the default from 64 GiB of memory on
-CHUNK_BYTES_OF_THE_RUN = DEFAULT_CHUNK_BYTES  # the default at the commit that was measured
 
 WITHIN_NODE = 400e9  # bytes a second that one GPU receives from the 7 others of its node
 BETWEEN_NODES = 45e9  # and from other nodes, each GPU through a network card of its own
@@ -34,6 +33,7 @@ class Path(NamedTuple):
 WHOLE_PAIRS = Path("tdpo_ext", 4)  # if chunk_bytes holds the logits of a pair, as CHUNK_BYTES does
 RECOMPUTED = Path("tdpo_ext, recomputed", 5.5)  # if it does not, or the vocabulary is sharded
 FROZEN = Path("tdpo_ext, frozen head", 3)
+NAMES = {WHOLE_PAIRS: "whole pairs", RECOMPUTED: "recomputed", FROZEN: "frozen head"}
 
 
 class Layout(NamedTuple):
@@ -81,10 +81,9 @@ def memory_of(weight: float, width: int, scratch: float, frozen: bool = False) -
 
 def scratch_of(path: Path, rows: int) -> int:
     """Bytes of scratch memory, at most, with so many rows of the weight on each GPU."""
-    if path is WHOLE_PAIRS:
-        return CHUNK_BYTES
-    # Two float32 tiles, and the gradient of one in bfloat16.
-    return min(CHUNK_BYTES, TOKENS * min(MOST_COLUMNS_ON_CUDA, rows) * (4 + 4 + 2))
+    if path is RECOMPUTED:  # two float32 tiles, and the gradient of one in bfloat16
+        return min(CHUNK_BYTES, TOKENS * min(MOST_COLUMNS_ON_CUDA, rows) * (4 + 4 + 2))
+    return CHUNK_BYTES
 
 
 def step(layout: Layout, width: int) -> dict[str, Any]:
@@ -123,16 +122,13 @@ def step(layout: Layout, width: int) -> dict[str, Any]:
 
 
 def against_measured() -> list[dict[str, Any]]:
-    """Each shape that was measured on one GPU, no token ignored, full and with a frozen head.
-
-    At CHUNK_BYTES_OF_THE_RUN no pair fitted, so the full step was recomputed.
-    """
+    """Each shape that was measured on one GPU, no token ignored, by each path."""
     report = render_gpu.load(render_gpu.FUSED)
     shapes = [row["shape"] for row in report["measurements"] if row["ignored"] == 0]
     return [
         line(shape, path, report["ways"][path.name])
         for shape in shapes
-        for path in (RECOMPUTED, FROZEN)
+        for path in (WHOLE_PAIRS, RECOMPUTED, FROZEN)
     ]
 
 
@@ -143,10 +139,11 @@ def line(shape: list[int], path: Path, units: list[float]) -> dict[str, Any]:
     flops = sum(units) * 2 * sequences * tokens * width * vocabulary
     batch = 2 * weight + 2 * hidden + 8 * sequences * tokens  # labels are 64-bit
     products, taken = render_gpu.bare_products(row, units), row["milliseconds"][path.name]
-    computed = memory_of(weight, width, CHUNK_BYTES_OF_THE_RUN, frozen=path is FROZEN)
+    scratch = scratch_of(path, vocabulary)
+    computed = memory_of(weight, width, scratch, frozen=path is FROZEN)
     return {
         "H, V": f"{width}, {vocabulary}",
-        "path": f"{'frozen head' if path is FROZEN else 'recomputed'}, {sum(units):g} units",
+        "path": f"{NAMES[path]}, {sum(units):g} units",
         "products computed, ms": f"{flops / products_per_second() * 1e3:.1f}",
         "products measured, ms": f"{products:.1f}",
         "step measured, ms": f"{taken:.1f}",

@@ -107,8 +107,8 @@ TDPO_INLINE void write_gradient(G* gradient, const T* policy, const T* reference
   TwoVectors<Real> z{}, r{};
   int64_t at = 0;
   for (; at + kPerTwoVectors<Real> <= count; at += kPerTwoVectors<Real>) {
-    if (Kind::kReadsPolicy) prefetch_ahead(policy + at);
-    if (Kind::kReadsReference) prefetch_ahead(reference + at);
+    if (Kind::kReadsPolicy) prefetch_ahead(policy + at, kPerTwoVectors<Real>);
+    if (Kind::kReadsReference) prefetch_ahead(reference + at, kPerTwoVectors<Real>);
     if (Kind::kReadsPolicy) z = Storage<T>::unpack(policy + at);
     if (Kind::kReadsReference) r = Storage<T>::unpack(reference + at);
     pack_from<T>(gradient + at, gradient_of(z, r));

@@ -191,12 +191,6 @@ class RunningStats {
     move_base(base);
   }
 
-  static TDPO_INLINE void prefetch(const T* entries) {
-    constexpr int64_t kLine = 64 / sizeof(T);
-#pragma GCC unroll 8
-    for (int64_t at = 0; at < kGroup; at += kLine) prefetch_ahead(entries + at);
-  }
-
   void add_block(const T* policy, const T* reference, int64_t count) {
     if (blocks_on_mixed_path > 0 || !base_is_quick || std::fabs(centre) >= kLargeCentre) {
       if (blocks_on_mixed_path > 0) --blocks_on_mixed_path;
@@ -222,8 +216,8 @@ class RunningStats {
     Vector<Real> policy_sum{}, reference_sum{}, gap_sum{};
     Bits<Real> seen{};
     for (int64_t group = 0; group < count; group += kGroup) {
-      prefetch(policy + group);
-      prefetch(reference + group);
+      prefetch_ahead(policy + group, kGroup);
+      prefetch_ahead(reference + group, kGroup);
       for_each_vector(policy + group, reference + group, kGroup,
                       [&](Vector<Real> z, Vector<Real> r) {
                         policy_sum += exp_in_range<Real>(z, policy_rounder, seen);
@@ -252,8 +246,8 @@ class RunningStats {
   int64_t close_groups(CloseSums& sums, const T* policy, const T* reference, int64_t at,
                        int64_t count) const {
     for (; at < count; at += kGroup) {
-      prefetch(policy + at);
-      prefetch(reference + at);
+      prefetch_ahead(policy + at, kGroup);
+      prefetch_ahead(reference + at, kGroup);
       CloseSums own;
       Bits<Real> seen{};
       Vector<Real> largest{};

@@ -58,11 +58,13 @@ TDPO_INLINE V max_keeping_nan(V floor, V x) {
   return floor > x ? floor : x;
 }
 
-// Asks for the logits 2 KiB ahead. A prefetch past the end of a row does no harm.
+// Asks for the logits 2 KiB ahead of these, every cache line of them. A prefetch past the end of a
+// row does no harm.
 template <class T>
-TDPO_INLINE void prefetch_ahead(const T* entries) {
-  constexpr int64_t kAhead = 2048 / sizeof(T);
-  __builtin_prefetch(entries + kAhead);
+TDPO_INLINE void prefetch_ahead(const T* entries, int64_t count) {
+  constexpr int64_t kAhead = 2048 / sizeof(T), kLine = 64 / sizeof(T);
+#pragma GCC unroll 8
+  for (int64_t at = 0; at < count; at += kLine) __builtin_prefetch(entries + kAhead + at);
 }
 
 // ---- loads and stores: no alignment is assumed ----

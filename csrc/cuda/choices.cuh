@@ -5,7 +5,7 @@
 // How many blocks of forward a multiprocessor shall hold. More blocks hide more latency; fewer
 // leave each thread more registers.
 #ifndef TDPO_FORWARD_BLOCKS
-#define TDPO_FORWARD_BLOCKS 4
+#define TDPO_FORWARD_BLOCKS 5
 #endif
 
 // How many vectors of 16 bytes a thread of backward asks for before it uses the first. Where both
@@ -20,7 +20,7 @@
 #define TDPO_FORWARD_LOAD __ldcs
 #endif
 #ifndef TDPO_BACKWARD_LOAD_ONE
-#define TDPO_BACKWARD_LOAD_ONE __ldcs
+#define TDPO_BACKWARD_LOAD_ONE load_through_l1
 #endif
 #ifndef TDPO_BACKWARD_LOAD_BOTH
 #define TDPO_BACKWARD_LOAD_BOTH load_through_l1

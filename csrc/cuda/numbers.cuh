@@ -164,6 +164,14 @@ struct Storage<Float16> : HalfWidthStorage<Float16> {
 template <class T>
 using RealOf = typename Storage<T>::Real;
 
+// a b + c, rounded once. In a sum of two products the compiler may contract either, and it
+// chooses differently in two instantiations of a kernel; where bits must not depend on that, the
+// choice is spelled out.
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) {
+  return fma(a, b, c);
+}
+
 // ---- exponentials ----
 
 // 2^x. In float it is one result of the special-function unit, with a relative error of 2^-22, and

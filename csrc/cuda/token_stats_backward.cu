@@ -55,9 +55,10 @@ __device__ __forceinline__ RealOf<T> mass_of(RealOf<T> x, RealOf<T> max) {
 }
 
 // The five kinds of gradient: gradient() of all entries but the label's, and label(). Each reads
-// only the logits that its formula needs. csrc/cpu/row_backward.inl has PolicyOnly, ReferenceOnly,
-// Direct and Mixed too. It writes zeros without a kind, chooses Direct for more rows, and has Close
-// for groups of close entries.
+// only the logits that its formula needs, and leaves the compiler no choice of what to contract, so
+// that its bits do not depend on where the rows begin. csrc/cpu/row_backward.inl has PolicyOnly,
+// ReferenceOnly, Direct and Mixed too. It writes zeros without a kind, chooses Direct for more
+// rows, and has Close for groups of close entries.
 
 template <class T>
 struct Zero {
@@ -115,11 +116,11 @@ struct Direct {
         reference_max(saved.reference_max),
         reference_weight(-g_k * saved.reference_scale) {}
   __device__ __forceinline__ Real gradient(Real z, Real r) const {
-    return mass_of<T>(z, policy_max) * policy_weight +
-           mass_of<T>(r, reference_max) * reference_weight;
+    return multiply_add(mass_of<T>(z, policy_max), policy_weight,
+                        mass_of<T>(r, reference_max) * reference_weight);
   }
   __device__ __forceinline__ Real label() const {
-    return g_k * saved.label_gap + g_m * saved.policy_rest;
+    return multiply_add(g_k, saved.label_gap, g_m * saved.policy_rest);
   }
 };
 
@@ -148,11 +149,12 @@ struct Mixed {
     const Real p = mass_of<T>(z, policy_max) * policy_scale;
     const Real q = mass_of<T>(r, reference_max) * reference_scale;
     const Real u = (z - r) - log_sum_gap;
-    const Real close = q * (u + (u * u) * excess_over_square(u));
-    return fabs(u) < close_gap ? g_k * close - g_m * p : g_p * p - g_k * q;
+    const Real close = q * multiply_add(u * u, excess_over_square(u), u);
+    return fabs(u) < close_gap ? multiply_add(g_k, close, -(g_m * p))
+                               : multiply_add(g_p, p, -(g_k * q));
   }
   __device__ __forceinline__ Real label() const {
-    return g_k * saved.label_gap + g_m * saved.policy_rest;
+    return multiply_add(g_k, saved.label_gap, g_m * saved.policy_rest);
   }
 };
 

@@ -32,7 +32,7 @@
 namespace tdpo::cuda {
 namespace {
 
-// How many blocks a multiprocessor shall hold at least. With four, 28 KiB are in flight, and an
+// How many blocks a multiprocessor shall hold at least. With five, 35 KiB are in flight, and an
 // H200's 4.3 TB/s at a latency of 650 ns need 21. Where a side has to be shifted, or a warp is
 // alone with its row, registers allow fewer; float64 is bound by arithmetic.
 template <class T, int kWarps, bool kShifted>

@@ -172,6 +172,38 @@ def test_every_entry_keeps_its_digits_wherever_the_largest_stand(
     assert (np.abs(ours - truth) <= 2.01 * 2.0**-8 * np.abs(truth) + of_terms).all()
 
 
+@pytest.mark.parametrize("way", ["recompute", "direction", "all pairs"])
+def test_float16_keeps_the_digits_of_small_gradients(backend, small_groups, way):
+    """An entry's gradient is about 1e-5 of the token's, where float16 has eight bits. The labels'
+    own entries, which have far larger gradients, do not come into what is compared."""
+    vocabulary, scale = 100_000, 2.0**-4 if way == "recompute" else 2.0**14
+    labels = torch.arange(12).view(4, 3)
+    given = arguments_of(4, 3, vocabulary=vocabulary, dtype=torch.float16)
+    for which in ("policy", "reference"):
+        given[f"{which}_hidden"] /= 256
+        given[f"{which}_weight"] *= 64
+        given[f"{which}_weight"][:12] = 0
+    given, leaves = requiring_grad(given, way == "direction")
+    policy, reference = oracle_heads(given)
+    z, r = (x.logits().reshape(4, 3, vocabulary) for x in (policy, reference))
+    if way == "recompute":
+        stats = tdpo_ext.linear_token_stats(**given, labels=labels)
+        gradients = torch.autograd.grad(scale * stats.forward_kl.sum(), leaves)
+        rows = (x.reshape(12, vocabulary) for x in (z, r))
+        dz = oracle.token_stats_gradient(*rows, labels.numpy().ravel(), np.zeros(12), np.ones(12))
+    else:
+        options = {"alpha": 0.5, "beta": 0.1, "variant": "tdpo2"}
+        weights = torch.tensor(scale)
+        _, gradients = loss_and_gradients(
+            given, leaves, weights=weights, shift_labels=labels, **options
+        )
+        dz = oracle.tdpo_loss(z, r, labels.numpy(), weights=np.full(2, 0.5), **options).gradient
+    wanted = policy.gradients(scale * dz.reshape(12, vocabulary))
+    assert relative_error(gradients[0].reshape(12, -1), wanted[0]) <= 2.0**-11
+    if way == "all pairs":
+        assert relative_error(gradients[1][12:], wanted[1][12:]) <= 2.0**-11
+
+
 def made_in_forward(given: dict[str, Any], labels: Tensor, chunk_bytes: int) -> list[Tensor]:
     """What the op makes, before it is stored in the tensors' type."""
     names = ("policy_hidden", "policy_weight", "policy_bias")

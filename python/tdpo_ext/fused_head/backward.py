@@ -52,7 +52,10 @@ def backward(problem: Problem, upstream: Upstream, wanted: Wanted) -> tuple[Tens
         ignored = ~problem.kept
         grads = (grad.masked_fill(ignored, 0) for grad in upstream[1:])
         upstream = Upstream(upstream.normalizers, *grads)
-    gradients = HeadGradients(problem.policy, wanted)
+    scale = problem.policy.scale_of_gradient(*upstream[1:])
+    if scale is not None:
+        upstream = upstream.times(scale)
+    gradients = HeadGradients(problem.policy, wanted, scale)
     for kind, rows in zip(KINDS, rows_of_kinds(problem, upstream), strict=True):
         if row_count(rows):
             backward_of_kind(problem, kind, rows, upstream, gradients)

@@ -66,13 +66,18 @@ def forward_and_gradient(
     gradients.end_pass()
 
 
-def unit_upstream(problem: Problem, ratio: Tensor) -> Callable[[Rows], tuple[Tensor, Tensor]]:
-    """Upstream gradients of the objective log p(y) + ratio KL.
+def unit_upstream(
+    problem: Problem, ratio: Tensor
+) -> tuple[Callable[[Rows], tuple[Tensor, Tensor]], Tensor | None]:
+    """Upstream gradients of the objective log p(y) + ratio KL, and the scale they are times.
 
     They are 1 for log p(y) and ``ratio`` for the KL; both are 0 for ignored rows.
     """
     unit = problem.kept.to(ratio.dtype)
-    return lambda rows: (unit[rows], ratio[rows] * unit[rows])
+    scale = problem.policy.scale_of_gradient(unit, ratio)
+    if scale is not None:
+        unit *= scale
+    return lambda rows: (unit[rows], ratio[rows] * unit[rows]), scale
 
 
 def forward_with_direction(problem: Problem, ratio: Tensor) -> tuple[kernels.Outputs, Tensor]:
@@ -82,13 +87,14 @@ def forward_with_direction(problem: Problem, ratio: Tensor) -> tuple[kernels.Out
     then backward only multiplies this by the upstream gradient of log p(y).
     """
     rows, outputs = problem.kept_rows(), empty_outputs(problem)
-    gradients = HeadGradients(problem.policy, Wanted(hidden=True, weight=False, bias=False))
+    upstream_of, scale = unit_upstream(problem, ratio.to(outputs[0].dtype))
+    wanted = Wanted(hidden=True, weight=False, bias=False)
+    gradients = HeadGradients(problem.policy, wanted, scale)
     plan = problem.plan_with_gradients(rows, all_at_once=False)
     scratch = Scratch(plan, problem.heads, tiles=2, gradients=True)
-    upstream_of = unit_upstream(problem, ratio.to(outputs[0].dtype))
     for chunk in row_chunks(rows, plan.gradient_rows):
         forward_and_gradient(problem, chunk, upstream_of, None, outputs, gradients, scratch)
-    return outputs, gradients.hidden
+    return outputs, gradients.results()[0]
 
 
 def forward_by_pairs(
@@ -119,7 +125,9 @@ def forward_by_pairs(
         The outputs, and the gradients of hidden states, weight and bias.
     """
     outputs = empty_outputs(problem)
-    gradients = HeadGradients(problem.policy, wanted)
+    rounded = problem.policy.rounds_gradient
+    unit, scale = unit_upstream(problem, ratio) if rounded else (None, None)
+    gradients = HeadGradients(problem.policy, wanted, scale)
     groups = rows_of_groups(chunk_of_token.masked_fill(~problem.kept, chunks), chunks)
     plan = problem.plan_with_gradients(max(groups, key=row_count), all_at_once=True)
     scratch = Scratch(plan, problem.heads, tiles=2, gradients=True)
@@ -131,9 +139,8 @@ def forward_by_pairs(
         slopes = slopes_of(outputs)[rows]
         return slopes, slopes * ratio[rows]
 
-    unit = unit_upstream(problem, ratio)
     for rows in filter(row_count, groups):
-        if problem.policy.rounds_gradient:
+        if unit is not None:
             forward_and_gradient(problem, rows, unit, factor_of, outputs, gradients, scratch)
         else:
             forward_and_gradient(problem, rows, upstream_of, None, outputs, gradients, scratch)

@@ -54,6 +54,12 @@ class Head(NamedTuple):
         """Whether that type is narrower than the logits'. The gradient then lies beside them."""
         return self.gradient_dtype != self.accumulation_dtype
 
+    def scale_of_gradient(self, grad_logps: Tensor, grad_kl: Tensor) -> Tensor | None:
+        """What to multiply these upstream gradients by before the gradient of the logits is rounded
+        (``products.scale_into_range``); None: nothing."""
+        sizes = (grad_logps.abs() + grad_kl.abs()) * abs(self.scale)
+        return products.scale_into_range(sizes, self.gradient_dtype)
+
     def states_of(self, rows: Rows) -> Tensor:
         """Hidden states ``[n, H]``, ready for products."""
         states = self.hidden[rows]  # a view if the rows are a range, else a copy
@@ -106,12 +112,14 @@ class HeadGradients:
     """The gradients of a head's tensors, summed in the accumulation type.
 
     Rows come in passes: ``begin_pass``, then ``add`` for each tile until all columns are covered,
-    then ``end_pass``. Each row is in one pass.
+    then ``end_pass``. Each row is in one pass. The gradients of the logits that ``add`` gets are
+    multiplied by ``scale``, which the results are not; None: 1.
     """
 
-    def __init__(self, head: Head, wanted: Wanted) -> None:
+    def __init__(self, head: Head, wanted: Wanted, scale: Tensor | None) -> None:
         self.head = head
         self.wanted = wanted
+        self.scale = scale
         self.no_pass_yet = True
         dtype, nothing = head.accumulation_dtype, head.hidden.new_empty(0)
         # Zeros, since rows that are left out have gradient 0.
@@ -176,4 +184,8 @@ class HeadGradients:
         """The gradients of hidden states, weight and bias; empty where not wanted."""
         if self.no_pass_yet:
             self.weight.zero_()
-        return self.hidden, self.weight, self.bias
+        gradients = self.hidden, self.weight, self.bias
+        if self.scale is not None:
+            for gradient in gradients:
+                gradient /= self.scale
+        return gradients

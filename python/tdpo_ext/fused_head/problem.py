@@ -152,9 +152,9 @@ class Upstream(NamedTuple):
     def of_rows(self, rows: Rows) -> Upstream:
         return Upstream(*(x[rows] for x in self))
 
-    def times(self, factor: float) -> Upstream:
+    def times(self, factor: float | Tensor) -> Upstream:
         """Both upstream gradients multiplied by a factor."""
-        if factor == 1:
+        if not isinstance(factor, Tensor) and factor == 1:
             return self
         return Upstream(self.normalizers, self.grad_logps * factor, self.grad_kl * factor)
 

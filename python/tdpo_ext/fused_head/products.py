@@ -27,6 +27,18 @@ def operand_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if takes_half_width(x.device) else accumulation_dtype(x.dtype)
 
 
+def scale_into_range(sizes: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A power of 2 for numbers up to some sizes that are about to be rounded to float16.
+
+    Times it they use the top of float16's range. The gradients of a large vocabulary's logits would
+    else lie where float16 has few digits or none, below 6e-5. None: the type has float32's range.
+    """
+    if dtype != torch.float16 or sizes.numel() == 0:
+        return None
+    exponent = torch.frexp(sizes.amax()).exponent  # the largest size is below 2^exponent
+    return torch.ldexp(sizes.new_ones(()), (15 - exponent).clamp(-100, 100))
+
+
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a b; both operands have one ``operand_dtype``."""
     if a.dtype == out.dtype:

@@ -53,9 +53,9 @@ def run(name: str, device: torch.device, work: Any, *workspace: int) -> Any:
     number of threads, on CUDA on the caller's stream and with the address of a workspace."""
     if device.type == "cpu":
         return getattr(core, name)(instruction_set(core), torch.get_num_threads(), work)
-    stream = torch.cuda.current_stream(device)
-    function = getattr(core, f"cuda_{name}")
-    return function(stream.device.index, stream.cuda_stream, work, *workspace)
+    # torch.cuda.current_stream makes an object, which takes as long as the launch of a kernel.
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    return getattr(core, f"cuda_{name}")(device.index, stream, work, *workspace)
 
 
 # --- the core's structs: each field is described in csrc/token_stats.h ----------------------------

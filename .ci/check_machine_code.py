@@ -84,7 +84,8 @@ def expected(kernel: str) -> Expected:
     double = "kernelId" in kernel
     if "row_records_kernel" in kernel:
         shifted, divergences = flags(kernel)
-        blocks = 1 if double else 2 if "Li1E" in kernel else 5 - shifted - 2 * divergences
+        several = shifted + divergences
+        blocks = 1 if double else 2 if "Li1E" in kernel or several == 2 else 3 if several else 5
         room = 2 if "If" in kernel else 0  # float32 moves twice the bytes
         room += 7 if divergences else 0
         per_entry = None if double else (27 if shifted else 24.5) + room

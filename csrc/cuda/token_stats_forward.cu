@@ -39,9 +39,10 @@ namespace {
 // H200's 4.3 TB/s at a latency of 650 ns need 21. Where a side has to be shifted, a warp is alone
 // with its row, or there are more sums, registers allow fewer; float64 is bound by arithmetic.
 template <class T, int kWarps, bool kShifted, bool kDivergences>
-constexpr int kResidentBlocks = sizeof(T) == 8 ? 1
-                                : kWarps == 1  ? 2
-                                               : TDPO_FORWARD_BLOCKS - kShifted - 2 * kDivergences;
+constexpr int kResidentBlocks = sizeof(T) == 8                              ? 1
+                                : kWarps == 1 || (kShifted && kDivergences) ? 2
+                                : kShifted || kDivergences                  ? 3
+                                                                            : TDPO_FORWARD_BLOCKS;
 
 // At most so many rounds go by one at a time before turns are tried again.
 constexpr int kMostSingleRounds = 16;

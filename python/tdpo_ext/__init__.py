@@ -2,7 +2,11 @@
 
 from tdpo_ext import reference
 from tdpo_ext.functional import tdpo_loss, token_divergences, token_stats
-from tdpo_ext.fused_head.functional import linear_tdpo_loss, linear_token_stats
+from tdpo_ext.fused_head.functional import (
+    linear_tdpo_loss,
+    linear_token_divergences,
+    linear_token_stats,
+)
 from tdpo_ext.loss import pair_loss
 from tdpo_ext.modules import LinearTDPOLoss, TDPOLoss
 from tdpo_ext.outputs import TDPOOutput, TokenDivergences, TokenStats
@@ -18,6 +22,7 @@ __all__ = [
     "TokenStats",
     "backends",
     "linear_tdpo_loss",
+    "linear_token_divergences",
     "linear_token_stats",
     "pair_loss",
     "reference",

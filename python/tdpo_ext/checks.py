@@ -160,8 +160,13 @@ DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 NEED_LABELS: tuple[Divergence, ...] = ("policy_logps", "reference_logps")
 
 
-def check_divergences(outputs: Collection[str], labels: Tensor | None, mask: Tensor | None) -> None:
-    """``outputs`` must name some of ``DIVERGENCES``; those of labels need labels, not a mask."""
+def check_divergences(
+    outputs: Collection[str], labels: Tensor | None, mask: Tensor | None, batch: Tensor
+) -> None:
+    """``outputs`` must name some of ``DIVERGENCES``; those of labels need labels, not a mask.
+
+    Labels or the mask must fit ``batch``: logits or hidden states.
+    """
     if isinstance(outputs, str) or not isinstance(outputs, Collection):
         raise TypeError(
             f"outputs must be a tuple of names, got {outputs!r}; write (name,) for a single one"
@@ -178,6 +183,10 @@ def check_divergences(outputs: Collection[str], labels: Tensor | None, mask: Ten
             "labels and mask were both given; mark the rows to leave out with ignore_index in "
             "labels, or pass labels=None"
         )
+    if labels is not None:
+        check_labels("labels", labels, batch)
+    if mask is not None:
+        check_mask(mask, batch)
 
 
 def check_mask(mask: Tensor, logits: Tensor) -> None:
@@ -187,12 +196,13 @@ def check_mask(mask: Tensor, logits: Tensor) -> None:
         raise TypeError(f"mask must have dtype bool, got {_names((mask.dtype,))}")
     if mask.shape != logits.shape[:-1]:
         raise ValueError(
-            "mask must have the shape of the logits without their last dimension, "
+            "mask must have the shape of logits or hidden states without their last dimension, "
             f"{list(logits.shape[:-1])}, got {list(mask.shape)}"
         )
     if mask.device != logits.device:
         raise ValueError(
-            f"mask must be on the device of the logits ({logits.device}), got {mask.device}"
+            f"mask must be on the device of logits or hidden states ({logits.device}), "
+            f"got {mask.device}"
         )
 
 

@@ -13,7 +13,7 @@ from tdpo_ext.checks import Divergence, Reduction, Variant
 from tdpo_ext.distributed import IGNORED, Shard, local_logits, shard_of
 from tdpo_ext.loss import LossOptions
 from tdpo_ext.outputs import TDPOOutput, TokenDivergences, TokenStats
-from tdpo_ext.sequences import given_labels
+from tdpo_ext.sequences import given_labels, labels_of_mask
 from tdpo_ext.token_statistics import divergence_ops, loss_ops, ops
 from tdpo_ext.token_statistics.loss_kernels import Batch
 
@@ -171,12 +171,8 @@ def token_divergences(
         policy_logits, reference_logits, labels, mask, process_group=process_group
     )
     checks.check_logits(policy_logits, reference_logits)
-    checks.check_divergences(outputs, labels, mask)
+    checks.check_divergences(outputs, labels, mask, policy_logits)
     checks.check_ignore_index(ignore_index)
-    if labels is not None:
-        checks.check_labels("labels", labels, policy_logits)
-    if mask is not None:
-        checks.check_mask(mask, policy_logits)
     shard = shard or shard_of(process_group, policy_logits.shape[-1])
     given = labels if labels is not None else mask
     _check_calls(inplace_backward, policy_logits, reference_logits, given)
@@ -188,17 +184,11 @@ def token_divergences(
     else:
         unlabelled = labels is None
         if labels is None:
-            labels, ignore_index = _labels_of_mask(mask, policy_logits), IGNORED
+            labels, ignore_index = labels_of_mask(mask, policy_logits), IGNORED
         options = ignore_index, unlabelled, inplace_backward, shard
         every = divergence_ops.token_divergences(policy_logits, reference_logits, labels, *options)
         found = every._asdict()
     return TokenDivergences(**{name: found[name] for name in outputs})
-
-
-def _labels_of_mask(mask: Tensor | None, logits: Tensor) -> Tensor:
-    """For rows without labels: -1, which is none, and IGNORED where the mask is False."""
-    labels = torch.full(logits.shape[:-1], -1, dtype=torch.int64, device=logits.device)
-    return labels if mask is None else labels.masked_fill(~mask, IGNORED)
 
 
 def tdpo_loss(

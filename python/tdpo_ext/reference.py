@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tdpo_ext import checks
-from tdpo_ext.checks import Divergence, Reduction, Variant
+from tdpo_ext.checks import Divergence, LogitOptions, Reduction, Side, Variant
 from tdpo_ext.distributed import is_dtensor
 from tdpo_ext.loss import LossOptions, loss_from_stats, pair_loss
 from tdpo_ext.outputs import TDPOOutput, TokenDivergences, TokenStats
@@ -33,6 +33,7 @@ from tdpo_ext.sequences import aligned_labels
 
 __all__ = [
     "linear_tdpo_loss",
+    "linear_token_divergences",
     "linear_token_stats",
     "pair_loss",
     "tdpo_loss",
@@ -105,15 +106,13 @@ def token_divergences(
     """
     _check_plain(inplace_backward, process_group, policy_logits, reference_logits)
     checks.check_logits(policy_logits, reference_logits)
-    checks.check_divergences(outputs, labels, mask)
+    checks.check_divergences(outputs, labels, mask, policy_logits)
     checks.check_ignore_index(ignore_index)
     left_out = torch.zeros(policy_logits.shape[:-1], dtype=torch.bool, device=policy_logits.device)
     outside, label = left_out, None
     if mask is not None:
-        checks.check_mask(mask, policy_logits)
         left_out = ~mask
     if labels is not None:
-        checks.check_labels("labels", labels, policy_logits)
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             checks.check_label_range(labels, policy_logits.shape[-1], ignore_index)
         left_out = labels == ignore_index
@@ -272,28 +271,79 @@ def linear_token_stats(
     """
     _check_plain(False, process_group, policy_hidden, policy_weight, reference_weight)
     checks.check_chunk_bytes(chunk_bytes)
-    checks.check_heads(
-        (policy_hidden, policy_weight, policy_bias),
-        (reference_hidden, reference_weight, reference_bias),
-    )
+    policy = policy_hidden, policy_weight, policy_bias
+    reference = reference_hidden, reference_weight, reference_bias
+    checks.check_heads(policy, reference)
     checks.check_labels("labels", labels, policy_hidden)
     checks.check_ignore_index(ignore_index)
-    scale, softcap, reference_scale, reference_softcap = checks.logit_options(
+    options = checks.logit_options(
         logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap
     )
-    blank = (labels == ignore_index).unsqueeze(-1)  # ignored hidden states get no gradient
-    return token_stats(
-        logits_of(policy_hidden.masked_fill(blank, 0), policy_weight, policy_bias, scale, softcap),
-        logits_of(
-            reference_hidden.masked_fill(blank, 0),
-            reference_weight,
-            reference_bias,
-            reference_scale,
-            reference_softcap,
-        ),
-        labels,
-        ignore_index=ignore_index,
+    logits = logits_of_heads(policy, reference, options, labels == ignore_index)
+    return token_stats(*logits, labels, ignore_index=ignore_index)
+
+
+def linear_token_divergences(
+    policy_hidden: Tensor,
+    policy_weight: Tensor,
+    reference_hidden: Tensor,
+    reference_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    outputs: Collection[Divergence] = ("forward_kl", "reverse_kl"),
+    policy_bias: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    reference_logit_scale: float | None = None,
+    reference_logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_bytes: int | None = None,
+    process_group: None = None,
+) -> TokenDivergences:
+    """``tdpo_ext.linear_token_divergences`` by making the logits.
+
+    Arguments, results and errors are those of ``tdpo_ext.linear_token_divergences``, except:
+
+    Args:
+        chunk_bytes: Has no effect.
+        process_group: None only, and no DTensors.
+
+    Returns:
+        ``TokenDivergences``, differentiable twice. The gradient of an infinite divergence has no
+        meaning.
+
+    Raises:
+        ValueError: Also for a ``process_group`` and for DTensors.
+    """
+    _check_plain(False, process_group, policy_hidden, policy_weight, reference_weight)
+    checks.check_chunk_bytes(chunk_bytes)
+    policy = policy_hidden, policy_weight, policy_bias
+    reference = reference_hidden, reference_weight, reference_bias
+    checks.check_heads(policy, reference)
+    checks.check_divergences(outputs, labels, mask, policy_hidden)
+    checks.check_ignore_index(ignore_index)
+    options = checks.logit_options(
+        logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap
     )
+    ignored = None if mask is None else ~mask
+    if labels is not None:
+        ignored = labels == ignore_index
+    logits = logits_of_heads(policy, reference, options, ignored)
+    return token_divergences(*logits, labels, mask=mask, outputs=outputs, ignore_index=ignore_index)
+
+
+def logits_of_heads(
+    policy: Side, reference: Side, options: LogitOptions, ignored: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The logits of both heads. ``ignored``: rows whose hidden states get no gradient, ``[...]``
+    bool."""
+    sides = []
+    for (hidden, weight, bias), of_side in ((policy, options[:2]), (reference, options[2:])):
+        states = hidden if ignored is None else hidden.masked_fill(ignored.unsqueeze(-1), 0)
+        sides.append(logits_of(states, weight, bias, *of_side))
+    return sides[0], sides[1]
 
 
 def logits_of(

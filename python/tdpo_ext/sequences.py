@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tdpo_ext import checks
+from tdpo_ext.distributed import IGNORED
 
 
 def aligned_labels(
@@ -55,6 +56,15 @@ def given_labels(
         checks.check_labels("shift_labels", shift_labels, batch)
         return shift_labels, False
     raise checks.labels_error("neither" if labels is None else "both")
+
+
+def labels_of_mask(mask: Tensor | None, batch: Tensor) -> Tensor:
+    """For rows of a batch without labels: -1, which is none, and IGNORED where the mask is False.
+
+    ``batch`` is logits or hidden states, ``[..., V]`` or ``[..., H]``.
+    """
+    labels = torch.full(batch.shape[:-1], -1, dtype=torch.int64, device=batch.device)
+    return labels if mask is None else labels.masked_fill(~mask, IGNORED)
 
 
 def align_labels(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:

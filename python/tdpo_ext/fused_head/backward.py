@@ -5,14 +5,20 @@ With the products of dh and dW it takes 3 to 4 units.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tdpo_ext.distributed import sum_gradient
 from tdpo_ext.fused_head.head import HeadGradients, Wanted
-from tdpo_ext.fused_head.problem import Problem, Upstream, tile_gradient
+from tdpo_ext.fused_head.problem import (
+    Problem,
+    of_rows,
+    tile_gradient,
+    times,
+    with_zeros,
+)
 from tdpo_ext.fused_head.tiles import (
     Rows,
     Scratch,
@@ -22,6 +28,9 @@ from tdpo_ext.fused_head.tiles import (
     rows_of_groups,
 )
 from tdpo_ext.token_statistics import kernels
+
+if TYPE_CHECKING:
+    from tdpo_ext.fused_head.quantities import AnyUpstream
 
 
 class Kind(NamedTuple):
@@ -34,27 +43,24 @@ class Kind(NamedTuple):
 KINDS = (Kind(True, True), Kind(True, False), Kind(False, True))
 
 
-def rows_of_kinds(problem: Problem, upstream: Upstream) -> list[Rows]:
+def rows_of_kinds(problem: Problem, upstream: AnyUpstream) -> list[Rows]:
     """The rows of each of ``KINDS``; rows with gradient 0 are left out."""
     if problem.captured:
         return [slice(0, problem.labels.numel()), slice(0, 0), slice(0, 0)]
-    _, grad_logps, grad_kl = upstream
     kind = torch.zeros_like(problem.labels)
     if kernels.serves(kind.device):  # plain PyTorch reads both in any case
-        kind.masked_fill_(grad_kl == 0, 1).masked_fill_(grad_kl == grad_logps, 2)
-    nothing = (grad_kl == 0) & (grad_logps == 0)
-    return rows_of_groups(kind.masked_fill_(nothing | ~problem.kept, len(KINDS)), len(KINDS))
+        kind.masked_fill_(upstream.policy_alone, 1).masked_fill_(upstream.reference_alone, 2)
+    nothing = upstream.is_zero | ~problem.kept
+    return rows_of_groups(kind.masked_fill_(nothing, len(KINDS)), len(KINDS))
 
 
-def backward(problem: Problem, upstream: Upstream, wanted: Wanted) -> tuple[Tensor, ...]:
+def backward(problem: Problem, upstream: AnyUpstream, wanted: Wanted) -> tuple[Tensor, ...]:
     """Gradients of the policy's hidden states, weight and bias for any upstream gradients."""
     if problem.captured:  # no row is left out, so ignored ones get upstream gradients 0
-        ignored = ~problem.kept
-        grads = (grad.masked_fill(ignored, 0) for grad in upstream[1:])
-        upstream = Upstream(upstream.normalizers, *grads)
-    scale = problem.policy.scale_of_gradient(*upstream[1:])
+        upstream = with_zeros(upstream, ~problem.kept)
+    scale = problem.policy.scale_of_gradient(upstream.size_of_gradient())
     if scale is not None:
-        upstream = upstream.times(scale)
+        upstream = times(upstream, scale)
     gradients = HeadGradients(problem.policy, wanted, scale)
     for kind, rows in zip(KINDS, rows_of_kinds(problem, upstream), strict=True):
         if row_count(rows):
@@ -65,7 +71,7 @@ def backward(problem: Problem, upstream: Upstream, wanted: Wanted) -> tuple[Tens
 
 
 def backward_of_kind(
-    problem: Problem, kind: Kind, rows: Rows, upstream: Upstream, gradients: HeadGradients
+    problem: Problem, kind: Kind, rows: Rows, upstream: AnyUpstream, gradients: HeadGradients
 ) -> None:
     """Add the gradients of all rows of one kind.
 
@@ -76,14 +82,17 @@ def backward_of_kind(
     plan = problem.plan(rows, tiles, whole_rows=whole_rows, gradients=True)
     scratch = Scratch(plan, problem.heads, tiles, gradients=True)
     for chunk in row_chunks(rows, plan.rows):
-        recompute(problem, kind, chunk, upstream.of_rows(chunk), gradients, scratch)
+        of_chunk = of_rows(upstream, chunk)
+        if not kind.policy:  # no kernel of divergences leaves out the policy's logits
+            of_chunk = of_chunk.of_statistics()
+        recompute(problem, kind, chunk, of_chunk, gradients, scratch)
 
 
 def recompute(
     problem: Problem,
     kind: Kind,
     rows: Rows,
-    upstream: Upstream,
+    upstream: AnyUpstream,
     gradients: HeadGradients,
     scratch: Scratch,
 ) -> None:

@@ -14,10 +14,10 @@ from tdpo_ext.fused_head.head import HeadGradients, Wanted
 from tdpo_ext.fused_head.problem import (
     Problem,
     Upstream,
-    empty_outputs,
     put,
     tile_gradient,
     whole_logits,
+    zeros,
 )
 from tdpo_ext.fused_head.tiles import Rows, Scratch, row_chunks, row_count, rows_of_groups
 from tdpo_ext.token_statistics import kernels
@@ -74,7 +74,7 @@ def unit_upstream(
     They are 1 for log p(y) and ``ratio`` for the KL; both are 0 for ignored rows.
     """
     unit = problem.kept.to(ratio.dtype)
-    scale = problem.policy.scale_of_gradient(unit, ratio)
+    scale = problem.policy.scale_of_gradient(unit + ratio.abs())
     if scale is not None:
         unit *= scale
     return lambda rows: (unit[rows], ratio[rows] * unit[rows]), scale
@@ -86,7 +86,8 @@ def forward_with_direction(problem: Problem, ratio: Tensor) -> tuple[kernels.Out
     If the upstream gradient of each token's KL is ``ratio``, ``[N]``, times that of its log p(y),
     then backward only multiplies this by the upstream gradient of log p(y).
     """
-    rows, outputs = problem.kept_rows(), empty_outputs(problem)
+    rows = problem.kept_rows()
+    outputs = zeros(kernels.empty_outputs(problem.policy.hidden, problem.labels.shape))
     upstream_of, scale = unit_upstream(problem, ratio.to(outputs[0].dtype))
     wanted = Wanted(hidden=True, weight=False, bias=False)
     gradients = HeadGradients(problem.policy, wanted, scale)
@@ -124,7 +125,7 @@ def forward_by_pairs(
     Returns:
         The outputs, and the gradients of hidden states, weight and bias.
     """
-    outputs = empty_outputs(problem)
+    outputs = zeros(kernels.empty_outputs(problem.policy.hidden, problem.labels.shape))
     rounded = problem.policy.rounds_gradient
     unit, scale = unit_upstream(problem, ratio) if rounded else (None, None)
     gradients = HeadGradients(problem.policy, wanted, scale)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tdpo_ext import checks
-from tdpo_ext.checks import Reduction, Side, Variant
-from tdpo_ext.distributed import Shard, local_head, local_labels, shard_of
+from tdpo_ext.checks import Divergence, Reduction, Side, Variant
+from tdpo_ext.distributed import IGNORED, Shard, local_head, local_labels, shard_of
 from tdpo_ext.fused_head import ops
 from tdpo_ext.fused_head.ops import Heads, Options
 from tdpo_ext.fused_head.pairs import Batch, kl_ratio_of_tokens
@@ -17,14 +18,14 @@ from tdpo_ext.fused_head.problem import default_chunk_bytes, is_captured
 from tdpo_ext.fused_head.products import accumulation_dtype
 from tdpo_ext.fused_head.tiles import costs, pairs_that_fit
 from tdpo_ext.loss import LossOptions
-from tdpo_ext.outputs import TDPOOutput, TokenStats
-from tdpo_ext.sequences import aligned_labels
+from tdpo_ext.outputs import TDPOOutput, TokenDivergences, TokenStats
+from tdpo_ext.sequences import aligned_labels, labels_of_mask
 from tdpo_ext.token_statistics import loss_kernels, loss_ops
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["linear_tdpo_loss", "linear_token_stats"]
+__all__ = ["linear_tdpo_loss", "linear_token_divergences", "linear_token_stats"]
 
 
 def linear_token_stats(
@@ -108,6 +109,89 @@ def linear_token_stats(
     checks.check_labels("labels", labels, policy_hidden)
     stats = ops.recompute(flat(heads, labels), options)
     return TokenStats(*(values.view(labels.shape) for values in stats))
+
+
+def linear_token_divergences(
+    policy_hidden: Tensor,
+    policy_weight: Tensor,
+    reference_hidden: Tensor,
+    reference_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    outputs: Collection[Divergence] = ("forward_kl", "reverse_kl"),
+    policy_bias: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    reference_logit_scale: float | None = None,
+    reference_logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
+) -> TokenDivergences:
+    """``token_divergences`` from hidden states and heads' weights, without all logits in memory.
+
+    The logits are those of ``linear_token_stats``; forward_kl = KL(pi_ref || pi), reverse_kl =
+    KL(pi || pi_ref), the entropies and the log-probabilities are those of ``token_divergences``.
+    All come from one pass: it costs no more products than ``linear_token_stats``. As a distillation
+    loss, the teacher is the reference; its hidden size may be another.
+
+    Args:
+        policy_hidden: ``[..., H]``, see ``linear_token_stats``.
+        policy_weight: ``[V, H]``, see ``linear_token_stats``.
+        reference_hidden: ``[..., H_ref]``, not requiring grad, see ``linear_token_stats``.
+        reference_weight: ``[V, H_ref]``, not requiring grad, see ``linear_token_stats``.
+        labels: ``[...]``, int64 or int32, aligned with the hidden states (nothing is shifted).
+            Needed for policy_logps and reference_logps only.
+        mask: ``[...]``, bool, in place of labels: tokens that are False are left out before the
+            first product, and their outputs and gradients are 0.
+        outputs: The names of what is wanted, in any order.
+        policy_bias: ``[V]`` or None.
+        reference_bias: ``[V]`` or None, not requiring grad.
+        logit_scale: Factor of the policy's logits, see ``linear_token_stats``.
+        logit_softcap: Softcap of the policy's logits, see ``linear_token_stats``; None: none.
+        reference_logit_scale: Factor of the reference's logits; None: the policy's.
+        reference_logit_softcap: Softcap of the reference's logits; None: the policy's.
+        ignore_index: Tokens with this label are left out before the first product, and their
+            outputs and gradients are 0.
+        chunk_bytes: Scratch memory, in bytes, see ``linear_token_stats``.
+        process_group: The processes that share the vocabulary, see ``linear_token_stats``. A mask,
+            like labels, is the same on all processes.
+
+    Returns:
+        ``TokenDivergences``, whose fields are ``[...]``, in nats, float32 (float64 for float64), or
+        None where not asked for. Differentiable once with respect to those of policy_hidden,
+        policy_weight and policy_bias that require grad, for any upstream gradients of policy_logps,
+        forward_kl, reverse_kl and policy_entropy; infinite divergences are as in
+        ``token_divergences``. ``tdpo_ext.reference.linear_token_divergences`` is differentiable
+        twice.
+
+    Raises:
+        TypeError: As ``linear_token_stats`` and ``token_divergences``.
+        ValueError: As ``linear_token_stats`` and ``token_divergences``.
+        IndexError: As ``linear_token_stats``.
+    """
+    labels, mask = (local_labels(x, policy_weight) for x in (labels, mask))
+    heads, options = _checked(
+        (policy_hidden, policy_weight, policy_bias),
+        (reference_hidden, reference_weight, reference_bias),
+        (logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap),
+        ignore_index,
+        chunk_bytes,
+        process_group,
+    )
+    checks.check_divergences(outputs, labels, mask, policy_hidden)
+    if labels is not None and set(outputs) <= set(TokenStats._fields):
+        found = ops.recompute(flat(heads, labels), options)._asdict()
+    else:
+        unlabelled = labels is None
+        if labels is None:
+            labels = labels_of_mask(mask, policy_hidden)
+            options = options._replace(ignore_index=IGNORED)
+        inputs = flat(heads, labels)
+        found = ops.recompute_divergences(inputs, options, unlabelled)._asdict()
+    return TokenDivergences(**{name: found[name].view(labels.shape) for name in outputs})
 
 
 def linear_tdpo_loss(

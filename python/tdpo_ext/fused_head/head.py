@@ -54,11 +54,10 @@ class Head(NamedTuple):
         """Whether that type is narrower than the logits'. The gradient then lies beside them."""
         return self.gradient_dtype != self.accumulation_dtype
 
-    def scale_of_gradient(self, grad_logps: Tensor, grad_kl: Tensor) -> Tensor | None:
-        """What to multiply these upstream gradients by before the gradient of the logits is rounded
-        (``products.scale_into_range``); None: nothing."""
-        sizes = (grad_logps.abs() + grad_kl.abs()) * abs(self.scale)
-        return products.scale_into_range(sizes, self.gradient_dtype)
+    def scale_of_gradient(self, sizes: Tensor) -> Tensor | None:
+        """What to multiply upstream gradients by before the gradient of the logits is rounded
+        (``products.scale_into_range``); None: nothing. ``sizes`` bound the latter, ``[N]``."""
+        return products.scale_into_range(sizes * abs(self.scale), self.gradient_dtype)
 
     def states_of(self, rows: Rows) -> Tensor:
         """Hidden states ``[n, H]``, ready for products."""

@@ -29,8 +29,15 @@ from tdpo_ext.fused_head.head import Head, Wanted
 from tdpo_ext.fused_head.pairs import Batch, TokenSlopes, kl_ratio_of_tokens
 from tdpo_ext.fused_head.problem import Problem, Upstream
 from tdpo_ext.fused_head.products import accumulation_dtype
+from tdpo_ext.fused_head.quantities import (
+    STATISTICS,
+    AnyUpstream,
+    Divergences,
+    DivergenceUpstream,
+    Outputs,
+)
 from tdpo_ext.loss import LossOptions
-from tdpo_ext.outputs import TokenStats
+from tdpo_ext.outputs import TokenDivergences, TokenStats
 from tdpo_ext.token_statistics import kernels, loss_kernels
 
 _HEADS = (
@@ -42,11 +49,21 @@ _OPTIONS = (
     " int ignore_index, int chunk_bytes, str group, SymInt shard_start, SymInt shard_total"
 )
 _STATS = "Tensor policy_logps, Tensor reference_logps, Tensor forward_kl"
+_DIVERGENCES = f"{_STATS}, Tensor reverse_kl, Tensor policy_entropy, Tensor reference_entropy"
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 library.define(f"linear_token_stats({_HEADS}, {_OPTIONS}) -> ({_STATS}, Tensor normalizers)")
 library.define(
-    f"linear_token_stats_backward({_HEADS}, Tensor normalizers, Tensor grad_policy_logps,"
-    f" Tensor grad_forward_kl, {_OPTIONS}, bool[] wanted) -> ({_GRADIENTS})"
+    f"linear_token_divergences({_HEADS}, {_OPTIONS}, bool unlabelled)"
+    f" -> ({_DIVERGENCES}, Tensor normalizers)"
+)
+_UPSTREAM = "Tensor normalizers, Tensor grad_policy_logps, Tensor grad_forward_kl"
+library.define(
+    f"linear_token_stats_backward({_HEADS}, {_UPSTREAM}, {_OPTIONS}, bool[] wanted)"
+    f" -> ({_GRADIENTS})"
+)
+library.define(
+    f"linear_token_divergences_backward({_HEADS}, {_UPSTREAM}, Tensor grad_reverse_kl,"
+    f" Tensor grad_policy_entropy, {_OPTIONS}, bool[] wanted) -> ({_GRADIENTS})"
 )
 library.define(
     f"linear_token_stats_direction({_HEADS}, Tensor ratio, {_OPTIONS})"
@@ -127,9 +144,9 @@ def problem_of(heads: Heads, options: Options) -> Problem:
     )
 
 
-def _checked_problem(heads: Heads, options: Options) -> Problem:
+def _checked_problem(heads: Heads, options: Options, unlabelled: bool = False) -> Problem:
     problem = problem_of(heads, options)
-    if problem.labels.device.type == "cpu":
+    if problem.labels.device.type == "cpu" and not unlabelled:
         shard, vocabulary = problem.shard, problem.policy.vocabulary
         vocabulary = vocabulary if shard is None else shard.total
         checks.check_label_range(problem.labels, vocabulary, problem.ignore_index)
@@ -150,22 +167,30 @@ def _empty_gradients(heads: Heads, wanted: list[bool]) -> list[Tensor]:
 # --- the ops --------------------------------------------------------------------------------------
 
 
-def _forward(heads: Heads, options: Options) -> kernels.Outputs:
-    return forward.forward(_checked_problem(heads, options))
+def _forward(heads: Heads, options: Options) -> Outputs:
+    return forward.forward(_checked_problem(heads, options), STATISTICS)
 
 
-def _forward_fake(heads: Heads, options: Options) -> kernels.Outputs:
-    return kernels.empty_outputs(heads.policy_hidden, heads.labels.shape)
+def _forward_fake(heads: Heads, options: Options) -> Outputs:
+    return STATISTICS.empty_outputs(heads.policy_hidden, heads.labels.shape)
+
+
+def _divergences(heads: Heads, options: Options, unlabelled: bool) -> Outputs:
+    return forward.forward(_checked_problem(heads, options, unlabelled), Divergences(unlabelled))
+
+
+def _divergences_fake(heads: Heads, options: Options, unlabelled: bool) -> Outputs:
+    return Divergences(unlabelled).empty_outputs(heads.policy_hidden, heads.labels.shape)
 
 
 def _backward(
-    heads: Heads, upstream: Upstream, options: Options, wanted: list[bool]
+    heads: Heads, upstream: AnyUpstream, options: Options, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
     return backward.backward(problem_of(heads, options), upstream, Wanted(*wanted))
 
 
 def _backward_fake(
-    heads: Heads, upstream: Upstream, options: Options, wanted: list[bool]
+    heads: Heads, upstream: AnyUpstream, options: Options, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
     return tuple(_empty_gradients(heads, wanted))
 
@@ -227,19 +252,19 @@ def _gradients_fake(
     return *outputs[:3], *_empty_gradients(heads, wanted), unit
 
 
+_of_upstream, _of_divergences = ((Heads, x, Options, list) for x in (Upstream, DivergenceUpstream))
+_of_pairs = (Heads, Batch, Options, LossOptions, int, list)
 for _name, _function, _fake, _groups in (
-    ("", _forward, _forward_fake, (Heads, Options)),
-    ("_backward", _backward, _backward_fake, (Heads, Upstream, Options, list)),
-    ("_direction", _direction, _direction_fake, (Heads, Tensor, Options)),
+    ("linear_token_stats", _forward, _forward_fake, (Heads, Options)),
+    ("linear_token_stats_backward", _backward, _backward_fake, _of_upstream),
+    ("linear_token_divergences", _divergences, _divergences_fake, (Heads, Options, bool)),
+    ("linear_token_divergences_backward", _backward, _backward_fake, _of_divergences),
+    ("linear_token_stats_direction", _direction, _direction_fake, (Heads, Tensor, Options)),
+    ("linear_tdpo_gradients", _gradients, _gradients_fake, _of_pairs),
 ):
-    register(f"linear_token_stats{_name}", grouped(_function, *_groups), grouped(_fake, *_groups))
-_groups_of_gradients = (Heads, Batch, Options, LossOptions, int, list)
-register(
-    "linear_tdpo_gradients",
-    grouped(_gradients, *_groups_of_gradients),
-    grouped(_gradients_fake, *_groups_of_gradients),
-)
+    register(_name, grouped(_function, *_groups), grouped(_fake, *_groups))
 differentiable_once("linear_token_stats_backward")
+differentiable_once("linear_token_divergences_backward")
 
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -260,27 +285,29 @@ class _Recompute(torch.autograd.Function):
         labels: Tensor,
         options: Options,
         wanted: Wanted,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        unlabelled: bool | None,
+    ) -> tuple[Tensor, ...]:
         policy = hidden, weight, bias
         constants = reference_hidden, reference_weight, reference_bias, labels
-        logps, reference_logps, kl, normalizers = torch.ops.tdpo_ext.linear_token_stats(
-            *policy, *constants, *options
-        )
+        *of_tokens, normalizers = _outputs_of((*policy, *constants), options, unlabelled)
         save(ctx, (*policy, normalizers), constants)
-        ctx.mark_non_differentiable(reference_logps)
+        ctx.mark_non_differentiable(*(of_tokens[at] for at in (1, 5) if at < len(of_tokens)))
         ctx.options, ctx.wanted = options, wanted
-        return logps, reference_logps, kl
+        return tuple(of_tokens)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (*policy, normalizers), constants = saved(ctx)
-        grad_logps, _, grad_kl = upstream
-        gradients = torch.ops.tdpo_ext.linear_token_stats_backward(
+        logps, _, *others = upstream
+        if others[1:]:
+            op, others = torch.ops.tdpo_ext.linear_token_divergences_backward, others[:3]
+        else:
+            op = torch.ops.tdpo_ext.linear_token_stats_backward
+        gradients = op(
             *policy,
             *constants,
             normalizers,
-            grad_logps.contiguous(),
-            grad_kl.contiguous(),
+            *(x.contiguous() for x in (logps, *others)),
             *ctx.options,
             list(ctx.wanted),
         )
@@ -288,15 +315,33 @@ class _Recompute(torch.autograd.Function):
             gradient.to(tensor.dtype) if is_wanted else None
             for tensor, gradient, is_wanted in zip(policy, gradients, ctx.wanted, strict=True)
         )
-        return hidden, weight, bias, None, None, None, None, None, None
+        return hidden, weight, bias, None, None, None, None, None, None, None
+
+
+def _outputs_of(heads: tuple[Any, ...], options: Options, unlabelled: bool | None) -> Any:
+    """The outputs of the op; ``unlabelled`` is None where no divergences are asked for."""
+    if unlabelled is None:
+        return torch.ops.tdpo_ext.linear_token_stats(*heads, *options)
+    return torch.ops.tdpo_ext.linear_token_divergences(*heads, *options, unlabelled)
+
+
+def _recomputed(heads: Heads, options: Options, unlabelled: bool | None) -> Any:
+    """The same without normalizers, differentiable for any upstream gradients."""
+    wanted = heads.wanted
+    if not any(wanted):
+        return _outputs_of(heads, options, unlabelled)[:-1]
+    return _Recompute.apply(*heads, options, wanted, unlabelled)  # type: ignore[no-untyped-call]
 
 
 def recompute(heads: Heads, options: Options) -> TokenStats:
     """The statistics, differentiable for any upstream gradients."""
-    wanted = heads.wanted
-    if not any(wanted):
-        return TokenStats(*torch.ops.tdpo_ext.linear_token_stats(*heads, *options)[:3])
-    return TokenStats(*_Recompute.apply(*heads, options, wanted))  # type: ignore[no-untyped-call]
+    return TokenStats(*_recomputed(heads, options, None))
+
+
+def recompute_divergences(heads: Heads, options: Options, unlabelled: bool) -> TokenDivergences:
+    """The divergences, differentiable for any upstream gradients. ``unlabelled``: labels outside
+    the vocabulary stand for none."""
+    return TokenDivergences(*_recomputed(heads, options, unlabelled))
 
 
 class _WithDirection(torch.autograd.Function):

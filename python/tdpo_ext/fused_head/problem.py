@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from tdpo_ext.fused_head.tiles import (
     rows_of_groups,
 )
 from tdpo_ext.token_statistics import kernels
+
+if TYPE_CHECKING:
+    from tdpo_ext.fused_head.quantities import AnyUpstream
 
 DEFAULT_CHUNK_BYTES = 256 * 2**20
 MOST_CHUNK_BYTES_ON_CUDA = 2 * 2**30
@@ -113,16 +116,17 @@ class Problem(NamedTuple):
         return plan_groups(cost, row_count(rows), vocabulary, self.chunk_bytes, all_at_once)
 
 
-def empty_outputs(problem: Problem) -> kernels.Outputs:
-    """Outputs of zeros, the results of ignored rows."""
-    like = problem.policy.hidden
-    outputs = kernels.empty_outputs(like, problem.labels.shape)
+Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
+
+
+def zeros(outputs: Tensors) -> Tensors:
+    """Outputs filled with zeros, the results of ignored rows."""
     for output in outputs:
         output.zero_()
     return outputs
 
 
-def put(outputs: kernels.Outputs, rows: Rows, values: kernels.Outputs) -> None:
+def put(outputs: tuple[Tensor, ...], rows: Rows, values: tuple[Tensor, ...]) -> None:
     """Write the values of some rows to ``outputs``."""
     for output, value in zip(outputs, values, strict=True):
         output[rows] = value
@@ -147,23 +151,63 @@ class Upstream(NamedTuple):
     grad_logps: Tensor
     """``[N]``, the upstream gradient of log p(y)."""
     grad_kl: Tensor
-    """``[N]``, the upstream gradient of the KL."""
+    """``[N]``, the upstream gradient of the forward KL."""
 
-    def of_rows(self, rows: Rows) -> Upstream:
-        return Upstream(*(x[rows] for x in self))
+    @property
+    def is_zero(self) -> Tensor:
+        """The rows whose gradient is 0, ``[N]`` bool."""
+        return (self.grad_logps == 0) & (self.grad_kl == 0)
 
-    def times(self, factor: float | Tensor) -> Upstream:
-        """Both upstream gradients multiplied by a factor."""
-        if not isinstance(factor, Tensor) and factor == 1:
-            return self
-        return Upstream(self.normalizers, self.grad_logps * factor, self.grad_kl * factor)
+    @property
+    def policy_alone(self) -> Tensor:
+        """The rows whose gradient does not depend on the reference's logits."""
+        return self.grad_kl == 0
+
+    @property
+    def reference_alone(self) -> Tensor:
+        """The rows whose gradient does not depend on the policy's logits, but for its label's."""
+        return self.grad_kl == self.grad_logps
+
+    def of_statistics(self) -> Upstream:
+        return self
+
+    def size_of_gradient(self) -> Tensor:
+        """A bound of the gradient of each row's logits, ``[N]``."""
+        return self.grad_logps.abs() + self.grad_kl.abs()
+
+    @property
+    def may_be_rounded(self) -> bool:
+        """Whether ``write_gradient`` takes a gradient of a narrower type than the logits'."""
+        return True
+
+    def write_gradient(self, gradient: Tensor, z: Tensor, r: Tensor, labels: Tensor) -> None:
+        """Write the gradient of the policy's logits (``kernels.write_gradient``)."""
+        kernels.write_gradient(gradient, z, r, labels, *self)
+
+
+def of_rows(upstream: AnyUpstream, rows: Rows) -> AnyUpstream:
+    return type(upstream)(*(x[rows] for x in upstream))
+
+
+def times(upstream: AnyUpstream, factor: float | Tensor) -> AnyUpstream:
+    """The upstream gradients multiplied by a factor."""
+    if not isinstance(factor, Tensor) and factor == 1:
+        return upstream
+    normalizers, *gradients = upstream
+    return type(upstream)(normalizers, *(x * factor for x in gradients))
+
+
+def with_zeros(upstream: AnyUpstream, rows: Tensor) -> AnyUpstream:
+    """With upstream gradients 0 for some rows, ``[N]`` bool."""
+    normalizers, *gradients = upstream
+    return type(upstream)(normalizers, *(x.masked_fill(rows, 0) for x in gradients))
 
 
 def tile_gradient(
     problem: Problem,
     tiles: tuple[Tensor, Tensor],
     labels: Tensor,
-    upstream: Upstream,
+    upstream: AnyUpstream,
     beside: Tensor | None,
 ) -> Tensor:
     """The gradient of the policy's h W^T + b, from tiles of policy and reference logits.
@@ -171,14 +215,15 @@ def tile_gradient(
     If the gradient needs only one of them, ``tiles`` is that tile twice. The result is written to
     ``beside``, or over the policy's tile if ``beside`` is None. With a softcap the gradient is
     computed in the reference's tile, since the softcap's derivative needs the policy's logits
-    afterwards, and is copied to ``beside`` if that is given.
+    afterwards, and is copied to ``beside`` if that is given. It is copied with divergences as well,
+    whose kernels store gradients of the logits' type alone.
     """
     z, r = tiles
     policy = problem.policy
-    over = r if policy.softcap else z
-    gradient = over if beside is None or policy.softcap else beside
-    kernels.write_gradient(gradient, z, r, labels, *upstream.times(policy.scale))
+    gradient = r if policy.softcap else z
+    if beside is not None and upstream.may_be_rounded and not policy.softcap:
+        gradient = beside
+    times(upstream, policy.scale).write_gradient(gradient, z, r, labels)
     if policy.softcap:
         policy.chain_softcap(gradient, z)
-        gradient = gradient if beside is None else beside.copy_(gradient)
-    return gradient
+    return gradient if beside is None or gradient is beside else beside.copy_(gradient)

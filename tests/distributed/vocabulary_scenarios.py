@@ -413,6 +413,81 @@ def chunks_in_plain_pytorch_are_the_same_for_parts_of_any_width() -> dict[str, f
     return {"bits": same_bits(torch.tensor(plan.rows))}
 
 
+def sharded_head_divergences(
+    dtype: torch.dtype = torch.float32, labelled: bool = True, **options: Any
+) -> dict[str, float]:
+    """``linear_token_divergences``, of everything that it gives."""
+    given, labels = heads(), label_ids()
+    given = {name: x.to(dtype) for name, x in given.items()}
+    parts = {n: x.clone() if "hidden" in n else own(x, 0) for n, x in given.items()}
+    names = checks.DIVERGENCES if labelled else checks.DIVERGENCES[2:]
+    rows = {"labels": labels} if labelled else {"mask": labels != -100}
+    upstream = torch.randn(3, *labels.shape, dtype=torch.float64)
+    upstream[:2, 0] = 0  # the entropy's gradient needs no reference
+
+    def results(function: Any, tensors: dict[str, Tensor], **options: Any) -> Any:
+        tensors = {n: x.clone().requires_grad_(n in LEAVES) for n, x in tensors.items()}
+        found = function(**tensors, **rows, outputs=names, **options)
+        total = sum(
+            (getattr(found, name) * weight).sum()
+            for name, weight in zip(DIFFERENTIABLE, upstream, strict=True)
+        )
+        return found, torch.autograd.grad(total, [tensors[name] for name in LEAVES])
+
+    function = tdpo_ext.linear_token_divergences
+    ours, gradients = results(function, parts, process_group=group(), **options)
+    options.pop("chunk_bytes", None)
+    whole = {name: x.double() for name, x in given.items()}
+    truth, wanted = results(reference.linear_token_divergences, whole, **options)
+    wanted = [wanted[0], own(wanted[1], 0), own(wanted[2], 0)]
+    errors = {name: relative(getattr(ours, name), getattr(truth, name)) for name in names}
+    errors["gradient"] = max(relative(a, b) for a, b in zip(gradients, wanted, strict=True))
+    errors["bits"] = max(same_bits(x) for x in (*(getattr(ours, n) for n in names), gradients[0]))
+    return errors
+
+
+@scenario
+def head_divergences_by_tiles() -> dict[str, float]:
+    return sharded_head_divergences(chunk_bytes=20_000, logit_softcap=3.0)
+
+
+@scenario
+def head_divergences_float64_without_labels() -> dict[str, float]:
+    return sharded_head_divergences(torch.float64, labelled=False)
+
+
+@scenario
+def head_divergences_bfloat16() -> dict[str, float]:
+    return sharded_head_divergences(torch.bfloat16)
+
+
+@scenario
+def head_divergences_in_plain_pytorch() -> dict[str, float]:
+    with core(None):
+        return sharded_head_divergences(chunk_bytes=20_000, labelled=False)
+
+
+@scenario
+def head_divergences_on_emulated_cuda() -> dict[str, float]:
+    with core(emulated.EmulatedCore()):
+        return sharded_head_divergences(labelled=False)
+
+
+@scenario
+def head_divergences_as_dtensors_of_uneven_width() -> dict[str, float]:
+    """Labels and mask as DTensors too."""
+    given, labels = heads(VOCABULARY + 1), label_ids(VOCABULARY + 1)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parts = {}
+    for name, x in given.items():
+        placement = Replicate() if "hidden" in name else Shard(0)
+        parts[name] = distribute_tensor(x.float(), mesh, [placement])
+    mask = distribute_tensor(labels != -100, mesh, [Replicate()])
+    ours = tdpo_ext.linear_token_divergences(**parts, mask=mask)
+    truth = reference.linear_token_divergences(**given, mask=labels != -100)
+    return {n: relative(getattr(ours, n), getattr(truth, n)) for n in DIFFERENTIABLE[:2]}
+
+
 @scenario
 def collectives_of_a_head() -> dict[str, float]:
     given = {n: x.float() if "hidden" in n else own(x.float(), 0) for n, x in heads().items()}

@@ -88,7 +88,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("module", [tdpo_ext, tdpo_ext.reference], ids=["ours", "reference"])
-@pytest.mark.parametrize("name", ["linear_token_stats", "linear_tdpo_loss"])
+@pytest.mark.parametrize(
+    "name", ["linear_token_stats", "linear_token_divergences", "linear_tdpo_loss"]
+)
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses(case, name, module):
     changes, error, message = REFUSED[case]

@@ -18,6 +18,7 @@ import tdpo_ext
 B, T, V, H = 3, 7, 200, 24
 N = 2 * B * T
 STATISTICS = 8 * 4 * N  # eight numbers a token, float32
+DIVERGENCES = 12 * 4 * N  # with divergences twelve
 SLOPES = 4 * 2 * B  # one a sequence
 
 
@@ -75,9 +76,17 @@ TABLE: dict[str, tuple[Callable[[Inputs], Any], int]] = {
         lambda x: tdpo_ext.TDPOLoss(variant="tdpo1")(x.logits, x.reference_logits, x.labels),
         STATISTICS + SLOPES,
     ),
+    "token_divergences": (
+        lambda x: tdpo_ext.token_divergences(x.logits, x.reference_logits, x.labels),
+        DIVERGENCES,
+    ),
     "linear_token_stats": (
         lambda x: tdpo_ext.linear_token_stats(*x.head, x.labels),
         STATISTICS,
+    ),
+    "linear_token_divergences": (
+        lambda x: tdpo_ext.linear_token_divergences(*x.head, x.labels),
+        DIVERGENCES,
     ),
     # The gradients themselves, made in forward, in float32; and the loss's upstream gradient.
     "linear_tdpo_loss": (
@@ -93,7 +102,14 @@ TABLE: dict[str, tuple[Callable[[Inputs], Any], int]] = {
         4 * (N * H + V * H + 1),
     ),
 }
-NOT_IN_THE_TABLE = {"reference", "backends", "TDPOOutput", "TokenStats", "pair_loss"}
+NOT_IN_THE_TABLE = {
+    "reference",
+    "backends",
+    "TDPOOutput",
+    "TokenDivergences",
+    "TokenStats",
+    "pair_loss",
+}
 
 
 def retained(call: Callable[[Inputs], Any], inputs: Inputs) -> int:

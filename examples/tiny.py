@@ -13,12 +13,12 @@ WORDS = ["<pad>", "<end>", "the", "film", "was", "good", "fine", "great", "bad",
 GOOD, BAD = WORDS[5:8], WORDS[8:11]
 
 
-def language_model() -> Any:
+def language_model(hidden_size: int = 32) -> Any:
     """A Llama with the same random weights at each call, as from a checkpoint."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(WORDS) + 1,  # an even number, so that two processes can share it
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,

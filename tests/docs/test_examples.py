@@ -71,6 +71,13 @@ def test_examples_that_do_the_same_give_the_same(name: str) -> None:
     assert run(name) == pytest.approx(run("plain_loop"), abs=2e-4)
 
 
+@needs_trainers
+def test_a_student_learns_from_its_teacher() -> None:
+    of_steps = run("distillation")
+    assert len(of_steps) == 40
+    assert sum(of_steps[-5:]) / 5 < 0.2 * of_steps[0]
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_is_short_and_in_the_documentation(path: Path) -> None:
     text = path.read_text()

@@ -90,6 +90,16 @@ def packed_logits() -> dict[str, Any]:
     }
 
 
+def packed_hidden_states() -> dict[str, Any]:
+    return {
+        "hidden": torch.randn(9, 8, requires_grad=True),
+        "weight": torch.randn(11, 8, requires_grad=True),
+        "teacher_hidden": torch.randn(9, 12),
+        "teacher_weight": torch.randn(11, 12),
+        "response_mask": torch.arange(9) % 4,
+    }
+
+
 def cache() -> dict[str, Any]:
     states = hidden_states()
     sequences = torch.arange(24).view(4, 6)
@@ -110,6 +120,7 @@ STAND_INS: dict[str, Callable[[], dict[str, Any]]] = {
     "hidden states": hidden_states,
     "logits": logits,
     "packed logits": packed_logits,
+    "packed hidden states": packed_hidden_states,
     "cache": cache,
 }
 

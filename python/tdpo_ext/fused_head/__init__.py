@@ -10,7 +10,8 @@ of their tokens, and forgets them: 2 units. With the gradient of the policy's lo
 products give the gradients dh = dz W and dW = dz^T h. There are three paths to them:
 
     recompute    backward makes tiles once more, those that a token's upstream gradients need:
-                 TDPO1 2 + 1 + 2 = 5 units, TDPO2 2 + 1.5 + 2 = 5.5, any gradients 2 + 2 + 2 = 6
+                 TDPO1 2 + 1 + 2 = 5 units, TDPO2 2 + 1.5 + 2 = 5.5, any gradients 2 + 2 + 2 = 6;
+                 divergences and entropies too, for any gradients
     direction    for a frozen head: forward makes dh from whole rows of logits, except for a factor
                  that all tokens of a sequence share, the upstream gradient of log p(y):
                  2 + 1 = 3 units
@@ -24,7 +25,8 @@ time, and dz for several groups: those of whole pairs, or as many as fit.
     functional.py         the public functions: checks, and the choice of a path
     ops.py                the ops for torch.library, and an autograd.Function for each path
     problem.py            both heads, the labels and the memory limit; the gradient of a tile
-    forward.py            the statistics
+    quantities.py         what is computed of each token: statistics, or divergences as well
+    forward.py            computes it
     backward.py           recompute
     forward_gradients.py  direction and whole pairs
     pairs.py              the derivative of the loss for whole pairs

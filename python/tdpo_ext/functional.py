@@ -171,8 +171,8 @@ def token_divergences(
         policy_logits, reference_logits, labels, mask, process_group=process_group
     )
     checks.check_logits(policy_logits, reference_logits)
-    checks.check_divergences(outputs, labels, mask, policy_logits)
     checks.check_ignore_index(ignore_index)
+    checks.check_divergences(outputs, labels, mask, policy_logits)
     shard = shard or shard_of(process_group, policy_logits.shape[-1])
     given = labels if labels is not None else mask
     _check_calls(inplace_backward, policy_logits, reference_logits, given)

@@ -299,18 +299,13 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (*policy, normalizers), constants = saved(ctx)
         logps, _, *others = upstream
-        if others[1:]:
-            op, others = torch.ops.tdpo_ext.linear_token_divergences_backward, others[:3]
-        else:
+        if len(upstream) == len(TokenStats._fields):
             op = torch.ops.tdpo_ext.linear_token_stats_backward
-        gradients = op(
-            *policy,
-            *constants,
-            normalizers,
-            *(x.contiguous() for x in (logps, *others)),
-            *ctx.options,
-            list(ctx.wanted),
-        )
+        else:
+            op = torch.ops.tdpo_ext.linear_token_divergences_backward
+            others.pop()  # of the reference's entropy
+        of_tokens = normalizers, logps, *others
+        gradients = op(*policy, *constants, *of_tokens, *ctx.options, list(ctx.wanted))
         hidden, weight, bias = (
             gradient.to(tensor.dtype) if is_wanted else None
             for tensor, gradient, is_wanted in zip(policy, gradients, ctx.wanted, strict=True)

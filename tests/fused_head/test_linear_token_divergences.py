@@ -112,6 +112,20 @@ def test_values_and_any_upstream_gradients(backend, dtype, options, labelled):
         check(given, labels_of(labelled), bound_of(dtype))
 
 
+def test_rows_that_need_the_reference_alone_do_not_meet_the_policy(backend):
+    """e^(r - max z), which cancels, would be infinite."""
+    given = arguments_of(11, dtype=torch.float64, chunk_bytes=20_000, reference_bias=True)
+    given["reference_bias"] += 2000
+    labels, weights = labels_of(True), torch.randn(11, dtype=torch.float64)
+    upstream = dict.fromkeys(("policy_logps", "forward_kl"), weights)
+    _, gradients = results_of(given, upstream, labels)
+    zero = torch.zeros(11, dtype=torch.float64)
+    every = dict.fromkeys(DIFFERENTIABLE, zero) | upstream
+    _, wanted = truth_of(given, every, labels, numpy64(labels != -100))
+    for ours, theirs in zip(gradients, wanted, strict=False):
+        assert relative_error(ours, theirs) <= 1e-11
+
+
 @LABELLED
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -280,6 +294,7 @@ def test_as_in_a_graph_that_is_captured(on_host, monkeypatch, labelled):
     options = {} if labelled else {"mask": torch.arange(11) != 3}
     given = arguments_of(11, chunk_bytes=20_000)
     plain = results_of(given, upstream, labels, **options)
+    given["reference_hidden"][3] = math.nan
     monkeypatch.setattr("tdpo_ext.fused_head.problem.is_captured", lambda tensor: True)
     ours = results_of(given, upstream, labels, **options)
     for a, b in zip((*ours[0], *ours[1]), (*plain[0], *plain[1]), strict=True):

@@ -51,7 +51,7 @@ def heads_of(tokens: int, width: int, teacher_width: int, vocabulary: int) -> He
 
 
 def close_heads() -> Heads:
-    """A student that is its teacher but for some rounding: divergences of some 1e-6 nats and more."""
+    """A student close to its teacher: divergences of some 1e-6 to 1e-3 nats."""
     heads = heads_of(*SMALL)
     hidden, weight = heads.hidden.detach(), heads.weight.detach()
     moved = hidden * (1 + torch.linspace(1e-3, 3e-2, len(hidden)).unsqueeze(1))

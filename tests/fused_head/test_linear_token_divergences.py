@@ -138,13 +138,13 @@ def test_half_width_products(on_host, monkeypatch, dtype, options, labelled):
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-@pytest.mark.parametrize("factor", [2.0**-10, 1.0, 2.0**4])
+@pytest.mark.parametrize("factor", [2.0**-10, -1.0, 2.0**4])
 def test_float16_keeps_the_digits_of_gradients_of_any_size(on_host, monkeypatch, name, factor):
     """Of one output alone, whose gradient of the logits must neither vanish nor overflow."""
     take_half_width(monkeypatch)
     given = arguments_of(6, vocabulary=3000, dtype=torch.float16, chunk_bytes=10**6)
-    for which in ("policy", "reference"):  # far apart, so that divergences are some 10 nats
-        given[f"{which}_hidden"] *= 5
+    for which in ("policy", "reference"):  # divergences from under 1 to some 100 nats
+        given[f"{which}_hidden"] *= torch.tensor([[0.01], [2], [4], [4], [8], [32]]).half()
     labels = torch.arange(6)
     upstream = {name: torch.full((6,), factor)}
     found, gradients = results_of(given, upstream, labels)

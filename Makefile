@@ -46,6 +46,7 @@ site: .venv/site # the pages and the docstrings, in build/site
 bench: .venv/installed .venv/demo
 	$(python) benchmarks/logits_cpu.py benchmarks/results
 	$(python) benchmarks/fused_head.py benchmarks/results
+	$(python) benchmarks/distillation_cpu.py benchmarks/results
 	$(python) benchmarks/training_step.py benchmarks/results
 	$(python) benchmarks/small_calls.py benchmarks/results
 	$(python) benchmarks/divergences_cpu.py benchmarks/results

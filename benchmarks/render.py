@@ -40,6 +40,32 @@ def fused_section(report: Report) -> list[str]:
     ]
 
 
+def distillation_section(report: Report) -> list[str]:
+    times, (tokens, width, teacher_width, vocabulary) = report["milliseconds"], report["shape"]
+    low, high = report["kl"]
+    rows = []
+    for name, taken in times.items():
+        error = report["error"].get(name)
+        ratio = f"{taken / times['products']:.2f}x"
+        rows.append([name, f"{taken:.0f}", ratio, "-" if error is None else f"{error:.0e}"])
+    threads = "one thread" if report["threads"] == 1 else f"{report['threads']} threads"
+    return [
+        "## A distillation loss from hidden states, CPU",
+        "",
+        f"{repeat('python benchmarks/distillation_cpu.py OUT')} {report['processor']}, "
+        f"{report['instruction_set'].upper()}, commit {report['commit']}, torch "
+        f"{report['torch']}, {threads}, float32, medians of {report['rounds']} interleaved rounds: "
+        "forward and backward of the mean of KL(student ‖ teacher), with the gradient of the "
+        f"student's head. {tokens} tokens, H = {width}, the teacher's H = {teacher_width}, V = "
+        f"{vocabulary}. `products` are the matrix products of ours: both logits twice, dh, dW. "
+        "Eager PyTorch keeps the logits instead of making them twice. TRL is its "
+        "`ChunkedDivergenceFunction`. `with entropy`: the same call with an entropy bonus. The "
+        f"last column is the largest relative error of values between {low:.0e} and {high:.0e} "
+        "nats.",
+        *table(["loss", "ms", "of the products", "error of small values"], rows),
+    ]
+
+
 def step_section(report: Report) -> list[str]:
     return [
         "## A training step of a tiny model, CPU",
@@ -145,6 +171,7 @@ def page() -> str:
     sections = {
         "logits-cpu.json": logits_section,
         "fused-head-cpu.json": fused_section,
+        "distillation-cpu.json": distillation_section,
         "training-step-cpu.json": step_section,
         "small-calls-cpu.json": small_section,
         "divergences-cpu.json": divergences_section,

@@ -241,7 +241,8 @@ def test_outputs_are_those_asked_for_and_statistics_those_of_linear_token_stats(
 
 
 @LABELLED
-def test_what_stands_at_tokens_left_out_changes_no_bit(backend, labelled):
+@pytest.mark.parametrize("module", [tdpo_ext, tdpo_ext.reference], ids=["ours", "reference"])
+def test_what_stands_at_tokens_left_out_changes_no_bit(backend, labelled, module):
     labels, upstream = labels_of(labelled), upstream_of(11, torch.float32, labelled)
     mask = torch.arange(11) != 3
     given, results = arguments_of(11, chunk_bytes=20_000), []
@@ -249,7 +250,7 @@ def test_what_stands_at_tokens_left_out_changes_no_bit(backend, labelled):
         for name in ("policy_hidden", "reference_hidden"):
             given[name][~mask] = poison
         options = {} if labelled else {"mask": mask}
-        found, gradients = results_of(given, upstream, labels, **options)
+        found, gradients = results_of(given, upstream, labels, module, **options)
         results.append([*(x for x in found if x is not None), *gradients])
         assert not any(x[~mask].any() for x in (*results[-1][: len(upstream)], gradients[0]))
     for other in results[1:]:

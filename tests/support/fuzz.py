@@ -54,6 +54,7 @@ class Call:
                 "token_divergences",
                 "tdpo_loss",
                 "linear_token_stats",
+                "linear_token_divergences",
                 "linear_tdpo_loss",
             )
         )

@@ -26,7 +26,7 @@ class TokenStats(NamedTuple):
 
 
 class TokenDivergences(NamedTuple):
-    """Numbers per token, in nats, of the shape of the logits without their last dimension.
+    """Numbers per token, in nats, each of the shape that labels have.
 
     None where not asked for; 0 in rows that are left out. They are float32, or float64 for float64
     logits.

@@ -152,10 +152,14 @@ def growth_of_steps() -> dict[str, float]:
             forget_peak()
             before = peak()
             hidden.requires_grad_(way != "forward")
-            weight.requires_grad_(way in ("recompute", "whole pairs"))
-            loss = tdpo_ext.linear_tdpo_loss(
-                hidden, weight, reference, head, shift_labels=labels, chunk_bytes=chunk
-            ).loss
+            weight.requires_grad_(way in ("recompute", "divergences", "whole pairs"))
+            tensors = hidden, weight, reference, head
+            if way == "divergences":
+                found = tdpo_ext.linear_token_divergences(*tensors, chunk_bytes=chunk)
+                loss = found.reverse_kl.sum()
+            else:
+                options = {"shift_labels": labels, "chunk_bytes": chunk}
+                loss = tdpo_ext.linear_tdpo_loss(*tensors, **options).loss
             wanted = [x for x in (hidden, weight) if x.requires_grad]
             gradients = torch.autograd.grad(loss, wanted) if wanted else []
             # Each is added up in float32, and then stored in its own type.
@@ -165,7 +169,7 @@ def growth_of_steps() -> dict[str, float]:
         for dtype in (torch.float32, torch.bfloat16):
             weight, head = (torch.randn(vocabulary, width).to(dtype) for _ in range(2))
             step("forward", dtype, 2**20, 4)
-            for way in ("forward", "direction", "recompute", "whole pairs"):
+            for way in ("forward", "direction", "recompute", "divergences", "whole pairs"):
                 tokens = 4 if way == "whole pairs" else 512
                 grown[f"{way}, {dtype}"] = step(way, dtype, chunk, tokens)
         print(json.dumps(grown))
@@ -175,6 +179,6 @@ def growth_of_steps() -> dict[str, float]:
 @needs_linux
 @needs_core
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("way", ["forward", "recompute", "direction", "whole pairs"])
+@pytest.mark.parametrize("way", ["forward", "recompute", "divergences", "direction", "whole pairs"])
 def test_the_process_grows_by_gradients_and_chunk_bytes(way, dtype):
     assert growth_of_steps()[f"{way}, {dtype}"] <= 1.1

@@ -204,7 +204,7 @@ def name_of(row: Report) -> str:
 
 
 def mean_share(row: Report, names: tuple[str, ...]) -> float:
-    """Of forward over all gaps (no names), or of some kinds of backward."""
+    """Shares of forward over all gaps (no names), or of some kinds of backward."""
     shares = [row["backward"][name] for name in names] or list(row["forward"].values())
     return sum(shares) / len(shares)
 

@@ -48,7 +48,7 @@ def test_it_makes_no_thread_no_file_no_process_and_no_cuda_context(tmp_path):
 
 @needs_linux
 def test_it_takes_little_time_beside_torch(tmp_path):
-    """Of the processor, the shortest of a few: other processes may be at work."""
+    """Seconds of the processor, the least of a few: other processes may be at work."""
     tried = []
     for _ in range(5):
         tried.append(imported(tmp_path)["seconds"])

@@ -140,7 +140,7 @@ def test_half_width_products(on_host, monkeypatch, dtype, options, labelled):
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("factor", [2.0**-10, -1.0, 2.0**4])
 def test_float16_keeps_the_digits_of_gradients_of_any_size(on_host, monkeypatch, name, factor):
-    """Of one output alone, whose gradient of the logits must neither vanish nor overflow."""
+    """One output alone, whose gradient of the logits must neither vanish nor overflow."""
     take_half_width(monkeypatch)
     given = arguments_of(6, vocabulary=3000, dtype=torch.float16, chunk_bytes=10**6)
     for which in ("policy", "reference"):  # divergences from under 1 to some 100 nats

@@ -46,8 +46,8 @@ def forward(
     ignore_index: int,
     unlabelled: bool,
 ) -> Outputs:
-    """Of whole rows. ``unlabelled``: labels outside the vocabulary stand for none; otherwise they
-    raise IndexError on the CPU."""
+    """The outputs of whole rows. ``unlabelled``: labels outside the vocabulary stand for none;
+    otherwise they raise IndexError on the CPU."""
     device, vocabulary = policy_logits.device, policy_logits.shape[-1]
     if not kernels.serves(device):
         kernels.warn_of_fallback(device)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdpo_ext import checks
+
 library = torch.library.Library("tdpo_ext", "FRAGMENT")
 
 
@@ -20,6 +22,38 @@ def register(name: str, function: Callable[..., Any], fake: Callable[..., Any]) 
     """Register one implementation of an op for all devices, and its fake for torch.compile."""
     library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tdpo_ext::{name}", fake, lib=library)
+
+
+def register_backward(name: str, write_gradient: Callable[..., None]) -> Callable[..., Tensor]:
+    """Register the op ``name``, which returns the gradient of the policy's logits, and ``name_``,
+    which lets it overwrite them; both are differentiable once.
+
+    ``write_gradient(gradient, policy_logits, ...)`` serves both. The result is the implementation
+    of the first.
+    """
+
+    def backward(policy_logits: Tensor, *arguments: Any) -> Tensor:
+        gradient = policy_logits.new_empty(policy_logits.shape)
+        write_gradient(gradient, policy_logits, *arguments)
+        return gradient
+
+    def backward_fake(policy_logits: Tensor, *arguments: Any) -> Tensor:
+        return policy_logits.new_empty(policy_logits.shape)
+
+    def backward_inplace(policy_logits: Tensor, *arguments: Any) -> None:
+        checks.check_inplace_backward(policy_logits)
+        write_gradient(policy_logits, policy_logits, *arguments)
+        # Autograd does not see that the kernel writes. With a new version of the logits a second
+        # backward raises, instead of reading gradients as logits.
+        torch.autograd.graph.increment_version(policy_logits)
+
+    def backward_inplace_fake(policy_logits: Tensor, *arguments: Any) -> None:
+        return None
+
+    register(name, backward, backward_fake)
+    register(f"{name}_", backward_inplace, backward_inplace_fake)
+    differentiable_once(name)
+    return backward
 
 
 def grouped(function: Callable[..., Any], *groups: Any) -> Callable[..., Any]:

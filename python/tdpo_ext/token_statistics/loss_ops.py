@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdpo_ext import checks
 from tdpo_ext.autograd import (
     differentiable_once,
     library,
     may_skip_the_dispatcher,
     refuse_graph_of_gradients,
     register,
+    register_backward,
     save,
     saved,
 )
@@ -90,27 +90,6 @@ def _write_gradient(
     loss_kernels.write_gradient(gradient, policy_logits, reference_logits, batch, *rest)
 
 
-def _backward(policy_logits: Tensor, *arguments: Any) -> Tensor:
-    gradient = policy_logits.new_empty(policy_logits.shape)
-    _write_gradient(gradient, policy_logits, *arguments)
-    return gradient
-
-
-def _backward_fake(policy_logits: Tensor, *arguments: Any) -> Tensor:
-    return policy_logits.new_empty(policy_logits.shape)
-
-
-def _backward_inplace(policy_logits: Tensor, *arguments: Any) -> None:
-    checks.check_inplace_backward(policy_logits)
-    _write_gradient(policy_logits, policy_logits, *arguments)
-    # Autograd does not see that the kernel writes (see token_statistics/ops.py).
-    torch.autograd.graph.increment_version(policy_logits)
-
-
-def _backward_inplace_fake(policy_logits: Tensor, *arguments: Any) -> None:
-    return None
-
-
 def _forward_of_stats(
     policy_logps: Tensor,
     reference_logps: Tensor,
@@ -149,11 +128,9 @@ def _backward_of_stats_fake(
 
 
 register("tdpo_loss", _forward, _forward_fake)
-register("tdpo_loss_backward", _backward, _backward_fake)
-register("tdpo_loss_backward_", _backward_inplace, _backward_inplace_fake)
+_backward = register_backward("tdpo_loss_backward", _write_gradient)
 register("tdpo_loss_of_stats", _forward_of_stats, _forward_of_stats_fake)
 register("tdpo_loss_of_stats_backward", loss_kernels.gradients_of_stats, _backward_of_stats_fake)
-differentiable_once("tdpo_loss_backward")
 differentiable_once("tdpo_loss_of_stats_backward")
 
 

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdpo_ext import checks
 from tdpo_ext.autograd import (
-    differentiable_once,
     library,
     may_skip_the_dispatcher,
     refuse_graph_of_gradients,
     register,
+    register_backward,
     save,
     saved,
 )
@@ -49,33 +48,9 @@ def _forward_fake(
     return kernels.empty_outputs(policy_logits, labels.shape)
 
 
-def _backward(policy_logits: Tensor, *arguments: Any) -> Tensor:
-    gradient = policy_logits.new_empty(policy_logits.shape)
-    kernels.write_gradient(gradient, policy_logits, *arguments)
-    return gradient
-
-
-def _backward_fake(policy_logits: Tensor, *arguments: Any) -> Tensor:
-    return policy_logits.new_empty(policy_logits.shape)
-
-
-def _backward_inplace(policy_logits: Tensor, *arguments: Any) -> None:
-    checks.check_inplace_backward(policy_logits)
-    kernels.write_gradient(policy_logits, policy_logits, *arguments)
-    # Autograd does not see that the kernel writes. With a new version of the logits a second
-    # backward raises, instead of reading gradients as logits.
-    torch.autograd.graph.increment_version(policy_logits)
-
-
-def _backward_inplace_fake(policy_logits: Tensor, *arguments: Any) -> None:
-    return None
-
-
 register("token_stats", kernels.token_stats, _forward_fake)
 register("token_stats_of_shard", kernels.token_stats_of_shard, _forward_fake)
-register("token_stats_backward", _backward, _backward_fake)
-register("token_stats_backward_", _backward_inplace, _backward_inplace_fake)
-differentiable_once("token_stats_backward")
+_backward = register_backward("token_stats_backward", kernels.write_gradient)
 
 
 # --- autograd -------------------------------------------------------------------------------------

@@ -273,6 +273,15 @@ def test_a_second_derivative_of_the_loss_of_statistics_is_refused(backend):
         gradient.square().sum().backward()
 
 
+def test_in_place_a_second_derivative_of_the_loss_is_refused(backend):
+    policy, reference = pair_of_logits(4, 6, 17)
+    policy.requires_grad_()
+    labels = labels_for(policy)
+    loss = tdpo_ext.tdpo_loss(policy * 1, reference, labels, inplace_backward=True).loss
+    with pytest.raises(RuntimeError, match=r"tdpo_ext\.reference"):
+        torch.autograd.grad(loss, policy, create_graph=True)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_bits_do_not_depend_on_threads(on_processor, threads):
     policy, reference = pair_of_logits(6, 50, 4000)

@@ -7,6 +7,7 @@ the Function and keeps the op as one node.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -63,14 +64,18 @@ def grouped(function: Callable[..., Any], *groups: Any) -> Callable[..., Any]:
     values as it has fields; any other type stands for one value, which is passed on as it is.
     """
 
+    ends = list(itertools.accumulate(len(getattr(group, "_fields", (group,))) for group in groups))
+    parts = [
+        (group if hasattr(group, "_fields") else None, start, end)
+        for group, start, end in zip(groups, [0, *ends], ends, strict=False)
+    ]
+
     def with_flat_values(*values: Any) -> Any:
-        arguments, start = [], 0
-        for group in groups:
-            fields = getattr(group, "_fields", None)
-            stop = start + (1 if fields is None else len(fields))
-            arguments.append(values[start] if fields is None else group(*values[start:stop]))
-            start = stop
-        assert start == len(values), f"{function.__name__} takes {start} values"
+        assert len(values) == ends[-1], f"{function.__name__} takes {ends[-1]} values"
+        arguments = [
+            values[start] if group is None else group(*values[start:end])
+            for group, start, end in parts
+        ]
         return function(*arguments)
 
     return with_flat_values

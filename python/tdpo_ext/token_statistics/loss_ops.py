@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tdpo_ext.autograd import (
     differentiable_once,
+    grouped,
     library,
     may_skip_the_dispatcher,
     refuse_graph_of_gradients,
@@ -50,74 +51,16 @@ library.define(
 library.define(f"tdpo_loss_backward_(Tensor(a!) policy_logits, {_backward_arguments}) -> ()")
 
 
-def _forward(
-    policy_logits: Tensor,
-    reference_logits: Tensor,
-    labels: Tensor,
-    shift: bool,
-    cu_seqlens: Tensor | None,
-    ignore_index: int,
-    *options: Any,
+def _empty_outputs(
+    policy_logits: Tensor, reference_logits: Tensor, batch: Batch, options: LossOptions
 ) -> loss_kernels.LossOutputs:
-    batch = Batch(labels, shift, cu_seqlens, ignore_index)
-    return loss_kernels.forward(policy_logits, reference_logits, batch, LossOptions(*options))
+    return loss_kernels.empty_outputs(policy_logits, batch, options.reduction)
 
 
-def _forward_fake(
-    policy_logits: Tensor,
-    reference_logits: Tensor,
-    labels: Tensor,
-    shift: bool,
-    cu_seqlens: Tensor | None,
-    ignore_index: int,
-    *options: Any,
-) -> loss_kernels.LossOutputs:
-    batch = Batch(labels, shift, cu_seqlens, ignore_index)
-    return loss_kernels.empty_outputs(policy_logits, batch, LossOptions(*options).reduction)
-
-
-def _write_gradient(
-    gradient: Tensor,
-    policy_logits: Tensor,
-    reference_logits: Tensor,
-    labels: Tensor,
-    shift: bool,
-    cu_seqlens: Tensor | None,
-    ignore_index: int,
-    *rest: Any,
-) -> None:
-    batch = Batch(labels, shift, cu_seqlens, ignore_index)
-    loss_kernels.write_gradient(gradient, policy_logits, reference_logits, batch, *rest)
-
-
-def _forward_of_stats(
-    policy_logps: Tensor,
-    reference_logps: Tensor,
-    forward_kl: Tensor,
-    labels: Tensor,
-    shift: bool,
-    cu_seqlens: Tensor | None,
-    ignore_index: int,
-    *options: Any,
+def _empty_outputs_of_stats(
+    stats: TokenStats, batch: Batch, options: LossOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stats = TokenStats(policy_logps, reference_logps, forward_kl)
-    batch = Batch(labels, shift, cu_seqlens, ignore_index)
-    return loss_kernels.forward_of_stats(stats, batch, LossOptions(*options))
-
-
-def _forward_of_stats_fake(
-    policy_logps: Tensor,
-    reference_logps: Tensor,
-    forward_kl: Tensor,
-    labels: Tensor,
-    shift: bool,
-    cu_seqlens: Tensor | None,
-    ignore_index: int,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch = Batch(labels, shift, cu_seqlens, ignore_index)
-    reduction = LossOptions(*options).reduction
-    return loss_kernels.empty_outputs_of_stats(policy_logps, batch, reduction)
+    return loss_kernels.empty_outputs_of_stats(stats.policy_logps, batch, options.reduction)
 
 
 def _backward_of_stats_fake(
@@ -127,9 +70,16 @@ def _backward_of_stats_fake(
     return slopes.new_empty(shape), slopes.new_empty(shape)
 
 
-register("tdpo_loss", _forward, _forward_fake)
-_backward = register_backward("tdpo_loss_backward", _write_gradient)
-register("tdpo_loss_of_stats", _forward_of_stats, _forward_of_stats_fake)
+_arguments = Tensor, Tensor, Batch, LossOptions
+_forward = grouped(loss_kernels.forward, *_arguments)
+register("tdpo_loss", _forward, grouped(_empty_outputs, *_arguments))
+_of_backward = (*(Tensor,) * 3, Batch, *(Tensor,) * 3, float, str)
+_backward = register_backward(
+    "tdpo_loss_backward", grouped(loss_kernels.write_gradient, *_of_backward)
+)
+_of_stats = TokenStats, Batch, LossOptions
+_forward_of_stats = grouped(loss_kernels.forward_of_stats, *_of_stats)
+register("tdpo_loss_of_stats", _forward_of_stats, grouped(_empty_outputs_of_stats, *_of_stats))
 register("tdpo_loss_of_stats_backward", loss_kernels.gradients_of_stats, _backward_of_stats_fake)
 differentiable_once("tdpo_loss_of_stats_backward")
 

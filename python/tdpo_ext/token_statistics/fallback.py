@@ -63,9 +63,7 @@ def forward(
         z, r = (
             x[rows].to(dtype).masked_fill(ignored, 0) for x in (policy_logits, reference_logits)
         )
-        label = labels[rows].to(torch.int64).unsqueeze(-1)
-        outside = (label < 0) | (label >= z.shape[-1])
-        label = label.masked_fill(outside, 0)
+        label, outside = _usable_labels(labels[rows], z.shape[-1])
         policy_log_probs, reference_log_probs = _log_softmax(z), _log_softmax(r)
         kl = _forward_kl(policy_log_probs, reference_log_probs)
         logps = policy_log_probs.gather(-1, label), reference_log_probs.gather(-1, label)
@@ -75,6 +73,14 @@ def forward(
         saved = _normalizers(z, r, kl, label)
         normalizers[rows] = saved.masked_fill(outside, torch.nan).masked_fill(ignored, 0)
     return outputs[0], outputs[1], outputs[2], normalizers
+
+
+def _usable_labels(labels: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Labels ``[..., 1]`` that can be an index, 0 where they lie outside the vocabulary; and where
+    they do."""
+    label = labels.to(torch.int64).unsqueeze(-1)
+    outside = (label < 0) | (label >= vocabulary)
+    return label.masked_fill(outside, 0), outside
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -152,12 +158,10 @@ def backward(
         g_m, g_k = grad_logps[rows].unsqueeze(-1), grad_kl[rows].unsqueeze(-1)
         kl_part = torch.where(g_k == 0, 0, g_k * _difference(z, r, p, q, gap))
         at_label = torch.where(g_k == 0, 0, g_k * label_gap) + g_m * p_rest
-        label = labels[rows].to(torch.int64).unsqueeze(-1)
-        ignored = label == ignore_index
+        ignored = (labels[rows] == ignore_index).unsqueeze(-1)
         result = kl_part - g_m * p
         # The label is in another tile, or in none; then the normalizers are NaN, and so is dz.
-        outside = (label < 0) | (label >= z.shape[-1])
-        label = label.masked_fill(outside, 0)
+        label, outside = _usable_labels(labels[rows], z.shape[-1])
         at_label = torch.where(outside, result.gather(-1, label), at_label)
         result.scatter_(-1, label, at_label)
         gradient[rows] = result.masked_fill(ignored, 0).to(gradient.dtype)
@@ -183,9 +187,7 @@ def divergences_forward(
         z, r = (
             x[rows].to(dtype).masked_fill(ignored, 0) for x in (policy_logits, reference_logits)
         )
-        label = labels[rows].to(torch.int64).unsqueeze(-1)
-        outside = (label < 0) | (label >= z.shape[-1])
-        label = label.masked_fill(outside, 0)
+        label, outside = _usable_labels(labels[rows], z.shape[-1])
         wrong = torch.zeros_like(outside) if unlabelled else outside
         policy_log_probs, reference_log_probs = _log_softmax(z), _log_softmax(r)
         forward_kl = _forward_kl(policy_log_probs, reference_log_probs)
@@ -239,10 +241,8 @@ def divergences_backward(
         z = policy_logits[rows].to(normalizers.dtype)
         r = reference_logits[rows].to(normalizers.dtype)
         saved = normalizers[rows]
-        label = labels[rows].to(torch.int64).unsqueeze(-1)
-        ignored = label == ignore_index
-        outside = (label < 0) | (label >= z.shape[-1])
-        label = label.masked_fill(outside, 0)
+        ignored = (labels[rows] == ignore_index).unsqueeze(-1)
+        label, outside = _usable_labels(labels[rows], z.shape[-1])
         p, q = (
             (x - saved[..., at : at + 1]).exp() * saved[..., at + 1 : at + 2]
             for x, at in ((z, 0), (r, 2))

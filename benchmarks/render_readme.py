@@ -1,15 +1,20 @@
-"""The figures and the picture of README.md, from benchmarks/results/: docs/fill.py puts the tables
-and sentences between its marks, benchmarks/render.py draws the picture."""
+"""The figures and the picture of README.md, from benchmarks/results/ and the study's results:
+docs/fill.py puts the tables and sentences between its marks, benchmarks/render.py draws the
+picture."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import render_gpu
 from render_gpu import Report, full_step, fused_times, least_to_most
+
+sys.path.append(str(Path(__file__).parent.parent / "examples" / "sentiment"))
+import study_page
 
 Row = dict[str, str]
 ROW_OF_LOGITS = 128256
@@ -247,10 +252,8 @@ def texts() -> dict[str, str]:
     }
 
 
-# The picture: reward against KL in the demo, time and memory of the fused head.
+# The picture: reward against KL in the study, time and memory of the fused head.
 
-METHODS = {"DPO": "#D55E00", "TDPO2": "#0072B2"}  # as examples/sentiment/report.py has them
-MARKERS = ("o", "s", "^")
 PLACES = {  # of the names beside their points
     "tdpo_ext": (8, 4),
     "tdpo_ext, frozen head": (8, 2),
@@ -266,42 +269,22 @@ def picture(path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    summary = study_page.committed()
+    assert summary is not None
     figure, (reward, head) = pyplot.subplots(1, 2, figsize=(10, 4.1))
-    draw_reward(reward, load("demo.json"))
+    draw_reward(reward, summary)
     draw_head(head, render_gpu.load(render_gpu.FUSED))
     figure.tight_layout(w_pad=3)
     figure.savefig(path, dpi=90)
 
 
-def draw_reward(axes: Any, report: Report) -> None:
-    start = report["start"]
-    rates = sorted({run["learning_rate"] for run in report["runs"]})
-    for run in report["runs"]:
-        points = [start, *run["evaluation"]]
-        axes.plot(
-            [point["on_policy_kl"] for point in points],
-            [point["reward"] for point in points],
-            color=METHODS[run["method"]],
-            marker=MARKERS[rates.index(run["learning_rate"])],
-            markersize=4,
-            linewidth=1,
-            label=f"{run['method']}, learning rate {short(run['learning_rate'])}",
-        )
-    axes.plot(0, start["reward"], "k*", markersize=11, clip_on=False, label="start")
-    axes.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
-    axes.set_xlim(left=0)
-    axes.set_xticks([x for x in (0, 1, 2, 4, 8, 16, 32, 64) if x < axes.get_xlim()[1]])
-    axes.set(
-        title="Demo: reward and KL along training",
-        xlabel="KL(policy || reference) per completion, nats",
-        ylabel="reward on held-out prompts",
-    )
+def draw_reward(axes: Any, summary: Report) -> None:
+    import study_pictures
+
+    study_pictures.reward_against_kl(axes, summary)
+    axes.set_title(f"Study: reward against KL, {len(summary['seeds'])} seeds")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=7.5, loc="lower right")
-
-
-def short(rate: float) -> str:
-    return f"{rate:.0e}".replace("e-0", "e-")
 
 
 def draw_head(axes: Any, report: Report) -> None:

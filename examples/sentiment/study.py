@@ -111,9 +111,8 @@ def analyse(output: Path) -> None:
         return
     about = json.loads((output / "setting.json").read_text(encoding="utf-8"))
     summary = summary_of(lines, about)
-    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
-    study_results.replace_file(output / "summary.json", text)
-    study_pictures.draw(lines, summary, output)
+    study_results.replace_file(output / "summary.json", study_results.as_text(summary))
+    study_pictures.draw(summary, output)
     console.print("\n".join(claim_lines(summary)), soft_wrap=True, markup=False)
     console.print(f"{output}: summary.json, frontier.png, seq_kl.png", soft_wrap=True)
 

@@ -137,7 +137,7 @@ CLAIMS = {
         less_kl((MIDDLE,), (DPO,)),
     ),
     "tdpo2_strongest": Claim(
-        "At equal KL, TDPO2 (alpha = 0.5) earns more reward than DPO with the best of four betas",
+        "At equal KL, TDPO2 (alpha = 0.5) earns more reward than DPO with its best beta",
         REWARDS,
         more_reward((MIDDLE,), STRONGEST_DPO),
     ),

@@ -15,6 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 NOTHING_YET = (
     "**No results are committed yet.** `make study` makes them: 2 to 3 hours on two cores."
 )
+README_CLAIMS = ("tdpo2_reward", "tdpo2_strongest", "alpha_reward")
 Summary = dict[str, Any]
 
 
@@ -38,14 +39,14 @@ def texts(summary: Summary | None = None) -> dict[str, str]:
         "study_plan": plan_line(),
         "study_made": made_line(summary),
         "study_claims": "\n".join(claim_lines(summary)),
-        "study_frontier": picture("reward against on-policy KL", "frontier", ".."),
-        "study_seq_kl": picture("sequential KL along training", "seq_kl", ".."),
-        "study_readme": readme_lines(summary),
+        "study_frontier": picture("reward against on-policy KL", "frontier"),
+        "study_seq_kl": picture("sequential KL along training", "seq_kl"),
+        "study_readme": readme_line(summary),
     }
 
 
-def picture(words: str, name: str, root: str) -> str:
-    return f"![{words}]({root}/examples/sentiment/results/{name}.png)"
+def picture(words: str, name: str) -> str:
+    return f"![{words}](../examples/sentiment/results/{name}.png)"
 
 
 def plan_line() -> str:
@@ -100,16 +101,14 @@ def with_interval(numbers: dict[str, Any] | None, sign: str = "") -> str:
     return f"{numbers['mean']:{sign}.3g} ({low:{sign}.3g} to {high:{sign}.3g})"
 
 
-def readme_lines(summary: Summary) -> str:
-    """The picture, and the claims that it shows."""
-    shown = [x for x in summary["claims"] if x["name"] in ("tdpo2_reward", "alpha_reward")]
+def readme_line(summary: Summary) -> str:
+    """What the left half of README's picture shows."""
+    shown = [x for x in summary["claims"] if x["name"] in README_CLAIMS]
     sentences = " ".join(f"{claim['claim']}: {claim['verdict']}." for claim in shown)
-    about = (
-        f"A model of {parameters(summary)} million parameters, {len(summary['seeds'])} seeds, "
-        f"learning rates swept for every method. {sentences} [The study](docs/study.md)."
-    )
     return (
-        f"{picture('reward against on-policy KL, with bands over seeds', 'frontier', '.')}\n{about}"
+        f"Left: a model of {parameters(summary)} million parameters, {len(summary['seeds'])} "
+        "seeds, learning rates swept for every method, bands of 95 %. "
+        f"{sentences} [The study](docs/study.md)."
     )
 
 
@@ -162,7 +161,7 @@ def level_cell(row: dict[str, Any], at: dict[str, Any] | None) -> str:
     if at is None:
         return "not reached"
     star = "\\*" if at["at_the_edge"] else ""
-    beta = f", beta {at['beta']:g}" if "best of" in row["method"] else ""
+    beta = f", beta {at['beta']:g}" if "best beta" in row["method"] else ""
     more = at["minus_dpo"]
     against = f"; {with_interval(more, '+')}" if more and row["method"] != "DPO" else ""
     return f"{at['mean']:.3g}{against}; lr {short(at['learning_rate'])}{star}{beta}"

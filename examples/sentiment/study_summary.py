@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import study_curves
 from study_analysis import (
     Best,
     Group,
@@ -31,10 +32,11 @@ from study_results import Line
 Row = dict[str, Any]
 GROUPS: dict[str, Group] = {
     "DPO": (DPO,),
-    "DPO, best of four betas": STRONGEST_DPO,
+    "DPO, best beta": STRONGEST_DPO,
     "TDPO1": (TDPO1,),
     **{f"TDPO2, alpha = {setting.alpha}": (setting,) for setting in TDPO2},
 }
+SIDES = ("chosen", "rejected")
 SINGLE = {name: group[0] for name, group in GROUPS.items() if len(group) == 1}
 
 
@@ -54,6 +56,7 @@ def summary_of(lines: dict[RunKey, Line], about: dict[str, Any]) -> dict[str, An
         "kl_at_reward": table(runs, REWARD_LEVELS, kl_at, largest=False),
         "at_reward": at_equal_reward(runs),
         "at_the_end": at_the_end(runs),
+        "curves": curves(runs),
     }
 
 
@@ -61,6 +64,16 @@ def present(runs: Runs) -> dict[str, Group]:
     """The groups whose settings have all run."""
     there = {name: group for name, group in GROUPS.items() if set(group) <= set(runs.settings)}
     return there if runs.seeds else {}
+
+
+def curves(runs: Runs) -> dict[str, list[Row]]:
+    """What the pictures show."""
+    single = {name: SINGLE[name] for name in present(runs) if name in SINGLE}
+    return {
+        "frontier": study_curves.frontier(runs, present(runs)),
+        "entropy": study_curves.entropy(runs, present(runs)),
+        **{f"seq_kl_{side}": study_curves.seq_kl(runs, single, side) for side in SIDES},
+    }
 
 
 def table(runs: Runs, levels: tuple[float, ...], value: Any, *, largest: bool) -> list[Row]:
@@ -116,7 +129,7 @@ def at_the_end(runs: Runs) -> list[Row]:
             continue
         accuracy = best(runs, (setting,), measured("accuracy"), largest=True)
         row: Row = {"method": method}
-        for side in ("chosen", "rejected"):
+        for side in SIDES:
             row[f"seq_kl_{side}"] = numbers(
                 geometric_mean(runs, setting, measured(f"seq_kl_{side}"))
             )

@@ -122,8 +122,7 @@ def test_sentences_agree_with_their_numbers(summary: dict[str, Any]) -> None:
 
 
 def test_page_and_pictures_are_made(summary: dict[str, Any], tmp_path: Any) -> None:
-    lines = study_lines.made_up(1)
-    study_pictures.draw(lines, summary, tmp_path)
+    study_pictures.draw(summary, tmp_path)
     assert (tmp_path / "frontier.png").stat().st_size > 20_000
     assert (tmp_path / "seq_kl.png").stat().st_size > 20_000
     texts, tables = study_page.texts(summary), study_page.tables(summary)

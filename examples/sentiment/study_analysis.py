@@ -1,4 +1,4 @@
-"""Frontiers of reward against KL, and intervals over seeds, from the lines of results.
+"""Frontiers of reward against KL from the lines of results.
 
 A run's curve goes through its measurements in the order of training, beginning with the reference
 (KL 0). Between two of them it is a straight line over the root of the KL, since reward grows about
@@ -15,14 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm, t
+from study_bootstrap import Estimate, of_the_best
 from study_plan import RunKey, Setting
 from study_results import Line
 
 Curve = dict[str, np.ndarray]
 Value = Callable[[Curve], float]
 Group = tuple[Setting, ...]  # one setting, or several whose best is taken
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -70,16 +69,21 @@ def crossing(curve: Curve, along: str, level: float, wanted: str) -> float:
     return float(y[end - 1] + share * (y[end] - y[end - 1]))
 
 
-def reward_at(kl: float) -> Value:
-    return lambda curve: crossing(curve, "root_kl", kl**0.5, "reward")
-
-
-def kl_at(reward: float) -> Value:
-    return lambda curve: crossing(curve, "reward", reward, "root_kl") ** 2
+def at_kl(kl: float, name: str) -> Value:
+    return lambda curve: crossing(curve, "root_kl", kl**0.5, name)
 
 
 def at_reward(reward: float, name: str) -> Value:
     return lambda curve: crossing(curve, "reward", reward, name)
+
+
+def reward_at(kl: float) -> Value:
+    return at_kl(kl, "reward")
+
+
+def kl_at(reward: float) -> Value:
+    root = at_reward(reward, "root_kl")
+    return lambda curve: root(curve) ** 2
 
 
 def measured(name: str, point: int = -1) -> Value:
@@ -106,9 +110,9 @@ def geometric_mean(runs: Runs, setting: Setting, value: Value) -> np.ndarray | N
 
 @dataclass(frozen=True)
 class Best:
-    """A method's values, [seeds], and the setting and learning rate best over all seeds."""
+    """A method's value, and the setting and learning rate best over all seeds."""
 
-    values: np.ndarray
+    estimate: Estimate
     setting: Setting
     learning_rate: float
 
@@ -123,23 +127,5 @@ def best(
     if not choices or not runs.seeds:
         return None
     table = np.stack([scores[choice] for choice in choices]) * (1 if largest else -1)
-    of_others = table.sum(axis=1, keepdims=True) - table
-    found = np.stack([runs.values(*choice, value or choose_by) for choice in choices])
-    values = found[of_others.argmax(axis=0), np.arange(len(runs.seeds))]
-    return Best(values, *choices[int(table.sum(axis=1).argmax())])
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % for the mean: a bootstrap over the values, with tails for as few as there are.
-
-    With five seeds the usual percentiles contain the true mean 85 times in 100, not 95. So they are
-    moved outwards, as Student's distribution has wider ones than the normal (Hesterberg 2015). The
-    draws are the same at every call.
-    """
-    count = len(values)
-    if count < 2 or not np.isfinite(values).all():
-        return float("nan"), float("nan")
-    draws = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
-    tail = norm.cdf((count / (count - 1)) ** 0.5 * t.ppf(0.025, count - 1))
-    low, high = np.quantile(values[draws].mean(axis=1), [tail, 1 - tail])
-    return float(low), float(high)
+    values = np.stack([runs.values(*choice, value or choose_by) for choice in choices])
+    return Best(of_the_best(table, values), *choices[int(table.sum(axis=1).argmax())])

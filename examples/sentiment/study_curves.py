@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from study_analysis import (
     at_reward,
     best,
     geometric_mean,
-    interval,
     kl_at,
     measured,
     reward_at,
 )
+from study_bootstrap import Estimate, interval, plain
 from study_plan import Setting
 from study_results import rounded
 
@@ -25,14 +26,16 @@ KLS = np.square(np.linspace(0.1, 4, 40))
 REWARDS = np.linspace(0.4, 0.95, 56)
 
 
-def curve(method: str, grid: Iterable[float], values: Callable[[float], np.ndarray | None]) -> Row:
-    """``values``: [seeds] at a point of the grid, or None, which leaves the point out."""
-    found = [(x, y) for x in grid if (y := values(x)) is not None]
+def curve(
+    method: str, grid: Iterable[float], estimate_at: Callable[[float], Estimate | None]
+) -> Row:
+    """A point of the grid without an estimate is left out."""
+    found = [(x, y) for x in grid if (y := estimate_at(x)) is not None]
     bounds = [interval(y) for _, y in found]
     return {
         "method": method,
         "at": [rounded(x) for x, _ in found],
-        "mean": [rounded(y.mean()) for _, y in found],
+        "mean": [rounded(y.by_seed.mean()) for _, y in found],
         "low": [rounded(low) for low, _ in bounds],
         "high": [rounded(high) for _, high in bounds],
     }
@@ -41,28 +44,22 @@ def curve(method: str, grid: Iterable[float], values: Callable[[float], np.ndarr
 def frontier(runs: Runs, groups: Mapping[str, Group]) -> list[Row]:
     """Reward against KL, each point with the learning rate that earns the most there."""
 
-    def reward(group: Group, kl: float) -> np.ndarray | None:
+    def reward(group: Group, kl: float) -> Estimate | None:
         found = best(runs, group, reward_at(kl), largest=True)
-        return found and found.values
+        return None if found is None else found.estimate
 
-    return [
-        curve(name, KLS, lambda kl, group=group: reward(group, kl))
-        for name, group in groups.items()
-    ]
+    return [curve(name, KLS, partial(reward, group)) for name, group in groups.items()]
 
 
 def entropy(runs: Runs, groups: Mapping[str, Group]) -> list[Row]:
     """Entropy against reward, each point with the learning rate that needs the least KL for it."""
 
-    def per_token(group: Group, reward: float) -> np.ndarray | None:
+    def per_token(group: Group, reward: float) -> Estimate | None:
         value = at_reward(reward, "entropy_per_token")
         found = best(runs, group, kl_at(reward), largest=False, value=value)
-        return found and found.values
+        return None if found is None else found.estimate
 
-    return [
-        curve(name, REWARDS, lambda reward, group=group: per_token(group, reward))
-        for name, group in groups.items()
-    ]
+    return [curve(name, REWARDS, partial(per_token, group)) for name, group in groups.items()]
 
 
 def seq_kl(runs: Runs, settings: Mapping[str, Setting], side: str) -> list[Row]:
@@ -71,10 +68,9 @@ def seq_kl(runs: Runs, settings: Mapping[str, Setting], side: str) -> list[Row]:
         return []
     examples = next(iter(runs.curves.values()))["examples"].tolist()
 
-    def mean(setting: Setting, shown: float) -> np.ndarray | None:
-        return geometric_mean(runs, setting, measured(f"seq_kl_{side}", examples.index(shown)))
+    def mean(setting: Setting, shown: float) -> Estimate | None:
+        value = measured(f"seq_kl_{side}", examples.index(shown))
+        found = geometric_mean(runs, setting, value)
+        return None if found is None else plain(found)
 
-    return [
-        curve(name, examples[1:], lambda shown, setting=setting: mean(setting, shown))
-        for name, setting in settings.items()
-    ]
+    return [curve(name, examples[1:], partial(mean, setting)) for name, setting in settings.items()]

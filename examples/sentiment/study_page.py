@@ -16,6 +16,13 @@ NOTHING_YET = (
     "**No results are committed yet.** `make study` makes them: 2 to 3 hours on two cores."
 )
 README_CLAIMS = ("tdpo2_reward", "tdpo2_strongest", "alpha_reward")
+TABLES = (
+    "study_reward_at_kl",
+    "study_kl_at_reward",
+    "study_at_reward",
+    "study_at_the_end",
+    "study_seq_kl_by_rate",
+)
 Summary = dict[str, Any]
 
 
@@ -86,10 +93,12 @@ def claim_lines(summary: Summary) -> list[str]:
 
 def why(claim: dict[str, Any]) -> str:
     effect = claim["effect"]
-    measure = claim["measure"][0].upper() + claim["measure"][1:]
     if effect is None:
-        return f"{measure}: not reached on every seed."
-    return f"{measure}: {with_interval(effect, '+')}."
+        return "Not reached on every seed."
+    measure = claim["measure"][0].upper() + claim["measure"][1:]
+    above = sum(value > 0 for value in effect["by_seed"])
+    seeds = f"above 0 on {above} of {len(effect['by_seed'])} seeds"
+    return f"{measure}: {with_interval(effect, '+')}, {seeds}."
 
 
 def with_interval(numbers: dict[str, Any] | None, sign: str = "") -> str:
@@ -119,7 +128,13 @@ def parameters(summary: Summary) -> str:
 
 def tables(summary: Summary | None = None) -> dict[str, list[dict[str, str]]]:
     summary = summary or committed()
-    names = ("study_reward_at_kl", "study_kl_at_reward", "study_at_reward", "study_at_the_end")
+    names = (
+        "study_reward_at_kl",
+        "study_kl_at_reward",
+        "study_at_reward",
+        "study_at_the_end",
+        "study_seq_kl_by_rate",
+    )
     if summary is None:
         return {name: [{"method": "no results yet"}] for name in names}
     return {
@@ -128,6 +143,7 @@ def tables(summary: Summary | None = None) -> dict[str, list[dict[str, str]]]:
         "study_at_reward": [
             {
                 "method": row["method"],
+                "reward": f"{row['reward']:.2f}",
                 "entropy, nats per token": with_interval(row["entropy"]),
                 "distinct bigrams": with_interval(row["distinct_2"]),
                 "tokens": with_interval(row["tokens"]),
@@ -143,6 +159,13 @@ def tables(summary: Summary | None = None) -> dict[str, list[dict[str, str]]]:
             }
             for row in summary["at_the_end"]
         ],
+        "study_seq_kl_by_rate": [
+            {
+                "learning rate": short(row["learning_rate"]),
+                **{alpha_name(alpha): digits(value) for alpha, value in row["at"].items()},
+            }
+            for row in summary["seq_kl_by_rate"]
+        ],
     }
 
 
@@ -157,11 +180,25 @@ def level_rows(rows: list[dict[str, Any]], what: str) -> list[dict[str, str]]:
 
 
 def level_cell(row: dict[str, Any], at: dict[str, Any] | None) -> str:
-    """The mean, the difference from DPO, and the learning rate, starred at the grid's edge."""
+    """The mean, the difference from DPO, and with what and when the level is reached; a star at
+    what is at the edge of its grid."""
     if at is None:
         return "not reached"
-    star = "\\*" if at["at_the_edge"] else ""
-    beta = f", beta {at['beta']:g}" if "best beta" in row["method"] else ""
+    rate = f"lr {short(at['learning_rate'])}{star(at['rate_at_the_edge'])}"
+    beta = f", beta {at['beta']:g}{star(at['beta_at_the_edge'])}"
+    beta = beta if "best beta" in row["method"] else ""
     more = at["minus_dpo"]
     against = f"; {with_interval(more, '+')}" if more and row["method"] != "DPO" else ""
-    return f"{at['mean']:.3g}{against}; lr {short(at['learning_rate'])}{star}{beta}"
+    return f"{at['mean']:.3g}{against}; {rate}{beta}, {at['updates']} updates"
+
+
+def star(shown: bool) -> str:
+    return "\\*" if shown else ""
+
+
+def digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}" if value < 100 else f"{value:.0f}"
+
+
+def alpha_name(alpha: str) -> str:
+    return "DPO" if alpha == "0" else f"alpha = {alpha}"

@@ -22,6 +22,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "TDPO2, alpha = 0.1": {"color": "#9BD0F0"},
     "TDPO2, alpha = 0.3": {"color": "#56A8E0"},
     "TDPO2, alpha = 0.5": {"color": "#0072B2"},
+    "TDPO2, alpha = 0.5, best beta": {"color": "#0072B2", "linestyle": "--"},
     "TDPO2, alpha = 0.7": {"color": "#00335C"},
 }
 KL_AXIS = "on-policy KL(π‖π_ref) per completion, nats"

@@ -42,7 +42,8 @@ BETA = 0.1
 DPO = Setting("DPO", 0.0, BETA)
 TDPO1 = Setting("TDPO1", 1.0, BETA)
 TDPO2 = tuple(Setting("TDPO2", alpha, BETA) for alpha in (0.1, 0.3, 0.5, 0.7))
-DPO_OTHER_BETAS = tuple(Setting("DPO", 0.0, beta) for beta in (0.05, 0.2, 0.5))
+DPO_OTHER_BETAS = tuple(Setting("DPO", 0.0, beta) for beta in (0.05, 0.2, 0.5, 1.0, 2.0))
+TDPO2_OTHER_BETAS = tuple(Setting("TDPO2", 0.5, beta) for beta in (0.5, 1.0))
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class Plan:
 
 FULL = Plan(
     config=replace(Config(), steps=240, evaluations=12),
-    settings=(DPO, TDPO1, *TDPO2, *DPO_OTHER_BETAS),
-    learning_rates=(5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3),
+    settings=(DPO, TDPO1, *TDPO2, *DPO_OTHER_BETAS, *TDPO2_OTHER_BETAS),
+    learning_rates=(2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3),
     seeds=(0, 1, 2, 3, 4),
     measured_pairs=128,
 )

@@ -15,6 +15,7 @@ pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
 import study_analysis
+import study_bootstrap
 import study_claims
 import study_lines
 import study_page
@@ -43,11 +44,12 @@ def test_a_planted_order_is_found(order: float, word: str) -> None:
 
 
 def test_noise_tells_nothing() -> None:
-    """Intervals of 95 % may exclude a true 0 once in twenty times, not much more often."""
+    """Intervals of 95 % may exclude a true 0 once in twenty times, not much more often, though
+    every method's learning rate is chosen among equally good ones."""
     found = [verdicts(study_lines.made_up(0, draw=draw)) for draw in range(12)]
     words = [word for claims in found for word in claims.values()]
     assert set(words) <= {"holds", "does not hold", "cannot be told"}
-    assert words.count("cannot be told") >= 0.9 * len(words)
+    assert words.count("cannot be told") >= 0.95 * len(words)
 
 
 def test_fewer_than_five_seeds_tell_nothing() -> None:
@@ -73,7 +75,9 @@ def test_a_diverged_run_is_not_chosen() -> None:
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     samples = rng.normal(size=(300, 5))
-    bounds = np.array([study_analysis.interval(sample) for sample in samples])
+    bounds = np.array(
+        [study_bootstrap.interval(study_bootstrap.plain(sample)) for sample in samples]
+    )
     held = ((bounds[:, 0] < 0) & (bounds[:, 1] > 0)).mean()
     assert 0.91 < held < 0.99
 
@@ -94,7 +98,43 @@ def test_a_learning_rate_is_chosen_on_the_other_seeds() -> None:
     found = study_analysis.best(runs, (TDPO2[0],), value, largest=True)
     every = np.array([runs.values(TDPO2[0], rate, value) for rate in runs.learning_rates])
     assert found is not None
-    assert abs(found.values.mean() - every.mean()) < every.max(axis=0).mean() - every.mean()
+    assert (
+        abs(found.estimate.by_seed.mean() - every.mean()) < every.max(axis=0).mean() - every.mean()
+    )
+
+
+def test_of_a_single_seed_the_best_learning_rate_is_its_own() -> None:
+    runs = study_analysis.runs_of(study_lines.made_up(1, seeds=1))
+    found = study_analysis.best(runs, (DPO,), study_analysis.kl_at(0.5), largest=False)
+    every = [runs.values(DPO, rate, study_analysis.kl_at(0.5))[0] for rate in runs.learning_rates]
+    assert found is not None
+    assert found.estimate.by_seed == np.nanmin(every)
+
+
+def test_levels_that_a_method_does_not_reach_are_not_named() -> None:
+    lines = copy.deepcopy(study_lines.made_up(1))
+    for key, line in lines.items():
+        if key.setting == DPO:
+            kl = np.array(line["curve"]["on_policy_kl"])
+            line["curve"]["on_policy_kl"] = (3 * kl / kl[-1]).tolist()
+    found = study_claims.judged(study_analysis.runs_of(lines))
+    measures = {claim["name"]: claim["measure"] for claim in found}
+    assert measures["tdpo2_reward"].endswith("KL = 1 and 2")
+    assert measures["tdpo2_tdpo1"].endswith("KL = 1, 2 and 4")
+
+
+def test_the_edge_of_a_grid_is_marked() -> None:
+    [row] = [
+        row
+        for row in summary_of(study_lines.made_up(1), ABOUT)["reward_at_kl"]
+        if row["method"] == "DPO, best beta"
+    ]
+    for at in row["at"].values():
+        betas = [setting.beta for setting in study_claims.ANY_BETA_DPO]
+        assert at["beta_at_the_edge"] == (at["beta"] in (min(betas), max(betas)))
+        edges = study_lines.RATES[0], study_lines.RATES[-1]
+        assert at["rate_at_the_edge"] == (at["learning_rate"] in edges)
+        assert 0 < at["updates"] <= 160  # 5120 examples
 
 
 @pytest.fixture(params=[1.0, 0.0, -1.0])
@@ -127,6 +167,8 @@ def test_page_and_pictures_are_made(summary: dict[str, Any], tmp_path: Any) -> N
     assert (tmp_path / "seq_kl.png").stat().st_size > 20_000
     texts, tables = study_page.texts(summary), study_page.tables(summary)
     assert "abc" in texts["study_made"]
+    assert set(tables) == set(study_page.TABLES)
+    assert len(tables.pop("study_seq_kl_by_rate")) == len(study_lines.RATES)
     assert all(len(rows) >= 6 for rows in tables.values())
     json.dumps(summary, allow_nan=False)
 

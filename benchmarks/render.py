@@ -151,10 +151,10 @@ bash benchmarks/gpu_check.sh OUT --choices   # shares of a copy by gap, alternat
 make docs                                # the figures of the other pages
 ```
 
-One table alone: the command that stands before it. It writes a report into the folder OUT. Its
+To repeat one table, run the command above it, which writes a report into the folder OUT. Its
 `python` is one that has this package: `.venv/bin/python` after `make bench`, or on a machine with a
-GPU the one into which you installed it. `gpu_check.sh` needs nvcc and some packages, which its head
-lists, and writes over the logs and reports of an earlier run in OUT.
+GPU the one into which you installed it. What `gpu_check.sh` does and needs:
+[kernels.md](kernels.md#with-a-gpu).
 
 To put a run on a GPU on this page: its reports go into a folder of their own in
 `benchmarks/results/`, which `RUN` in `benchmarks/render_gpu.py` names."""

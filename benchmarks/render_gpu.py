@@ -193,7 +193,7 @@ def gap_section() -> list[str]:
         f"{made_on(report)}. From the same run. What each alternative of `csrc/cuda/choices.cuh` "
         f"gains over the build as it stood at that commit ({choices}). Forward: all gaps; one "
         "side: TDPO1 and DPO; both sides: any and rejected rows. "
-        "[What was chosen, and why](tried.md#chosen-on-a-card):",
+        "[What was chosen, and why](tried.md#chosen-on-a-gpu):",
         *table(["alternative", "pass", *map(name_of, rows)], choice_rows(rows)),
         "",
     ]
@@ -437,7 +437,7 @@ def tests_passed() -> str:
     bounds = load(PARITY)["rows"]
     kept = [row for row in bounds if row["kept"]]
     return (
-        f"At that commit {passed} of {passed + failed} tests passed on the card, and {len(kept)} "
+        f"At that commit {passed} of {passed + failed} tests passed on the GPU, and {len(kept)} "
         f"of {len(bounds)} bounds of `python -m tdpo_ext.parity` were kept "
         "([what failed](../benchmarks/results/README.md#the-run-on-a-gpu))."
     )

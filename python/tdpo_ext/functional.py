@@ -72,6 +72,8 @@ def token_stats(
             or parts; on an accelerator all outputs are NaN then.
         IndexError: On the CPU, a label outside [0, V) is not ``ignore_index``. On an accelerator,
             where the check would make the host wait, that token's outputs are NaN.
+        RuntimeError: An argument is inside a torch.func transform or carries a forward-mode
+            derivative; use ``tdpo_ext.reference``.
     """
     policy_logits, reference_logits, labels, shard = local_logits(
         policy_logits, reference_logits, labels, process_group=process_group
@@ -166,6 +168,7 @@ def token_divergences(
         ValueError: As ``token_stats``; or an output is unknown or needs labels that are not given,
             or labels and mask are both given.
         IndexError: As ``token_stats``.
+        RuntimeError: As ``token_stats``.
     """
     policy_logits, reference_logits, labels, mask, shard = local_logits(
         policy_logits, reference_logits, labels, mask, process_group=process_group
@@ -259,6 +262,7 @@ def tdpo_loss(
             accelerator the losses are NaN instead), variant or reduction is unknown, or an option
             is outside its range.
         IndexError: As ``token_stats``.
+        RuntimeError: As ``token_stats``.
     """
     policy_logits, reference_logits, labels, shift_labels, shard = local_logits(
         policy_logits, reference_logits, labels, shift_labels, process_group=process_group

@@ -71,7 +71,9 @@ def pair_loss(
             the true one.
 
     Returns:
-        The losses, ``[B]``, differentiable in both tensors.
+        The losses, ``[B]``, differentiable in both tensors. Their dtype is the one that PyTorch
+        promotes the two tensors to; DPO (alpha = 0 in TDPO2) does not read seq_kl, and has that of
+        logps_margin.
 
     Raises:
         TypeError: A tensor argument is not a floating tensor, or an option is not a number.

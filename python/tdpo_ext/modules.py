@@ -109,6 +109,7 @@ class TDPOLoss(_LossModule):
         self.inplace_backward = inplace_backward
 
     def options(self) -> dict[str, Any]:
+        """The options, as keyword arguments of ``tdpo_loss``."""
         return {**super().options(), "inplace_backward": self.inplace_backward}
 
     def forward(
@@ -123,15 +124,22 @@ class TDPOLoss(_LossModule):
         """Call ``tdpo_ext.tdpo_loss`` with the options of this module.
 
         Args:
-            policy_logits: ``[2B, T, V]``, or ``[total, V]`` with cu_seqlens, see ``tdpo_loss``.
-            reference_logits: The same of the reference model.
-            labels: ``[2B, T]`` or ``[total]``, as the model saw them.
-            shift_labels: ``[2B, T]`` or ``[total]``, already aligned with the logits. Give exactly
-                one of labels and shift_labels.
-            cu_seqlens: ``[2B + 1]``, the boundaries of packed sequences.
+            policy_logits: ``[2B, T, V]``, or ``[total, V]`` with cu_seqlens, float32, bfloat16,
+                float16 or float64, see ``tdpo_loss``.
+            reference_logits: Those of the reference, of the same shape and dtype.
+            labels: ``[2B, T]`` or ``[total]``, int64 or int32, as the model saw them.
+            shift_labels: ``[2B, T]`` or ``[total]``, int64 or int32, already aligned with the
+                logits. Give exactly one of labels and shift_labels.
+            cu_seqlens: ``[2B + 1]``, int32 or int64, the boundaries of packed sequences.
 
         Returns:
             ``TDPOOutput``; only its ``loss`` carries a gradient.
+
+        Raises:
+            TypeError: As ``tdpo_loss``.
+            ValueError: As ``tdpo_loss``.
+            IndexError: As ``tdpo_loss``.
+            RuntimeError: As ``tdpo_loss``.
         """
         return tdpo_loss(
             policy_logits,
@@ -204,6 +212,7 @@ class LinearTDPOLoss(_LossModule):
         self.chunk_bytes = chunk_bytes
 
     def options(self) -> dict[str, Any]:
+        """The options, as keyword arguments of ``linear_tdpo_loss``."""
         return {
             **super().options(),
             "logit_scale": self.logit_scale,
@@ -229,20 +238,27 @@ class LinearTDPOLoss(_LossModule):
         """Call ``tdpo_ext.linear_tdpo_loss`` with the options of this module.
 
         Args:
-            policy_hidden: ``[2B, T, H]``, or ``[total, H]`` with cu_seqlens, see
-                ``linear_tdpo_loss``.
-            policy_weight: ``[V, H]``.
-            reference_hidden: ``[2B, T, H_ref]`` or ``[total, H_ref]``.
-            reference_weight: ``[V, H_ref]``.
-            labels: ``[2B, T]`` or ``[total]``, as the model saw them.
-            shift_labels: ``[2B, T]`` or ``[total]``, already aligned with the hidden states. Give
-                exactly one of labels and shift_labels.
-            cu_seqlens: ``[2B + 1]``, the boundaries of packed sequences.
-            policy_bias: ``[V]`` or None.
-            reference_bias: ``[V]`` or None.
+            policy_hidden: ``[2B, T, H]``, or ``[total, H]`` with cu_seqlens, float32, bfloat16,
+                float16 or float64, see ``linear_tdpo_loss``.
+            policy_weight: ``[V, H]``, of the dtype of policy_hidden.
+            reference_hidden: ``[2B, T, H_ref]`` or ``[total, H_ref]``, of any of these dtypes
+                (float64 if and only if policy_hidden is).
+            reference_weight: ``[V, H_ref]``, of the dtype of reference_hidden.
+            labels: ``[2B, T]`` or ``[total]``, int64 or int32, as the model saw them.
+            shift_labels: ``[2B, T]`` or ``[total]``, int64 or int32, already aligned with the
+                hidden states. Give exactly one of labels and shift_labels.
+            cu_seqlens: ``[2B + 1]``, int32 or int64, the boundaries of packed sequences.
+            policy_bias: ``[V]``, of the dtype of policy_hidden, or None.
+            reference_bias: ``[V]``, of the dtype of reference_hidden, or None.
 
         Returns:
             ``TDPOOutput``; only its ``loss`` carries a gradient.
+
+        Raises:
+            TypeError: As ``linear_tdpo_loss``.
+            ValueError: As ``linear_tdpo_loss``.
+            IndexError: As ``linear_tdpo_loss``.
+            RuntimeError: As ``linear_tdpo_loss``.
         """
         return linear_tdpo_loss(
             policy_hidden,

@@ -19,7 +19,7 @@ class TokenStats(NamedTuple):
     """log pi(y_t | s_t), never above 0."""
 
     reference_logps: Tensor
-    """log pi_ref(y_t | s_t), never above 0."""
+    """log pi_ref(y_t | s_t), never above 0. No gradient."""
 
     forward_kl: Tensor
     """KL(pi_ref(.|s_t) || pi(.|s_t)) over the whole vocabulary, never below 0."""
@@ -54,8 +54,9 @@ class TokenDivergences(NamedTuple):
 class TDPOOutput(NamedTuple):
     """The loss and quantities to log; only ``loss`` carries a gradient.
 
-    Quantities of sequences are in nats and have shape ``[B]``, one entry for each pair (chosen,
-    rejected).
+    All are float32, or float64 for float64 inputs. Quantities of sequences are in nats and have
+    shape ``[B]``, one entry for each pair (chosen, rejected). They are sums over the response's
+    tokens; with ``average_log_prob=True`` logps, KLs and rewards are means per token.
     """
 
     loss: Tensor
@@ -71,10 +72,12 @@ class TDPOOutput(NamedTuple):
     """beta * (margin + sequential KL) of the rejected response."""
 
     chosen_logps: Tensor
-    """log pi(y_w | x): the policy's log-probability of the chosen response."""
+    """The policy's log-probability of the chosen response: log pi(y_w | x), or its mean per
+    token."""
 
     rejected_logps: Tensor
-    """log pi(y_l | x): the policy's log-probability of the rejected response."""
+    """The policy's log-probability of the rejected response: log pi(y_l | x), or its mean per
+    token."""
 
     chosen_kl: Tensor
     """SeqKL(x, y_w; pi_ref || pi) along the chosen response."""
@@ -94,16 +97,19 @@ class TDPOOutput(NamedTuple):
         ``rewards/*`` and ``logps/*`` are what TRL logs under these names, so curves of DPO and of
         TDPO can be compared. ``tdpo_rewards/*`` are the rewards of the paper's code, which contain
         the KL. Nothing is copied to the host: call ``.item()`` when you log, not before.
+
+        Returns:
+            A dictionary with these keys. ``rewards/`` and ``tdpo_rewards/``: ``chosen``,
+            ``rejected``, ``accuracies`` (chosen above rejected), ``margins`` (chosen - rejected).
+            ``logps/``: ``chosen``, ``rejected``. ``kl/``: ``chosen``, ``rejected``, ``margin``
+            (chosen - rejected).
         """
         of_pairs = self.metrics_of_pairs()
         means = torch.stack([*of_pairs.values()]).mean(dim=1)
         return dict(zip(of_pairs, means.unbind(), strict=True))
 
     def metrics_of_pairs(self) -> dict[str, Tensor]:
-        """The same quantities for each pair, ``[B]``.
-
-        ``kl/margin`` is chosen minus rejected, as in the paper's code.
-        """
+        """The same quantities for each pair, ``[B]``, under the same keys."""
         return {
             **self._rewards("rewards", self.chosen_dpo_rewards, self.rejected_dpo_rewards),
             **self._rewards("tdpo_rewards", self.chosen_rewards, self.rejected_rewards),

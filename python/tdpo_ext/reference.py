@@ -1,7 +1,8 @@
 r"""TDPO in plain PyTorch: the definition of the method, and what the kernels are tested against.
 
-It runs on any device and is differentiable twice. Each function allocates several tensors of shape
-[..., V]; the functions of the same names in ``tdpo_ext`` do not. Nothing in the library calls this
+It runs on any device, is differentiable twice, and works under torch.func.grad and in forward mode,
+where the functions of the same names in ``tdpo_ext`` raise RuntimeError. Each function allocates
+several tensors of shape [..., V]; those of ``tdpo_ext`` do not. Nothing in the library calls this
 module. The steps from token statistics to the loss, which need no kernel, are in ``loss.py``.
 
 Zeng et al., "Token-level Direct Preference Optimization", ICML 2024, arXiv 2404.11999. With state

@@ -71,11 +71,15 @@ def hidden_states() -> dict[str, Any]:
 
 
 def logits() -> dict[str, Any]:
+    """Where a label is ignored the logits are NaN: a loss that counts such a token is NaN too."""
     policy, reference = torch.randn(2, 4, 6, 11).unbind()
+    labels = torch.randint(0, 11, (4, 6))
+    for tensor, blank in ((labels, -100), (policy, torch.nan), (reference, torch.nan)):
+        tensor[:, :2] = blank
     return {
         "policy_logits": policy.requires_grad_(),
         "reference_logits": reference,
-        "shift_labels": torch.randint(0, 11, (4, 6)),
+        "shift_labels": labels,
         "token_weights": torch.rand(4, 6),
     }
 
@@ -147,7 +151,7 @@ def test_python_on_a_page_runs(
     if not torch.cuda.is_available():  # as the pages say
         code = code.replace('Config("output"', 'Config("output", use_cpu=True')
     exec(compile(code, "page", "exec"), names)
-    for output in ("output", "losses"):
+    for output in ("output", "losses", "loss"):
         if isinstance(values := names.get(output), tuple | torch.Tensor):
             loss = values if isinstance(values, torch.Tensor) else values.loss
             assert bool(loss.isfinite().all())

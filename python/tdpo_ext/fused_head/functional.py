@@ -59,8 +59,9 @@ def linear_token_stats(
     Args:
         policy_hidden: ``[..., H]``, float32, bfloat16, float16 or float64: the input of the
             policy's head.
-        policy_weight: ``[V, H]``, of the dtype of policy_hidden (under autocast of any of these
-            dtypes).
+        policy_weight: ``[V, H]``, of the dtype of policy_hidden. Under autocast, hidden states,
+            weights and biases that are not float64 are cast to autocast's dtype first, and may
+            differ in dtype.
         reference_hidden: ``[..., H_ref]``, of any of these dtypes (float64 if and only if
             policy_hidden is), not requiring grad.
         reference_weight: ``[V, H_ref]``, of the dtype of reference_hidden, not requiring grad.
@@ -70,11 +71,13 @@ def linear_token_stats(
         logit_scale: Factor of the policy's logits, as above, finite.
         logit_softcap: Softcap of the policy's logits, as above, positive; None: no softcap.
         reference_logit_scale: Factor of the reference's logits; None: the policy's.
-        reference_logit_softcap: Softcap of the reference's logits; None: the policy's.
+        reference_logit_softcap: Softcap of the reference's logits; None: the policy's. If the
+            policy has a softcap and the reference none, give a very large one: 2.0**20 leaves
+            float32 logits as they are, 2.0**30 those of float64 up to their rounding.
         ignore_index: Tokens with this label are left out before the first product. They cost
             nothing, and their outputs and gradients are 0.
         chunk_bytes: Scratch memory, in bytes, beyond inputs, outputs and gradients. None: 256 MiB;
-            on CUDA a 32nd of the card's memory, between 256 MiB and 2 GiB. It changes results by
+            on CUDA a 32nd of the GPU's memory, between 256 MiB and 2 GiB. It changes results by
             rounding alone.
         process_group: The processes that share the vocabulary (tensor parallel). Weights and biases
             are then this process's rows, where all parts are equally wide and follow the ranks.
@@ -96,6 +99,8 @@ def linear_token_stats(
             on labels or parts; on an accelerator all outputs are NaN then.
         IndexError: On the CPU, a label outside [0, V) is not ``ignore_index``. On an accelerator
             that token's outputs are NaN.
+        RuntimeError: An argument is inside a torch.func transform or carries a forward-mode
+            derivative; use ``tdpo_ext.reference``.
     """
     labels = local_labels(labels, policy_weight)
     heads, options = _checked(
@@ -152,7 +157,8 @@ def linear_token_divergences(
         logit_scale: Factor of the policy's logits, see ``linear_token_stats``.
         logit_softcap: Softcap of the policy's logits, see ``linear_token_stats``; None: none.
         reference_logit_scale: Factor of the reference's logits; None: the policy's.
-        reference_logit_softcap: Softcap of the reference's logits; None: the policy's.
+        reference_logit_softcap: Softcap of the reference's logits; None: the policy's. For no
+            softcap beside a policy with one see ``linear_token_stats``.
         ignore_index: Tokens with this label are left out before the first product, and their
             outputs and gradients are 0.
         chunk_bytes: Scratch memory, in bytes, see ``linear_token_stats``.
@@ -171,6 +177,7 @@ def linear_token_divergences(
         TypeError: As ``linear_token_stats`` and ``token_divergences``.
         ValueError: As ``linear_token_stats`` and ``token_divergences``.
         IndexError: As ``linear_token_stats``.
+        RuntimeError: As ``linear_token_stats``.
     """
     labels, mask = (local_labels(x, policy_weight) for x in (labels, mask))
     heads, options = _checked(
@@ -241,7 +248,8 @@ def linear_tdpo_loss(
         logit_scale: Factor of the policy's logits, see ``linear_token_stats``.
         logit_softcap: Softcap of the policy's logits, see ``linear_token_stats``; None: none.
         reference_logit_scale: Factor of the reference's logits; None: the policy's.
-        reference_logit_softcap: Softcap of the reference's logits; None: the policy's.
+        reference_logit_softcap: Softcap of the reference's logits; None: the policy's. For no
+            softcap beside a policy with one see ``linear_token_stats``.
         beta: Strength of the KL constraint, positive.
         alpha: Weight of the sequential KL in TDPO2, at least 0; 0 is DPO. TDPO1 ignores it.
         variant: "tdpo2" or "tdpo1".
@@ -251,20 +259,25 @@ def linear_tdpo_loss(
             tokens that are not ignored.
         reduction: "mean", "sum" or "none" over the B pairs.
         ignore_index: The label of tokens that do not count; they cost nothing.
-        chunk_bytes: Scratch memory, in bytes, see ``linear_token_stats``. If a whole pair fits,
-            logits are made once instead of twice, unless the vocabulary is sharded or reduction is
-            "none". For half-width heads on CUDA a pair takes 2 bytes a logit, and 8 for a group of
-            its rows; elsewhere 8 bytes a logit (docs/fused-head.md, "Three paths").
+        chunk_bytes: Scratch memory, in bytes, see ``linear_token_stats``. For a trained head it
+            decides whether backward makes the logits once more: it does not if a whole pair fits,
+            unless reduction is "none" or a CUDA graph is being captured. For a frozen head it never
+            does; if the vocabulary is sharded it always does. For bfloat16 and float16 heads on
+            CUDA a pair takes 2 bytes a logit, and 8 for a group of its rows; elsewhere 8 bytes a
+            logit (docs/fused-head.md, "Three paths to the gradients").
         process_group: The processes that share the vocabulary, see ``linear_token_stats``.
 
     Returns:
         ``TDPOOutput``; only its ``loss`` carries a gradient, to policy_hidden, policy_weight and
-        policy_bias.
+        policy_bias. If forward has made the gradients of whole pairs of a float32 or float64 head,
+        backward scales them in place, and a second backward through the same graph raises;
+        ``reduction="none"`` allows it.
 
     Raises:
         TypeError: As ``tdpo_loss`` and ``linear_token_stats``.
         ValueError: As ``tdpo_loss`` and ``linear_token_stats``.
         IndexError: As ``linear_token_stats``.
+        RuntimeError: As ``linear_token_stats``.
     """
     labels, shift_labels = (local_labels(x, policy_weight) for x in (labels, shift_labels))
     heads, options = _checked(

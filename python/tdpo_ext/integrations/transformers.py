@@ -73,8 +73,11 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
     Raises:
         ValueError: an option that TDPO cannot honour: ``compute_metrics``,
             ``preprocess_logits_for_metrics``, ``compute_loss_func``, ``model_init``,
-            ``label_smoothing_factor`` (the loss has ``label_smoothing``), ``use_liger_kernel``,
-            ``dispatch_batches=True`` in ``accelerator_config``, or several cards in one process.
+            ``label_smoothing_factor`` (the loss has ``label_smoothing``), ``use_liger_kernel``, a
+            loss whose reduction is not "mean", ``dispatch_batches=True`` in ``accelerator_config``,
+            accelerate's context or sequence parallelism, or several GPUs in one process. Also if
+            ``precompute_reference`` and a ``CachedReference`` are both given, or if the model is
+            partitioned by ZeRO-3 and no ``reference`` is given to copy.
     """
 
     def __init__(

@@ -59,8 +59,10 @@ class TDPOTrainer(TDPOSteps, trl.DPOTrainer):
     Raises:
         TypeError: ``args`` is no ``TDPOConfig``.
         ValueError: an option of DPO that TDPO cannot honour (``trl_options.RESTRICTED_OPTIONS``), a
-            function that needs logits with the fused head, or a reference whose vocabulary is not
-            the model's.
+            function that needs logits with the fused head, ``tdpo_inplace_backward=True`` with it
+            or ``tdpo_chunk_bytes`` without it, a reference whose vocabulary is not the model's,
+            ``dispatch_batches=True`` in ``accelerator_config``, or accelerate's context or sequence
+            parallelism.
     """
 
     _name = "TDPO"

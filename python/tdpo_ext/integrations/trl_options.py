@@ -30,13 +30,17 @@ class TDPOConfig(trl.DPOConfig):
     tdpo_chunk_bytes: int | None = field(
         default=None,
         metadata={
-            "help": "Scratch memory of the fused head in bytes; if a whole pair fits "
-            "(docs/fused-head.md), no product is made twice. None: the default of linear_tdpo_loss."
+            "help": "Only with tdpo_fused_head=True: scratch memory of the fused head in bytes. If "
+            "a whole pair fits, no product is made twice (docs/fused-head.md). None: the default "
+            "of linear_tdpo_loss."
         },
     )
     tdpo_inplace_backward: bool = field(
         default=False,
-        metadata={"help": "From logits: write their gradient over them, which saves their size."},
+        metadata={
+            "help": "Only with tdpo_fused_head=False: write the gradient of the logits over them, "
+            "which saves a tensor of their size."
+        },
     )
     tdpo_reference_cache: str | None = field(
         default=None,
@@ -75,8 +79,7 @@ RESTRICTED_OPTIONS = (
     RestrictedOption(
         "f_divergence_type",
         ("reverse_kl",),
-        "TDPO is derived from DPO's margin log pi(y) - log pi_ref(y), which belongs to the reverse "
-        "KL; the forward KL of TDPO is a separate term, always added to that margin",
+        "TDPO's margin belongs to the reverse KL; its forward KL is a separate term",
     ),
     RestrictedOption(
         "use_liger_kernel",

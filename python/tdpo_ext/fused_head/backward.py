@@ -67,9 +67,10 @@ def backward(problem: Problem, upstream: AnyUpstream, wanted: Wanted) -> tuple[T
     for kind, rows in zip(KINDS, rows_of_kinds(problem, upstream), strict=True):
         if row_count(rows):
             backward_of_kind(problem, kind, rows, upstream, gradients)
+    results = gradients.results()  # without the scale, which may differ between processes
     if problem.shard is not None and wanted.hidden:
-        sum_gradient(gradients.hidden, problem.shard)
-    return gradients.results()
+        sum_gradient(results[0], problem.shard)
+    return results
 
 
 def backward_of_kind(

@@ -139,14 +139,15 @@ class RunningStats {
   // Returns false and adds nothing if a lane has an entry that the quick path cannot take, or if a
   // lane's sum has reached reference_limit: add() the vectors one by one then.
   __device__ __forceinline__ bool add_quickly(const QuickSums& sums) {
-    const Real total = stats.reference_sum + Real(scale.reference * sums.reference);
+    const Real total =
+        multiply_add(Real(scale.reference), Real(sums.reference), stats.reference_sum);
     const bool near_enough = sums.farthest < kFarthest;
     bool fits = near_enough && sums.gap > -1e30f && total <= reference_limit;
     if (kDivergences) fits = fits && sums.reference_log > -1e30f;  // NaN where r L is -inf
     if (!all_of_warp(fits)) return false;
     stats.reference_sum = total;
     stats.gap_sum += Real(scale.reference * (sums.gap * float(kLn2 / kGapUnit)));
-    stats.policy_sum += Real(scale.policy * sums.policy);
+    stats.policy_sum = multiply_add(Real(scale.policy), Real(sums.policy), stats.policy_sum);
     stats.excess_sum += Real(scale.excess * sums.excess);
     if constexpr (kDivergences) add_divergences(sums);
     return true;
@@ -204,17 +205,18 @@ class RunningStats {
 
  private:
   // What a lane's sums on the quick path give DivergenceSums. The rounding of M and C is undone as
-  // in `scale`; z - policy_max is r - reference_max + d + log k.
+  // in `scale`; z - policy_max is r - reference_max + d + log k. The sums of both sides' logits are
+  // written alike, so that entropies of equal rows have the same bits.
   __device__ __forceinline__ void add_divergences(const QuickSums& sums) {
     const float gaps = scale.excess * kLn2 * sums.policy_gap;
     const float difference = kLn2 * (sums.policy_gap - sums.gap);  // sum w (e^d - 1) d
     const float reference = scale.reference * sums.reference, policy = scale.policy * sums.policy;
     more.policy_gap_sum += Real(gaps * float(1 / kGapUnit));
     more.reverse_excess_sum += Real(scale.excess * (difference - sums.excess));
-    more.policy_log_sum +=
-        Real(scale.policy * kLn2 * sums.policy_log + gaps + policy_above * policy);
-    more.reference_log_sum +=
-        Real(scale.reference * kLn2 * sums.reference_log - (1 - scale.reference) * reference);
+    const float of_policy = multiply_add(scale.policy * kLn2, sums.policy_log, gaps);
+    const float of_reference = multiply_add(scale.reference * kLn2, sums.reference_log, 0.0f);
+    more.policy_log_sum += Real(multiply_add(above.policy, policy, of_policy));
+    more.reference_log_sum += Real(multiply_add(above.reference, reference, of_reference));
   }
 
   // Adds half a vector at a time, which needs fewer registers. Then the other half moves to the
@@ -279,7 +281,11 @@ class RunningStats {
   struct {
     float reference, policy, excess;
   } scale;
-  float policy_above;  // log k less what the rounding of M and C has added; with kDivergences
+  // With kDivergences, in nats: r - reference_max is (r L - M) ln 2 + above.reference, and z -
+  // policy_max is (r L - M + D) ln 2 + above.policy.
+  struct {
+    float policy, reference;
+  } above;
 
   static __device__ Sides<Real> relative(Sides<Real> sums, const Base<Real>& from,
                                          const Base<Real>& to) {
@@ -312,7 +318,7 @@ class RunningStats {
       const TwoSum<Real> apart = two_sum(base.reference_max, -base.policy_max);
       const TwoSum<Real> sum = two_sum(apart.rounded, base.centre);
       const Real log_k = sum.rounded + (apart.lost + sum.lost);
-      policy_above = float(log_k) - (of_reference + of_centre);
+      above = {float(log_k) - (of_reference + of_centre), -of_reference};
     }
   }
 

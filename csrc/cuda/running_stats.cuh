@@ -10,7 +10,8 @@
 //           the special-function unit. With L = log2(e), M = reference_max L and C = centre L:
 //             w = 2^(r L - M), D = (z - r) L - C, e^d = 2^D
 //             e^d - 1 - d = a polynomial where |D| is small, else (2^D - 1) - D ln 2
-//           For DivergenceSums it adds w e^d D, w (r L - M) and w e^d (r L - M).
+//           For DivergenceSums it adds w e^d D, w (r L - M) and w e^d (r L - M). There e^d - 1
+//           comes from the polynomial where |D| is small.
 //   mixed   everything else, which is rare: infinities; logits so far apart that w may underflow
 //           where w e^d does not; entries far above the base; a centre so large that z - r has lost
 //           its digits. Each entry chooses, as on the CPU's path of this name.
@@ -120,12 +121,17 @@ class RunningStats {
       const float d = fmaf(float(z[i] - r[i]), kLog2E, -shift.centre);  // D
       const float power = exp2_of(d);
       const float close = (d * d) * excess_over_square_of_2(d), far = (power - 1) - d * kLn2;
+      const bool is_close = fabs(d) < kClose;
       sums.reference += w;
       sums.gap += w * d;
-      sums.excess += w * (fabs(d) < kClose ? close : far);
+      sums.excess += w * (is_close ? close : far);
       sums.farthest = max(sums.farthest, bit_cast<int>(d));
       if constexpr (kDivergences) {
-        const float m = w * power;
+        // `power` is off by up to 2^-22 of itself, and by almost as much for all entries of close
+        // rows. That part of sum w d, which is large where the centre is off, would be the error of
+        // sum m d - sum w d, from which the reverse KL is made.
+        const float growth = is_close ? fmaf(d, kLn2, close) : power - 1;  // e^d - 1
+        const float m = fmaf(w, growth, w);
         sums.policy += m;
         sums.policy_gap += m * d;
         sums.policy_log += m * exponent;

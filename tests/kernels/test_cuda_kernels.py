@@ -173,6 +173,20 @@ def test_divergences_whatever_the_gap_is(cuda, dtype, gap):
         assert stats.forward_kl[row].item() == pytest.approx(truth[2, row], rel=2e-6)
 
 
+@pytest.mark.parametrize("error", [2.0**-22, -(2.0**-22)])
+def test_the_error_of_exponentials_costs_close_rows_no_digits(emulated_core, error):
+    """The centre comes from the first vectors and stays there, 0.1 nats beside most gaps; an
+    error of all exponentials would then be one of every term of the reverse KL."""
+    policy, reference = pair_of_logits(4, 7000, gap=3e-3)
+    reference[:, :900] -= 8
+    policy[:, :900] += 0.1 - 8
+    truth = oracle.divergences(numpy64(policy), numpy64(reference))
+    with emulated_core.ex2_off_by(error):
+        found = tdpo_ext.token_divergences(policy, reference, outputs=("forward_kl", "reverse_kl"))
+    assert numpy64(found.forward_kl) == pytest.approx(truth.forward_kl, rel=1e-3)
+    assert numpy64(found.reverse_kl) == pytest.approx(truth.reverse_kl, rel=1e-3)
+
+
 def test_one_far_entry_among_close_ones_costs_no_digits(cuda):
     policy, reference = pair_of_logits(3, 20000, gap=1e-3)
     policy[0, 700] += 1.5

@@ -86,8 +86,10 @@ def expected(kernel: str) -> Expected:
         shifted, divergences = flags(kernel)
         several = shifted + divergences
         blocks = 1 if double else 2 if "Li1E" in kernel or several == 2 else 3 if several else 5
-        room = 2 if "If" in kernel else 0  # float32 moves twice the bytes
-        room += 7 if divergences else 0
+        float32 = "If" in kernel
+        room = 2 if float32 else 0  # float32 moves twice the bytes
+        if divergences:
+            room += 8 if float32 else 7
         per_entry = None if double else (27 if shifted else 24.5) + room
         return Expected(blocks, loads=True, stores=False, per_entry=per_entry)
     if "token_stats_backward_kernel" in kernel:

@@ -108,6 +108,7 @@ sys.exit(not cuda["compiled"])'
 
 chosen="(two_alignments and 37) or gradient_at_any or (few_rows and 4097)"
 chosen+=" or (base_follows and 5000) or (outside_the_vocabulary and 40) or (every_place and 33)"
+chosen+=" or one_side_is_shifted or packed_sequences"
 
 # Each tensor is an allocation, so that an access just outside a tensor is outside any.
 sanitize() {

@@ -7,7 +7,8 @@
 // Reference logits are N(0, 1), the policy's are those + gap N(0, 1). Bytes are those that the
 // algebra needs: forward reads both tensors; backward writes one and reads 0 to 2 of them. A line
 // for each dtype and shape: forward by gap, backward by the upstream gradients that a method sends,
-// and the means of what was computed, summed over the gaps, to compare builds by.
+// with divergences forward by gap and backward by kind of gradient, and the means of what forward
+// computed without them, summed over the gaps, to compare builds by.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -39,6 +40,17 @@ constexpr Backward kBackward[] = {
     {Method::kDpo, "DPO", 1},           // no KL
     {Method::kRejected, "rejected", 2}  // rejected rows of TDPO2, alpha = 1/2
 };
+
+constexpr float kDivergenceGaps[] = {0.3f, 3.0f};
+
+// Backward with divergences: which upstream gradients are not 0.
+struct DivergenceBackward {
+  const char* name;
+  bool of_kl, of_reverse_kl;
+  double tensors_read;
+};
+constexpr DivergenceBackward kDivergenceBackward[] = {
+    {"entropy", false, false, 1}, {"reverse", false, true, 2}, {"both KLs", true, true, 2}};
 
 void check(cudaError_t status, int line) {
   if (status == cudaSuccess) return;
@@ -134,6 +146,39 @@ double mean(const float* values, int count) {
   return sum / count;
 }
 
+// The part of a line with divergences. `share` and `fill` are those of time_shape.
+template <class T, class Share, class Fill>
+void time_divergences(const TokenStatsProblem& problem, T* gradient, const Share& share,
+                      const Fill& fill) {
+  const int rows = int(problem.rows), threads = 256, blocks = (rows + threads - 1) / threads;
+  Array<float> of_rows(6 * rows), normalizers(12 * rows), upstream(2 * rows), zeros(rows);
+  CHECK(cudaMemset(zeros, 0, rows * sizeof(float)));
+  fill_upstream<<<blocks, threads>>>(upstream, upstream + rows, rows, Method::kAny);
+  float* const out = of_rows;
+  const TokenStatsForward forward = {problem,
+                                     {out, out + rows, out + 2 * rows, normalizers, out + 3 * rows,
+                                      out + 4 * rows, out + 5 * rows}};
+  Array<char> workspace(cuda::divergences_workspace_bytes(problem));
+  const cuda::Launch launch = {0, nullptr};
+  for (float gap : kDivergenceGaps) {
+    fill(gap);
+    const float ms = milliseconds([&] { cuda::token_stats_forward(forward, workspace, launch); });
+    std::printf(" %8.3f", share(2, ms));
+  }
+  fill(0.3f);
+  cuda::token_stats_forward(forward, workspace, launch);
+  for (const DivergenceBackward& kind : kDivergenceBackward) {
+    const float *given = upstream, *none = zeros;
+    const float* of_kl = kind.of_kl ? given + rows : none;
+    const float* of_reverse_kl = kind.of_reverse_kl ? given + rows : none;
+    const Upstream of_kind = {given, of_kl, nullptr, nullptr, 0, 0, 0, of_reverse_kl, given};
+    const TokenStatsBackward backward = {problem,       normalizers, of_kind,
+                                         problem.dtype, gradient,    problem.policy.rows};
+    const float ms = milliseconds([&] { cuda::token_stats_backward(backward, launch); });
+    std::printf(" %8.3f", share(1 + kind.tensors_read, ms));
+  }
+}
+
 template <class T>
 void time_shape(const char* build, DType dtype, const char* name, int rows, int vocabulary) {
   const int64_t count = int64_t(rows) * vocabulary;
@@ -180,6 +225,8 @@ void time_shape(const char* build, DType dtype, const char* name, int rows, int 
     const float ms = milliseconds([&] { cuda::token_stats_backward(backward, launch); });
     std::printf(" %8.3f", share(1 + kind.tensors_read, ms));
   }
+  std::printf("  ");
+  time_divergences<T>(problem, gradient, share, fill);
   std::printf("   %.9g %.9g\n", mean_kl, mean_logp);
   std::fflush(stdout);
 }
@@ -193,6 +240,9 @@ void print_headings() {
   for (float gap : kGaps) std::printf(" fwd %4g", gap);
   std::printf("  ");
   for (const Backward& kind : kBackward) std::printf(" %8s", kind.name);
+  std::printf("  ");
+  for (float gap : kDivergenceGaps) std::printf(" div %4g", gap);
+  for (const DivergenceBackward& kind : kDivergenceBackward) std::printf(" %8s", kind.name);
   std::printf("   mean KL, log p\n");
 }
 

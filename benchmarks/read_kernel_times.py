@@ -16,6 +16,8 @@ import machine
 
 GAPS = ("0.05", "0.3", "0.5", "1", "3")
 KINDS = ("any", "tdpo1", "tdpo2", "dpo", "rejected")
+DIVERGENCES = ("forward, 0.3", "forward, 3", "entropy", "reverse", "both KLs")
+COLUMNS = {"forward": GAPS, "backward": KINDS, "divergences": DIVERGENCES}
 CHOICES = machine.ROOT / "csrc" / "cuda" / "choices.cuh"
 
 
@@ -23,15 +25,17 @@ def measurement(line: str) -> dict[str, Any]:
     """One build, dtype and shape."""
     build, rest = line[:24].strip(), line[24:].split()
     dtype, rows, _, vocabulary, copy, *shares, mean_kl, mean_logp = rest
-    share_of = [float(share) for share in shares]
+    columns = [(part, name) for part, names in COLUMNS.items() for name in names]
+    share_of: dict[str, dict[str, float]] = {part: {} for part in COLUMNS}
+    for (part, name), share in zip(columns, shares, strict=True):
+        share_of[part][name] = float(share)
     return {
         "build": build,
         "dtype": dtype,
         "rows": int(rows),
         "vocabulary": int(vocabulary),
         "copy_gigabytes_per_second": float(copy),
-        "forward": dict(zip(GAPS, share_of[: len(GAPS)], strict=True)),
-        "backward": dict(zip(KINDS, share_of[len(GAPS) :], strict=True)),
+        **share_of,
         "mean_kl": float(mean_kl),
         "mean_logp": float(mean_logp),
     }

@@ -144,7 +144,7 @@ struct RowUpstream {
 template <class Real, class Index>
 TDPO_ALGEBRA RowUpstream<Real> upstream_of(const TokenStatsBackward& work, Index row) {
   const Upstream& upstream = work.upstream;
-  if (!upstream.slopes) {
+  if (upstream.policy_logps) {
     return {static_cast<const Real*>(upstream.policy_logps)[row],
             static_cast<const Real*>(upstream.forward_kl)[row]};
   }

@@ -160,9 +160,10 @@ struct TdpoLossForward {
   TDPO_FIELDS("LossForward", problem, options, statistics, slopes, pairs, loss)
 };
 
-// Upstream gradients: of each row, or where `slopes` is given, of the loss of each pair. A row's
-// are then its sequence's slope times that of its pair; that of its KL is the ratio times that of
-// its log p(y). The last two are given together, beside the first two, or are null.
+// Upstream gradients: of each row, or where `policy_logps` is null, of the loss of each pair. A
+// row's are then its sequence's slope times that of its pair; that of its KL is the ratio times
+// that of its log p(y). `slopes` does not tell the two apart, since it is null as well where there
+// is no sequence. The last two are given together, beside the first two, or are null.
 struct Upstream {
   const void* policy_logps;  // [rows], or null
   const void* forward_kl;    // [rows], or null

@@ -10,7 +10,8 @@
 //           the special-function unit. With L = log2(e), M = reference_max L and C = centre L:
 //             w = 2^(r L - M), D = (z - r) L - C, e^d = 2^D
 //             e^d - 1 - d = a polynomial where |D| is small, else (2^D - 1) - D ln 2
-//           For DivergenceSums it adds w e^d D, w (r L - M) and w e^d (r L - M).
+//           For DivergenceSums it adds w e^d D, w (r L - M) and w e^d (r L - M). There e^d - 1
+//           comes from the polynomial where |D| is small.
 //   mixed   everything else, which is rare: infinities; logits so far apart that w may underflow
 //           where w e^d does not; entries far above the base; a centre so large that z - r has lost
 //           its digits. Each entry chooses, as on the CPU's path of this name.
@@ -120,12 +121,17 @@ class RunningStats {
       const float d = fmaf(float(z[i] - r[i]), kLog2E, -shift.centre);  // D
       const float power = exp2_of(d);
       const float close = (d * d) * excess_over_square_of_2(d), far = (power - 1) - d * kLn2;
+      const bool is_close = fabs(d) < kClose;
       sums.reference += w;
       sums.gap += w * d;
-      sums.excess += w * (fabs(d) < kClose ? close : far);
+      sums.excess += w * (is_close ? close : far);
       sums.farthest = max(sums.farthest, bit_cast<int>(d));
       if constexpr (kDivergences) {
-        const float m = w * power;
+        // `power` is off by up to 2^-22 of itself, and by almost as much for all entries of close
+        // rows. That part of sum w d, which is large where the centre is off, would be the error of
+        // sum m d - sum w d, from which the reverse KL is made.
+        const float growth = is_close ? fmaf(d, kLn2, close) : power - 1;  // e^d - 1
+        const float m = fmaf(w, growth, w);
         sums.policy += m;
         sums.policy_gap += m * d;
         sums.policy_log += m * exponent;
@@ -139,14 +145,15 @@ class RunningStats {
   // Returns false and adds nothing if a lane has an entry that the quick path cannot take, or if a
   // lane's sum has reached reference_limit: add() the vectors one by one then.
   __device__ __forceinline__ bool add_quickly(const QuickSums& sums) {
-    const Real total = stats.reference_sum + Real(scale.reference * sums.reference);
+    const Real total =
+        multiply_add(Real(scale.reference), Real(sums.reference), stats.reference_sum);
     const bool near_enough = sums.farthest < kFarthest;
     bool fits = near_enough && sums.gap > -1e30f && total <= reference_limit;
     if (kDivergences) fits = fits && sums.reference_log > -1e30f;  // NaN where r L is -inf
     if (!all_of_warp(fits)) return false;
     stats.reference_sum = total;
     stats.gap_sum += Real(scale.reference * (sums.gap * float(kLn2 / kGapUnit)));
-    stats.policy_sum += Real(scale.policy * sums.policy);
+    stats.policy_sum = multiply_add(Real(scale.policy), Real(sums.policy), stats.policy_sum);
     stats.excess_sum += Real(scale.excess * sums.excess);
     if constexpr (kDivergences) add_divergences(sums);
     return true;
@@ -204,17 +211,18 @@ class RunningStats {
 
  private:
   // What a lane's sums on the quick path give DivergenceSums. The rounding of M and C is undone as
-  // in `scale`; z - policy_max is r - reference_max + d + log k.
+  // in `scale`; z - policy_max is r - reference_max + d + log k. The sums of both sides' logits are
+  // written alike, so that entropies of equal rows have the same bits.
   __device__ __forceinline__ void add_divergences(const QuickSums& sums) {
     const float gaps = scale.excess * kLn2 * sums.policy_gap;
     const float difference = kLn2 * (sums.policy_gap - sums.gap);  // sum w (e^d - 1) d
     const float reference = scale.reference * sums.reference, policy = scale.policy * sums.policy;
     more.policy_gap_sum += Real(gaps * float(1 / kGapUnit));
     more.reverse_excess_sum += Real(scale.excess * (difference - sums.excess));
-    more.policy_log_sum +=
-        Real(scale.policy * kLn2 * sums.policy_log + gaps + policy_above * policy);
-    more.reference_log_sum +=
-        Real(scale.reference * kLn2 * sums.reference_log - (1 - scale.reference) * reference);
+    const float of_policy = multiply_add(scale.policy * kLn2, sums.policy_log, gaps);
+    const float of_reference = multiply_add(scale.reference * kLn2, sums.reference_log, 0.0f);
+    more.policy_log_sum += Real(multiply_add(above.policy, policy, of_policy));
+    more.reference_log_sum += Real(multiply_add(above.reference, reference, of_reference));
   }
 
   // Adds half a vector at a time, which needs fewer registers. Then the other half moves to the
@@ -279,7 +287,11 @@ class RunningStats {
   struct {
     float reference, policy, excess;
   } scale;
-  float policy_above;  // log k less what the rounding of M and C has added; with kDivergences
+  // With kDivergences, in nats: r - reference_max is (r L - M) ln 2 + above.reference, and z -
+  // policy_max is (r L - M + D) ln 2 + above.policy.
+  struct {
+    float policy, reference;
+  } above;
 
   static __device__ Sides<Real> relative(Sides<Real> sums, const Base<Real>& from,
                                          const Base<Real>& to) {
@@ -312,7 +324,7 @@ class RunningStats {
       const TwoSum<Real> apart = two_sum(base.reference_max, -base.policy_max);
       const TwoSum<Real> sum = two_sum(apart.rounded, base.centre);
       const Real log_k = sum.rounded + (apart.lost + sum.lost);
-      policy_above = float(log_k) - (of_reference + of_centre);
+      above = {float(log_k) - (of_reference + of_centre), -of_reference};
     }
   }
 

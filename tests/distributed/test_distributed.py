@@ -73,7 +73,7 @@ def run_all(folder: str, module: str, errors: list[Path]) -> list[int | None]:
 def bound_of(scenario: str, quantity: str) -> float:
     if quantity == "bits":
         return 0.0
-    if "bfloat16" in scenario and "gradient" in quantity:
+    if "float16" in scenario and "gradient" in quantity:
         return 2.0**-8
     if "float64" in scenario:
         return 1e-12

@@ -14,6 +14,7 @@ import small_integers
 import torch
 import torch.distributed as dist
 from distributed_worker import relative, same_bits, scenario
+from half_width import take_half_width
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -362,6 +363,29 @@ def head_tdpo1() -> dict[str, float]:
 @scenario
 def head_bfloat16() -> dict[str, float]:
     return sharded_head(torch.bfloat16)
+
+
+@scenario
+def head_float16_with_a_scale_of_each_process() -> dict[str, float]:
+    """Upstream gradients of 1 and of the number below it, whose powers of 2 differ."""
+    given, labels = heads(), label_ids()
+    given = {name: x.half() for name, x in given.items() if "bias" not in name}
+    whole = {name: x.double().requires_grad_("policy" in name) for name, x in given.items()}
+    parts = {name: x if "hidden" in name else own(x, 0) for name, x in given.items()}
+    parts = {name: x.clone().requires_grad_("policy" in name) for name, x in parts.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        take_half_width(patch)
+        ours = tdpo_ext.linear_token_stats(**parts, labels=labels, process_group=group())
+        weight = 1.0 if dist.get_rank() == 0 else 1 - 2.0**-24
+        (weight * ours.policy_logps.sum()).backward()
+    truth = reference.linear_token_stats(**whole, labels=labels)
+    truth.policy_logps.sum().backward()
+    states, rows = (x.grad for x in (whole["policy_hidden"], whole["policy_weight"]))
+    return {
+        "policy_logps": relative(ours.policy_logps, truth.policy_logps),
+        "gradient of hidden states": relative(parts["policy_hidden"].grad, states),
+        "gradient of weights": relative(parts["policy_weight"].grad, own(rows, 0)),
+    }
 
 
 @scenario

@@ -204,6 +204,34 @@ def test_float16_keeps_the_digits_of_small_gradients(backend, small_groups, way)
         assert relative_error(gradients[1][12:], wanted[1][12:]) <= 2.0**-11
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of NaN
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("divergences", [False, True])
+def test_an_unusual_upstream_gradient_spoils_no_other_token(backend, value, divergences):
+    """In float16, where one power of 2 scales the gradients of all tokens. An ignored token's
+    upstream gradient changes no bit of anything; one that is not finite spoils its own token."""
+    given, leaves = requiring_grad(arguments_of(6, vocabulary=64, dtype=torch.float16))
+    labels, upstream = torch.tensor([1, -100, 2, 3, 4, 5]), 1024 * (torch.rand(6) + 0.5)
+    if divergences:
+        found = tdpo_ext.linear_token_divergences(**given, labels=labels)
+    else:
+        found = tdpo_ext.linear_token_stats(**given, labels=labels)
+
+    def gradients_with(token: int, value: float) -> list[Tensor]:
+        weights = upstream.clone()
+        weights[token] = value
+        statistic = found.reverse_kl if divergences else found.forward_kl
+        return [*torch.autograd.grad(statistic, leaves, weights, retain_graph=True)]
+
+    for ours, wanted in zip(gradients_with(1, value), gradients_with(1, 0.0), strict=True):
+        assert torch.equal(ours, wanted)
+    if not math.isfinite(value):
+        ours, wanted = (gradients_with(2, x)[0] for x in (value, 0.0))
+        others = [0, 1, 3, 4, 5]
+        assert not ours[2].isfinite().any()
+        assert relative_error(ours[others], numpy64(wanted[others])) <= ROUNDING[torch.float16]
+
+
 def made_in_forward(given: dict[str, Any], labels: Tensor, chunk_bytes: int) -> list[Tensor]:
     """What the op makes, before it is stored in the tensors' type."""
     names = ("policy_hidden", "policy_weight", "policy_bias")

@@ -13,6 +13,7 @@ from inputs import DTYPES, labels_for, numpy64, pair_of_logits, relative_error
 from logit_checks import check_against_oracle, stats_and_gradient
 
 import tdpo_ext
+from tdpo_ext.checks import DIVERGENCES
 
 PER_VECTOR = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8, torch.float64: 2}
 
@@ -83,6 +84,44 @@ def test_the_gradient_at_any_alignment(cuda, dtype, vocabulary):
         (gradient,) = torch.autograd.grad(total, moved)
         torch.testing.assert_close(gradient, wanted)
         assert gradient.data_ptr() == moved.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_divergences_where_one_side_is_shifted(cuda, dtype):
+    """Values against the oracle, and the gradient against that of rows that lie alike."""
+    policy, reference = pair_of_logits(3, 5401, dtype=dtype)
+    labels = labels_for(policy)
+    truth = oracle.divergences(numpy64(policy), numpy64(reference))
+    upstream = torch.randn(3, 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    upstream[0, 0] = upstream[:2, 1] = 0  # so that rows differ in what they read
+    gradients = []
+    for of_policy, of_reference in [(0, 0), (0, 1), (1, PER_VECTOR[dtype] - 1)]:
+        moved = at_alignment(policy, of_policy).requires_grad_()
+        found = tdpo_ext.token_divergences(
+            moved, at_alignment(reference, of_reference), labels, outputs=DIVERGENCES
+        )
+        for name in DIVERGENCES[2:]:
+            assert relative_error(getattr(found, name), getattr(truth, name)) <= 2e-6, name
+        outputs = found.forward_kl, found.reverse_kl, found.policy_entropy
+        gradients.append(torch.autograd.grad(outputs, moved, [*upstream])[0])
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0])
+
+
+def test_the_loss_of_packed_sequences(cuda):
+    """All kernels of the loss in one small call, for the sanitizers."""
+    policy, reference = pair_of_logits(11, 37)
+    labels, bounds = labels_for(policy, 0.2), torch.tensor([0, 4, 5, 5, 11])
+    results = []
+    for function, dtype in (
+        (tdpo_ext.tdpo_loss, torch.float32),
+        (tdpo_ext.reference.tdpo_loss, torch.float64),
+    ):
+        leaf = policy.to(dtype).requires_grad_()
+        output = function(leaf, reference.to(dtype), labels, cu_seqlens=bounds)
+        results.append((output.losses, torch.autograd.grad(output.loss, leaf)[0]))
+    for ours, wanted in zip(*results, strict=True):
+        assert relative_error(ours, numpy64(wanted)) <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -171,6 +210,20 @@ def test_divergences_whatever_the_gap_is(cuda, dtype, gap):
     stats = tdpo_ext.token_stats(policy, reference, labels)
     for row in range(5):
         assert stats.forward_kl[row].item() == pytest.approx(truth[2, row], rel=2e-6)
+
+
+@pytest.mark.parametrize("error", [2.0**-22, -(2.0**-22)])
+def test_the_error_of_exponentials_costs_close_rows_no_digits(emulated_core, error):
+    """The centre comes from the first vectors and stays there, 0.1 nats beside most gaps; an
+    error of all exponentials would then be one of every term of the reverse KL."""
+    policy, reference = pair_of_logits(4, 7000, gap=3e-3)
+    reference[:, :900] -= 8
+    policy[:, :900] += 0.1 - 8
+    truth = oracle.divergences(numpy64(policy), numpy64(reference))
+    with emulated_core.ex2_off_by(error):
+        found = tdpo_ext.token_divergences(policy, reference, outputs=("forward_kl", "reverse_kl"))
+    assert numpy64(found.forward_kl) == pytest.approx(truth.forward_kl, rel=1e-3)
+    assert numpy64(found.reverse_kl) == pytest.approx(truth.reverse_kl, rel=1e-3)
 
 
 def test_one_far_entry_among_close_ones_costs_no_digits(cuda):

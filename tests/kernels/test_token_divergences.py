@@ -185,15 +185,19 @@ def test_the_gradient_of_close_rows_keeps_its_digits(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocabulary", [1, 2, 40, 5000])
 def test_equal_rows_have_no_divergence(backend, dtype, vocabulary):
-    policy, _ = pair_of_logits(4, vocabulary, scale=4.0, dtype=dtype)
+    policy, _ = pair_of_logits(9, vocabulary, scale=4.0, dtype=dtype)
+    policy[4:] *= 6  # so that entropies are small, and show the last digits of their sums
     policy[1, 1::3] = -torch.inf
     policy[2, 1::3] = torch.finfo(dtype).min
-    for labels in (None, torch.zeros(4, dtype=torch.int64)):
-        one = {"reverse_kl": torch.ones(4, dtype=accumulation(dtype))}
+    for labels in (None, torch.zeros(9, dtype=torch.int64)):
+        one = {"reverse_kl": torch.ones(9, dtype=accumulation(dtype))}
         found, gradient = results_of(policy, policy, labels, upstream=one)
         assert not found.reverse_kl.any()
         assert not found.forward_kl.any()
-        assert torch.equal(found.policy_entropy, found.reference_entropy)
+        # In float64 the last digit shows which sums of products the compiler has contracted.
+        digits = 1e-14 if dtype == torch.float64 else 0
+        difference = found.policy_entropy - found.reference_entropy
+        assert difference.abs().max() <= digits
         # log p - log q is z - r - (lse(z) - lse(r)), and all of it is 0 to the last bit.
         assert gradient.abs().max() <= (0 if backend != "fallback" else 1e-7)
 

@@ -322,9 +322,12 @@ def test_four_launches_forward_and_one_backward(emulated_core):
 
 
 @pytest.mark.parametrize(
-    "bounds", [[0, 5, 3, 8, 12], [1, 3, 6, 9, 12], [0, 3, 6, 9, 11], [0, 3, -5, 9, 10**12]], ids=str
+    "bounds",
+    [[0, 5, 3, 8, 12], [1, 3, 6, 9, 12], [0, 3, 6, 9, 11], [0, 3, -5, 9, 10**12], [0]],
+    ids=str,
 )
 def test_bounds_that_do_not_ascend_give_nan_where_nobody_looks(cuda_unchecked, bounds):
+    """With one bound there is no sequence, and the tensor of slopes has no address."""
     policy, reference = pair_of_logits(12, 9)
     output, gradient = loss_and_gradient(
         policy, reference, labels_for(policy), cu_seqlens=torch.tensor(bounds)

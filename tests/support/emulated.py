@@ -10,12 +10,14 @@ sanitizers (libasan must be preloaded then).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import Structure, byref, c_char_p, c_double, c_int, c_int64, c_long, c_void_p
 from pathlib import Path
@@ -81,6 +83,7 @@ def library(rounding: str = "plain") -> ctypes.CDLL:
         getattr(loaded, f"emulated_{name}").restype = c_char_p
     loaded.emulated_refusal.restype = c_int64
     loaded.emulated_launches.restype = c_long
+    loaded.emulated_set_ex2_error.argtypes = [c_double]
     return loaded
 
 
@@ -156,6 +159,15 @@ class EmulatedCore(StandIn):
 
     def run_warps_backwards(self, backwards: int) -> None:
         self.library.emulated_run_warps_backwards(backwards)
+
+    @contextlib.contextmanager
+    def ex2_off_by(self, relative: float) -> Iterator[None]:
+        """With an error of the special-function unit's exponentials, which else are exact."""
+        self.library.emulated_set_ex2_error(relative)
+        try:
+            yield
+        finally:
+            self.library.emulated_set_ex2_error(0)
 
     def token_stats_forward(self, _instruction_set, _threads, work) -> int:
         return self._run_checked(self.library.emulated_forward, work, work.unlabelled)

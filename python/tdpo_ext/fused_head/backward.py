@@ -58,16 +58,19 @@ def backward(problem: Problem, upstream: AnyUpstream, wanted: Wanted) -> tuple[T
     """Gradients of the policy's hidden states, weight and bias for any upstream gradients."""
     if problem.captured:  # no row is left out, so ignored ones get upstream gradients 0
         upstream = with_zeros(upstream, ~problem.kept)
-    scale = problem.policy.scale_of_gradient(upstream.size_of_gradient())
+    # An ignored token's may be NaN: where torch.where leaves out sqrt(KL), it is 0 * inf at KL = 0.
+    sizes = upstream.size_of_gradient().masked_fill(~problem.kept, 0)
+    scale = problem.policy.scale_of_gradient(sizes)
     if scale is not None:
         upstream = times(upstream, scale)
     gradients = HeadGradients(problem.policy, wanted, scale)
     for kind, rows in zip(KINDS, rows_of_kinds(problem, upstream), strict=True):
         if row_count(rows):
             backward_of_kind(problem, kind, rows, upstream, gradients)
+    results = gradients.results()  # without the scale, which may differ between processes
     if problem.shard is not None and wanted.hidden:
-        sum_gradient(gradients.hidden, problem.shard)
-    return gradients.results()
+        sum_gradient(results[0], problem.shard)
+    return results
 
 
 def backward_of_kind(

@@ -32,10 +32,12 @@ def scale_into_range(sizes: Tensor, dtype: torch.dtype) -> Tensor | None:
 
     Times it they use the top of float16's range. The gradients of a large vocabulary's logits would
     else lie where float16 has few digits or none, below 6e-5. None: the type has float32's range.
+    Sizes that are not finite, of tokens whose gradient has no finite value, do not count.
     """
     if dtype != torch.float16 or sizes.numel() == 0:
         return None
-    exponent = torch.frexp(sizes.amax()).exponent  # the largest size is below 2^exponent
+    largest = sizes.nan_to_num(0, posinf=0).amax()
+    exponent = torch.frexp(largest).exponent  # the largest size is below 2^exponent
     return torch.ldexp(sizes.new_ones(()), (15 - exponent).clamp(-100, 100))
 
 

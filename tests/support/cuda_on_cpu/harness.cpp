@@ -109,6 +109,8 @@ extern "C" const char* emulated_rounding() {
   return factor * factor + minus_square == 0 ? "plain" : "fma";
 }
 
+extern "C" void emulated_set_ex2_error(double relative) { cuda_on_cpu::ex2_error = relative; }
+
 extern "C" void emulated_run_warps_backwards(int backwards) {
   cuda_on_cpu::run_warps_backwards = backwards != 0;
 }

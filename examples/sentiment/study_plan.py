@@ -42,8 +42,8 @@ BETA = 0.1
 DPO = Setting("DPO", 0.0, BETA)
 TDPO1 = Setting("TDPO1", 1.0, BETA)
 TDPO2 = tuple(Setting("TDPO2", alpha, BETA) for alpha in (0.1, 0.3, 0.5, 0.7))
-DPO_OTHER_BETAS = tuple(Setting("DPO", 0.0, beta) for beta in (0.05, 0.2, 0.5, 1.0, 2.0))
-TDPO2_OTHER_BETAS = tuple(Setting("TDPO2", 0.5, beta) for beta in (0.5, 1.0))
+DPO_OTHER_BETAS = tuple(Setting("DPO", 0.0, beta) for beta in (0.05, 0.2, 0.5, 1.0))
+TDPO2_OTHER_BETAS = (Setting("TDPO2", 0.5, 0.5),)
 
 
 @dataclass(frozen=True)

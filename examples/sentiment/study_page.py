@@ -81,7 +81,7 @@ def made_line(summary: Summary) -> str:
     planned = len(list(FULL.runs()))
     return (
         f"Made on {machines}. {summary['runs']} runs of {planned}, on {len(summary['seeds'])} "
-        f"whole seeds; {summary['hours_of_training']:.1f} hours of training, summed over processes."
+        f"whole seeds; a run took {summary['seconds_of_a_run']:.0f} s of one process (median)."
     )
 
 

@@ -1,14 +1,11 @@
 """What the study trains: methods x learning rates x seeds, and all its other numbers.
 
-The time on two cores, a process on each. Measured, in seconds of one core:
+The time on two cores, a process on each. Measured, in seconds of one process:
     start of a seed (reward, SFT, pairs)     143
-    a measurement                              1.45
-    an update                                  0.134
-    a run: 240 updates, 12 measurements       50    (160 and 10 were measured: 36)
+    a run: 240 updates, 12 measurements       42    (57 beside other work)
     5 starts on 2 processes: 3 rounds        430
-    9 settings x 6 rates x 5 seeds / 2      6750
-    together                                7180    2.0 hours
-The other core was busy while this was measured. If all takes half as long again, it is 3.0 hours.
+    11 settings x 7 rates x 5 seeds / 2     8085
+    together                                8515    2.4 hours
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def summary_of(lines: dict[RunKey, Line], about: dict[str, Any]) -> dict[str, An
         "learning_rates": list(runs.learning_rates),
         "runs": used,
         "runs_of_incomplete_seeds": len(lines) - used,
-        "hours_of_training": round(sum(line["seconds"] for line in lines.values()) / 3600, 2),
+        "seconds_of_a_run": rounded(np.median([line["seconds"] for line in lines.values()])),
         "claims": judged(runs),
         "reward_at_kl": table(runs, KL_LEVELS, reward_at, at_kl, largest=True),
         "kl_at_reward": table(runs, REWARD_LEVELS, kl_at, at_reward, largest=False),

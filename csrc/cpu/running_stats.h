@@ -151,7 +151,7 @@ class RunningStats {
   // rounding.
   Real policy_rounder, reference_rounder;
   double policy_scale, reference_scale;
-  bool base_is_quick;  // whether the close and far paths may be tried
+  bool base_is_quick;  // whether these hold for the base; without it they are of an earlier one
   int blocks_on_mixed_path = 0;
 
   template <class To, class From>
@@ -215,8 +215,11 @@ class RunningStats {
     move_base(base);
   }
 
+  // Whether the close and far paths may be tried from here.
+  bool quick_paths_hold() const { return base_is_quick && std::fabs(centre) < kLargeCentre; }
+
   void add_block(const T* policy, const T* reference, int64_t count) {
-    if (blocks_on_mixed_path > 0 || !base_is_quick || std::fabs(centre) >= kLargeCentre) {
+    if (blocks_on_mixed_path > 0 || !quick_paths_hold()) {
       if (blocks_on_mixed_path > 0) --blocks_on_mixed_path;
       return add_mixed(policy, reference, count);
     }
@@ -326,6 +329,11 @@ class RunningStats {
     int64_t at = 0, groups_not_close = 0;
     bool may_recentre = true;
     while (at < count) {
+      // A group on the mixed path may have moved the base to where this path does not hold.
+      if (!quick_paths_hold()) {
+        add_mixed(policy + at, reference + at, count - at);
+        return true;
+      }
       CloseSums sums;
       const int64_t start = at;
       at = close_groups(sums, policy, reference, start, count);

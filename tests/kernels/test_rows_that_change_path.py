@@ -82,6 +82,34 @@ def test_logits_all_far_from_zero(backend, dtype, level):
     check_against_oracle(policy, reference, labels_for(policy), of_log_sums=spacing / 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("level", [33e3, 65e3, 1e5])
+def test_one_entry_far_above_a_block_of_close_ones(backend, dtype, level):
+    """It raises the base so far that its steps are not exact; the other entries have no mass."""
+    if level > torch.finfo(dtype).max:
+        pytest.skip("more than this dtype holds")
+    policy, reference = pair_of_logits(1, 1025, scale=0.5, gap=0.1, dtype=dtype)
+    policy[0, 300] = reference[0, 300] = level
+    label = torch.tensor([1024])
+    stats, gradient = stats_and_gradient(policy, reference, label, torch.ones(1), torch.ones(1))
+    arguments = numpy64(policy), numpy64(reference), label.cpu().numpy()
+    for ours, wanted in zip(stats, oracle.token_stats(*arguments), strict=True):
+        assert ours.item() == pytest.approx(wanted.item(), rel=1e-6, abs=1e-6)
+    wanted = oracle.token_stats_gradient(*arguments, np.ones(1), np.ones(1))
+    assert relative_error(gradient, wanted) <= 1e-6
+
+
+def test_a_reference_that_rises_while_the_policy_is_far_above(backend):
+    """Between the two rises k = e^(reference_max + centre - policy_max) is 0 in float32."""
+    policy, reference = pair_of_logits(1, 1025, scale=0.5, gap=0.1)
+    policy[0, 300] = 300
+    policy[0, 500] = reference[0, 500] = 30
+    label = torch.tensor([1024])
+    truth = oracle.token_stats(numpy64(policy), numpy64(reference), label.cpu().numpy())
+    for ours, wanted in zip(tdpo_ext.token_stats(policy, reference, label), truth, strict=True):
+        assert ours.item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("shift", [-2.0, -0.3, 0.3, 1.0])
 @pytest.mark.parametrize("count", [64, 130, 2000])
 def test_a_start_without_mass_that_is_shifted_costs_no_digits(compiled, shift, count):

@@ -421,7 +421,8 @@ class RunningStats {
       const Vector<Real> far = policy_mass - scale * (w + weighted_gap);
       policy_sum += policy_mass;
       reference_sum += w;
-      gap_sum += (w * Real(1 / kGapUnit)) * d;
+      // In this order: a small w in this unit would underflow before it meets a huge gap.
+      gap_sum += w * (d * Real(1 / kGapUnit));
       excess_sum += magnitude<Real>(d) < C::kClose ? close : far;
       if constexpr (kDivergences) {
         const Vector<Real> none{};
@@ -429,7 +430,7 @@ class RunningStats {
         const Vector<Real> policy_d = policy_has_mass ? any_d : none;
         const Vector<Real> close_reverse = (scale * weighted_gap * d) + close * (d - 1);
         const Vector<Real> far_reverse = scale * w - policy_mass * (1 - policy_d);
-        policy_gap += (policy_mass * Real(1 / kGapUnit)) * policy_d;
+        policy_gap += policy_mass * (policy_d * Real(1 / kGapUnit));
         reverse_excess += magnitude<Real>(d) < C::kClose ? close_reverse : far_reverse;
         policy_log += policy_has_mass ? policy_mass * (z - policy_base) : none;
         reference_log += reference_has_mass ? w * (r - reference_base) : none;

@@ -160,6 +160,19 @@ def test_a_huge_gap_of_a_word_with_next_to_no_mass(backend, lowest):
     assert stats.forward_kl.item() == pytest.approx(truth, rel=1e-5)
 
 
+@pytest.mark.parametrize("logit", [-60.0, -69.0, -75.0])
+@pytest.mark.parametrize("masked", ["policy", "reference"])
+def test_the_lowest_number_on_a_word_that_has_hardly_any_mass(backend, masked, logit):
+    """Its mass is a normal number in float32, and times its gap more than everything else."""
+    policy, reference = torch.zeros(2, 1, 8)
+    lowest, other = (policy, reference) if masked == "policy" else (reference, policy)
+    lowest[0, 3], other[0, 3] = torch.finfo(torch.float32).min, logit
+    found = tdpo_ext.token_divergences(policy, reference)
+    kl = found.forward_kl if masked == "policy" else found.reverse_kl
+    truth = oracle.forward_kl(numpy64(lowest)[0], numpy64(other)[0])
+    assert kl.item() == pytest.approx(truth, rel=1e-4)
+
+
 @pytest.mark.parametrize("row", [0, 1])
 def test_a_huge_gap_of_one_word_counts_as_what_it_is(backend, row):
     """Whether its row begins at an aligned address or not."""

@@ -507,6 +507,8 @@ TDPO_ALGEBRA Shares shares_of(double label, double rest_log_sum) {
 // lse(z) - lse(r) of the row, from z - r of the label and lse(z) - lse(r) of the rest. Either one
 // gives it, with a correction that is smaller for the one that has more of q's mass.
 TDPO_ALGEBRA double row_gap(const Shares& p, const Shares& q, double label_gap, double rest_gap) {
+  const bool apart_in_both = (q.label == 0 && p.rest == 0) || (q.rest == 0 && p.label == 0);
+  if (apart_in_both) return p.log_sum - q.log_sum;  // below, -inf would be subtracted from -inf
   if (q.label == 0) return rest_gap - p.log_rest;
   if (q.rest == 0) return label_gap - p.log_label;
   const double apart = label_gap - rest_gap;

@@ -173,6 +173,35 @@ def test_the_lowest_number_on_a_word_that_has_hardly_any_mass(backend, masked, l
     assert kl.item() == pytest.approx(truth, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("policy", "reference", "kl"),
+    [
+        ([-math.inf, 0, 0], [1000, 0, 0], "reverse_kl"),
+        ([1000, 0, 0], [-math.inf, 0, 0], "forward_kl"),
+        ([0, -math.inf, -math.inf], [-1000, 0, 0], "reverse_kl"),
+        ([-1000, 0, 0], [0, -math.inf, -math.inf], "forward_kl"),
+    ],
+)
+@pytest.mark.parametrize("label", [0, 1])
+def test_one_side_excludes_what_has_all_the_mass_of_the_other(
+    backend, policy, reference, kl, label
+):
+    """The divergence in the direction that does not need the excluded words is finite."""
+    policy, reference = torch.tensor([policy], dtype=torch.float32), torch.tensor([reference])
+    policy.requires_grad_()
+    reference = reference.to(torch.float32)
+    found = tdpo_ext.token_divergences(
+        policy, reference, torch.tensor([label]), outputs=("forward_kl", "reverse_kl")
+    )
+    truth = oracle.divergences(numpy64(policy), numpy64(reference))
+    for name in ("forward_kl", "reverse_kl"):
+        wanted = getattr(truth, name).item()
+        assert math.isfinite(wanted) == (name == kl)
+        assert getattr(found, name).item() == pytest.approx(wanted, rel=1e-6)
+    (gradient,) = torch.autograd.grad(getattr(found, kl).sum(), policy)
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("row", [0, 1])
 def test_a_huge_gap_of_one_word_counts_as_what_it_is(backend, row):
     """Whether its row begins at an aligned address or not."""

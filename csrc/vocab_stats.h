@@ -494,6 +494,7 @@ struct Shares {
 };
 
 TDPO_ALGEBRA Shares shares_of(double label, double rest_log_sum) {
+  if (label == INFINITY) label = NAN;        // as elsewhere in the row: inf - inf
   const double odds = rest_log_sum - label;  // log of rest / label
   Shares shares;
   shares.label = 1 / (1 + exp(odds));

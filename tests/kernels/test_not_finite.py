@@ -202,6 +202,35 @@ def test_one_side_excludes_what_has_all_the_mass_of_the_other(
     assert gradient.isfinite().all()
 
 
+ALL_OF_A_ROW = ("policy_logps", "reference_logps", "forward_kl", "reverse_kl", "policy_entropy")
+
+
+def check_as_the_reference(policy, reference, label):
+    """NaN, infinities and numbers, where tdpo_ext.reference has them."""
+    labels = torch.tensor([label])
+    ours, wanted = (
+        module.token_divergences(policy, reference, labels, outputs=ALL_OF_A_ROW)
+        for module in (tdpo_ext, tdpo_ext.reference)
+    )
+    stats = tdpo_ext.token_stats(policy, reference, labels)
+    for name in ALL_OF_A_ROW:
+        value = getattr(wanted, name)
+        torch.testing.assert_close(getattr(ours, name), value, equal_nan=True)
+        if name in stats._fields:
+            torch.testing.assert_close(getattr(stats, name), value, equal_nan=True)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 3000])
+@pytest.mark.parametrize("at", [0, 2, -1])
+@pytest.mark.parametrize("which", ["policy", "reference"])
+def test_an_infinite_logit_gives_nan(backend, which, at, vocabulary):
+    """At the label too, where log p(y) = 0 would hide that the logits have overflowed."""
+    for label in (2, vocabulary - 1):
+        policy, reference = pair_of_logits(1, vocabulary)
+        (policy if which == "policy" else reference)[0, at] = math.inf
+        check_as_the_reference(policy, reference, label)
+
+
 @pytest.mark.parametrize("row", [0, 1])
 def test_a_huge_gap_of_one_word_counts_as_what_it_is(backend, row):
     """Whether its row begins at an aligned address or not."""

@@ -532,6 +532,8 @@ struct LabelAndRest {
   double gap;                                            // lse(z) - lse(r) of the row
   double u_label, u_rest;                                // log p - log q of their masses
   bool policy_excludes_label, reference_excludes_label;  // p(y) = 0 < q(y), q(y) = 0 < p(y)
+  // Whether p or q is no distribution: a logit is NaN or inf, or all logits of a side are -inf.
+  bool undefined;
 };
 
 TDPO_ALGEBRA LabelAndRest label_and_rest(double z, double r, const PartSummary& rest) {
@@ -543,6 +545,7 @@ TDPO_ALGEBRA LabelAndRest label_and_rest(double z, double r, const PartSummary& 
   row.u_rest = rest.log_sum_gap - row.gap;
   row.policy_excludes_label = z == -INFINITY && r > -INFINITY;
   row.reference_excludes_label = r == -INFINITY && z > -INFINITY;
+  row.undefined = row.p.log_sum != row.p.log_sum || row.q.log_sum != row.q.log_sum;
   return row;
 }
 
@@ -558,8 +561,10 @@ TDPO_ALGEBRA RowSummary<Real> finalise(const LabelledStats<Real>& stats, const P
   const Shares &p = of_row.p, &q = of_row.q;
   double kl =
       mass_excess(p.label, q.label, of_row.u_label) + mass_excess(p.rest, q.rest, of_row.u_rest);
-  if (of_row.policy_excludes_label || part.forward_kl == INFINITY) {  // also where q underflows
-    kl = INFINITY;
+  if (of_row.undefined) {
+    kl = NAN;
+  } else if (of_row.policy_excludes_label || part.forward_kl == INFINITY) {
+    kl = INFINITY;  // also where q underflows
   } else {
     kl += q.rest * part.forward_kl;
   }
@@ -610,7 +615,9 @@ TDPO_ALGEBRA DivergenceSummary<Real> finalise(const LabelledStats<Real, true>& s
       LabelledStats<Real>{rest, stats.label_policy, stats.label_reference}, part, of_row);
   double reverse_kl =
       mass_excess(q.label, p.label, -of_row.u_label) + mass_excess(q.rest, p.rest, -of_row.u_rest);
-  if (of_row.reference_excludes_label || more.reverse_kl == INFINITY) {
+  if (of_row.undefined) {
+    reverse_kl = NAN;
+  } else if (of_row.reference_excludes_label || more.reverse_kl == INFINITY) {
     reverse_kl = INFINITY;
   } else {
     reverse_kl += p.rest * more.reverse_kl;

@@ -231,6 +231,27 @@ def test_an_infinite_logit_gives_nan(backend, which, at, vocabulary):
         check_as_the_reference(policy, reference, label)
 
 
+@pytest.mark.parametrize("vocabulary", [5, 3000])
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("which", ["policy", "reference"])
+def test_nan_beside_an_excluded_word_gives_nan(backend, which, order, vocabulary):
+    for label in (0, vocabulary - 1):  # the second is the label in one of the two orders
+        both = pair_of_logits(1, vocabulary)
+        side = both[0] if which == "policy" else both[1]
+        side[0, [1, vocabulary - 2][::order]] = torch.tensor([math.nan, -math.inf])
+        check_as_the_reference(*both, label)
+        side[0, label] = -math.inf
+        check_as_the_reference(*both, label)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 3000])
+@pytest.mark.parametrize("which", ["policy", "reference"])
+def test_a_row_of_excluded_words_alone_gives_nan(backend, which, vocabulary):
+    both = pair_of_logits(1, vocabulary)
+    (both[0] if which == "policy" else both[1])[:] = -math.inf
+    check_as_the_reference(*both, 2)
+
+
 @pytest.mark.parametrize("row", [0, 1])
 def test_a_huge_gap_of_one_word_counts_as_what_it_is(backend, row):
     """Whether its row begins at an aligned address or not."""

@@ -131,12 +131,20 @@ def check_ignore_index(ignore_index: int) -> None:
         raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
 
 
+def is_ignored(labels: Tensor, ignore_index: int) -> Tensor:
+    """Where labels equal ``ignore_index``.
+
+    int32 labels are widened first: PyTorch compares them with the lower half of the number.
+    """
+    return labels.to(torch.int64) == ignore_index
+
+
 def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
     """Raise IndexError for the first label outside [0, V) that is not ``ignore_index``.
 
     For tensors on the CPU only: on an accelerator reading the values would mean waiting for them.
     """
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    wrong = ~is_ignored(labels, ignore_index) & ((labels < 0) | (labels >= vocabulary))
     if bool(wrong.any()):
         raise label_range_error(int(labels[wrong][0]), vocabulary, ignore_index)
 

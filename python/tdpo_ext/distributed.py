@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tdpo_ext.checks import is_ignored
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -60,7 +62,7 @@ class Shard(NamedTuple):
         Labels of other parts lie outside [0, width of this part); ignored ones become ``IGNORED``.
         """
         own = labels.to(torch.int64) - self.start
-        return own.masked_fill(labels == ignore_index, IGNORED)
+        return own.masked_fill(is_ignored(labels, ignore_index), IGNORED)
 
 
 def shard_of(process_group: ProcessGroup | None, width: int) -> Shard | None:

@@ -116,7 +116,7 @@ def token_divergences(
     if labels is not None:
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             checks.check_label_range(labels, policy_logits.shape[-1], ignore_index)
-        left_out = labels == ignore_index
+        left_out = checks.is_ignored(labels, ignore_index)
         outside = ~left_out & ((labels < 0) | (labels >= policy_logits.shape[-1]))
         label = labels.masked_fill(left_out | outside, 0).to(torch.int64).unsqueeze(-1)
     # Rows left out are replaced before anything is computed, so NaN or inf in one of them changes
@@ -280,7 +280,8 @@ def linear_token_stats(
     options = checks.logit_options(
         logit_scale, logit_softcap, reference_logit_scale, reference_logit_softcap
     )
-    logits = logits_of_heads(policy, reference, options, labels == ignore_index)
+    ignored = checks.is_ignored(labels, ignore_index)
+    logits = logits_of_heads(policy, reference, options, ignored)
     return token_stats(*logits, labels, ignore_index=ignore_index)
 
 
@@ -330,7 +331,7 @@ def linear_token_divergences(
     )
     ignored = None if mask is None else ~mask
     if labels is not None:
-        ignored = labels == ignore_index
+        ignored = checks.is_ignored(labels, ignore_index)
     logits = logits_of_heads(policy, reference, options, ignored)
     return token_divergences(*logits, labels, mask=mask, outputs=outputs, ignore_index=ignore_index)
 

@@ -146,5 +146,5 @@ def sequence_of_tokens(labels: Tensor, cu_seqlens: Tensor | None, sequences: int
 
 def kept_counts(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
     """The number of labels of each sequence that are not ignored, at least 1: float32 ``[2B]``."""
-    kept = (labels != ignore_index).to(torch.float32)
+    kept = (~checks.is_ignored(labels, ignore_index)).to(torch.float32)
     return sequence_sums(kept, cu_seqlens).clamp(min=1)

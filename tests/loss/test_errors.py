@@ -9,6 +9,8 @@ import torch
 
 import tdpo_ext
 from tdpo_ext import checks
+from tdpo_ext.distributed import Shard
+from tdpo_ext.token_statistics import kernels
 
 B2, T, V = 4, 5, 7
 
@@ -286,6 +288,41 @@ def test_any_int64_may_be_the_ignore_index(on_host, ignore_index):
     stats = tdpo_ext.token_stats(**given, ignore_index=ignore_index)
     assert stats.policy_logps[1, 2] == 0
     assert (stats.policy_logps == 0).sum() == 1
+
+
+@pytest.mark.parametrize("ignore_index", [-(2**63), 2**32])
+def test_an_ignore_index_that_int32_does_not_hold_ignores_nothing(on_host, ignore_index):
+    """PyTorch compares it with int32 labels as the 0 that its lower half is."""
+    policy, reference, labels = arguments().values()
+    labels[1] = 0
+
+    def results(module, labels):
+        z = policy.clone().requires_grad_()
+        options = {"ignore_index": ignore_index}
+        stats = module.token_stats(z, reference, labels, **options)
+        divergences = module.token_divergences(z, reference, labels, **options)
+        options |= {"average_log_prob": True, "shift_labels": labels}
+        loss = module.tdpo_loss(z, reference, **options).loss
+        total = loss + sum(x.sum() for x in (*stats[::2], *divergences[2:4]))
+        return (*stats, *divergences[2:4], loss, *torch.autograd.grad(total, z))
+
+    for module in (tdpo_ext, tdpo_ext.reference):
+        pairs = zip(*(results(module, x) for x in (labels, labels.int())), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+        with pytest.raises(IndexError, match="got -1"):  # which is the lower half of 2^32 - 1
+            module.token_stats(policy, reference, with_label(-1).int(), ignore_index=2**32 - 1)
+    hidden, weight = torch.randn(2, B2, T, 3), torch.randn(V, 3)
+    for module in (tdpo_ext, tdpo_ext.reference):
+        given = hidden[0], weight, hidden[1], weight
+        wide, narrow = (
+            module.linear_token_stats(*given, x, ignore_index=ignore_index)
+            for x in (labels, labels.int())
+        )
+        assert all(map(torch.equal, wide, narrow))
+    part = Shard("", 1, V)
+    assert torch.equal(part.own_labels(labels.int(), ignore_index), labels - 1)
+    narrow = kernels.labels_with_header(labels.int(), ignore_index)
+    assert torch.equal(narrow, kernels.labels_with_header(labels, ignore_index))
 
 
 def test_a_vocabulary_that_cuda_cannot_count_is_refused():

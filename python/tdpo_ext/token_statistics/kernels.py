@@ -299,6 +299,7 @@ def finish_of_shards(
 def labels_with_header(labels: Tensor, ignore_index: int) -> Tensor:
     """Labels ``[N + 1]`` for records of shards, behind which a header lies. As a row that is
     ignored it need not be cut off, which would copy all records."""
+    labels = labels.to(torch.int64)  # int32 may not hold ignore_index
     return torch.cat([labels.reshape(-1), labels.new_full((1,), ignore_index)])
 
 

@@ -29,8 +29,8 @@ def register_backward(name: str, write_gradient: Callable[..., None]) -> Callabl
     """Register the op ``name``, which returns the gradient of the policy's logits, and ``name_``,
     which lets it overwrite them; both are differentiable once.
 
-    ``write_gradient(gradient, policy_logits, ...)`` serves both. The result is the implementation
-    of the first.
+    ``write_gradient(gradient, policy_logits, reference_logits, ...)`` serves both. The result is
+    the implementation of the first.
     """
 
     def backward(policy_logits: Tensor, *arguments: Any) -> Tensor:
@@ -41,9 +41,9 @@ def register_backward(name: str, write_gradient: Callable[..., None]) -> Callabl
     def backward_fake(policy_logits: Tensor, *arguments: Any) -> Tensor:
         return policy_logits.new_empty(policy_logits.shape)
 
-    def backward_inplace(policy_logits: Tensor, *arguments: Any) -> None:
-        checks.check_inplace_backward(policy_logits)
-        write_gradient(policy_logits, policy_logits, *arguments)
+    def backward_inplace(policy_logits: Tensor, reference_logits: Tensor, *arguments: Any) -> None:
+        checks.check_inplace_backward(policy_logits, reference_logits)
+        write_gradient(policy_logits, policy_logits, reference_logits, *arguments)
         # Autograd does not see that the kernel writes. With a new version of the logits a second
         # backward raises, instead of reading gradients as logits.
         torch.autograd.graph.increment_version(policy_logits)

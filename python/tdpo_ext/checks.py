@@ -214,11 +214,13 @@ def check_mask(mask: Tensor, logits: Tensor) -> None:
         )
 
 
-def check_inplace_backward(policy_logits: Tensor) -> None:
-    """The logits must not overlap in memory, and their rows must be contiguous.
+def check_inplace_backward(policy_logits: Tensor, reference_logits: Tensor) -> None:
+    """The policy's logits must not overlap in memory, and their rows must be contiguous.
 
-    The gradient overwrites them, so each element needs an address of its own. ``check_logits`` has
-    checked the rows already, but a tensor subclass may hide another tensor from it.
+    The gradient overwrites them, so each element needs an address of its own. That may be the
+    address of the same element of the reference, which is read before, but not of another one.
+    ``check_logits`` has checked the rows already, but a tensor subclass may hide another tensor
+    from it.
     """
     if policy_logits.numel() == 0:
         return
@@ -237,6 +239,44 @@ def check_inplace_backward(policy_logits: Tensor) -> None:
                 "pass inplace_backward=False or a .contiguous() copy"
             )
         span = stride * size
+    if _meets_another_element(policy_logits, reference_logits):
+        raise ValueError(
+            "inplace_backward needs policy_logits that lie elsewhere in memory than "
+            "reference_logits, or are the same view, got two views of one tensor that overlap; "
+            "pass inplace_backward=False or reference_logits.clone()"
+        )
+
+
+def _meets_another_element(a: Tensor, b: Tensor) -> bool:
+    """Whether an element of ``a`` may have the address of another element of ``b``.
+
+    The elements of ``a`` do not overlap among themselves. Where the strides of ``b`` are others,
+    the answer is whether the first to the last addresses of the two overlap.
+    """
+    if a.untyped_storage() is not b.untyped_storage():
+        return False
+    apart = int(b.storage_offset() - a.storage_offset())
+    of_a, of_b = (
+        [(t, n) for n, t in zip(x.shape, x.stride(), strict=True) if n > 1] for x in (a, b)
+    )
+    if of_a == of_b:
+        return apart != 0 and _is_distance(apart, sorted(of_a, reverse=True))
+    return -_width(of_b) <= apart <= _width(of_a)
+
+
+def _width(strides_and_sizes: list[tuple[int, int]]) -> int:
+    """The distance from the first to the last element."""
+    return sum(stride * (size - 1) for stride, size in strides_and_sizes)
+
+
+def _is_distance(apart: int, strides_and_sizes: list[tuple[int, int]]) -> bool:
+    """Whether two elements of a view without overlaps lie ``apart``; largest strides come first."""
+    if not strides_and_sizes:
+        return apart == 0
+    (stride, size), *others = strides_and_sizes
+    # All smaller strides together reach less far than this one.
+    steps = (apart // stride, apart // stride + 1)
+    return any(abs(n) < size and _is_distance(apart - n * stride, others) for n in steps)
 
 
 def _check_number(name: str, value: float) -> None:

@@ -87,11 +87,16 @@ def token_stats(
     )
 
 
-def _check_calls(inplace_backward: bool, policy_logits: Tensor, *others: Tensor | None) -> None:
+def _check_calls(
+    inplace_backward: bool,
+    policy_logits: Tensor,
+    reference_logits: Tensor,
+    *others: Tensor | None,
+) -> None:
     """No transforms around the ops; logits that a gradient may overwrite if it is to."""
-    checks.check_not_transformed(policy_logits, *others)
+    checks.check_not_transformed(policy_logits, reference_logits, *others)
     if inplace_backward and not torch.compiler.is_compiling():  # the op checks once more
-        checks.check_inplace_backward(policy_logits)
+        checks.check_inplace_backward(policy_logits, reference_logits)
 
 
 def _token_stats(

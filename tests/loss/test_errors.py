@@ -281,6 +281,69 @@ def test_inplace_backward_takes_strides_of_nothing(on_host, logits):
     assert torch.equal(gradient, wanted)
 
 
+ROWS, ENTRIES = torch.randn(2 * B2, T, V), torch.randn(B2, T, 2 * V)
+
+
+@pytest.mark.parametrize(
+    ("policy", "reference"),
+    [
+        (ROWS[1 : B2 + 1], ROWS[:B2]),
+        (ROWS[:B2], ROWS[1 : B2 + 1]),
+        (ENTRIES[..., 1 : V + 1], ENTRIES[..., :V]),
+        (ROWS[:B2, :-1], ROWS[:B2, 1:]),
+        (ROWS[:B2], ROWS[2:3].expand(B2, T, V)),
+        (ROWS[:B2, :B2], ROWS[:B2, :B2].transpose(0, 1)),
+    ],
+    ids=[
+        "a row on",
+        "a row back",
+        "an entry on",
+        "a token back",
+        "one sequence for all",
+        "transposed",
+    ],
+)
+def test_inplace_backward_spares_a_reference_that_shares_memory(on_host, policy, reference):
+    labels = torch.zeros(policy.shape[:-1], dtype=torch.int64)
+    given = {"policy_logits": policy, "reference_logits": reference, "labels": labels}
+    for function in (tdpo_ext.token_stats, tdpo_ext.token_divergences, tdpo_ext.tdpo_loss):
+        with pytest.raises(ValueError, match=r"inplace_backward.*reference_logits"):
+            function(**given, inplace_backward=True)
+    outputs = torch.ops.tdpo_ext.token_stats(*given.values(), -100)
+    upstream = torch.ones(2, *labels.shape)
+    with pytest.raises(ValueError, match=r"inplace_backward.*reference_logits"):
+        torch.ops.tdpo_ext.token_stats_backward_(*given.values(), outputs[3], *upstream, -100)
+
+
+@pytest.mark.parametrize(
+    ("policy", "reference"),
+    [
+        (ROWS[::2], ROWS[1::2]),
+        (ROWS[:B2], ROWS[B2:]),
+        (ENTRIES[..., V:], ENTRIES[..., :V]),
+        (ROWS[:B2].transpose(0, 1), ROWS[B2:]),
+        (ROWS[:B2], ROWS[:B2]),
+    ],
+    ids=["every other sequence", "halves", "halves of entries", "other strides", "the same"],
+)
+def test_inplace_backward_takes_parts_of_one_tensor(on_host, policy, reference):
+    if policy.shape != reference.shape:
+        reference = reference.view(policy.shape)
+    labels = torch.zeros(policy.shape[:-1], dtype=torch.int64)
+    gradients = []
+    for inplace in (False, True):
+        # Views of one copy of the memory, as the two given ones are of theirs.
+        whole = policy.detach().as_strided((policy.untyped_storage().size() // 4,), (1,), 0).clone()
+        z, r = (
+            whole.as_strided(x.shape, x.stride(), x.storage_offset()) for x in (policy, reference)
+        )
+        stats = tdpo_ext.token_stats(
+            z.requires_grad_(), r.detach(), labels, inplace_backward=inplace
+        )
+        gradients += torch.autograd.grad((stats.policy_logps + stats.forward_kl).sum(), z)
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("ignore_index", [-(2**63), 2**63 - 1])
 def test_any_int64_may_be_the_ignore_index(on_host, ignore_index):
     given = arguments()

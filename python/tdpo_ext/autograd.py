@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -132,6 +133,25 @@ def refuse_graph_of_gradients(also: str = "") -> None:
     """
     if torch.is_grad_enabled():
         raise RuntimeError(f"{_SECOND_DERIVATIVE} ({also}create_graph=True)")
+
+
+def refuse_overwritten_logits(ctx: Any, policy_logits: Tensor) -> None:
+    """Raise where an earlier backward of ``ctx`` has written its gradient over these logits.
+
+    Autograd sees that by their version, except where hooks for saved tensors such as
+    ``save_on_cpu`` hand back the tensor itself. Logits in other memory, which checkpointing
+    computes anew for each backward, may be overwritten each time.
+    """
+    if torch.compiler.is_compiling():
+        return
+    storage = policy_logits.untyped_storage()
+    overwritten = getattr(ctx, "overwritten", None)
+    if overwritten is not None and overwritten() is storage:
+        raise RuntimeError(
+            "the gradient of an earlier backward has overwritten policy_logits "
+            "(inplace_backward=True); pass inplace_backward=False to go backward twice"
+        )
+    ctx.overwritten = weakref.ref(storage)
 
 
 # --- tensors saved for backward -------------------------------------------------------------------

@@ -292,6 +292,51 @@ def test_checkpointing_around_a_gradient_in_place(on_host):
     assert torch.equal(leaf.grad, gradient_of(policy, reference, labels))
 
 
+def sum_of_stats(policy: Tensor, reference: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    stats = tdpo_ext.token_stats(policy, reference, labels, **options)
+    return stats.policy_logps.sum() + stats.forward_kl.sum()
+
+
+def sum_of_divergences(policy: Tensor, reference: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return tdpo_ext.token_divergences(policy, reference, labels, **options).reverse_kl.sum()
+
+
+@pytest.mark.parametrize("function", [loss_of, sum_of_stats, sum_of_divergences])
+def test_a_second_gradient_in_place_raises_where_hooks_keep_the_logits(function, on_host):
+    """Autograd does not compare versions of what hooks hand back, here the overwritten logits."""
+    policy, reference, labels = logits()
+    for packed in (lambda x: x, Tensor.detach):
+        leaf = policy.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(packed, lambda x: x):
+            loss = function(leaf * 1, reference, labels, inplace_backward=True)
+        torch.autograd.grad(loss, leaf, retain_graph=True)
+        with pytest.raises(RuntimeError, match="inplace_backward"):
+            torch.autograd.grad(loss, leaf)
+    leaf = policy.clone().requires_grad_()
+    with torch.autograd.graph.save_on_cpu():
+        loss = function(leaf * 1, reference, labels, inplace_backward=True)
+    torch.autograd.grad(loss, leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace_backward"):
+        torch.autograd.grad(loss, leaf)
+
+
+@pytest.mark.parametrize("function", [loss_of, sum_of_stats, sum_of_divergences])
+def test_a_second_gradient_in_place_is_right_where_the_logits_are_computed_anew(function, on_host):
+    policy, reference, labels = logits()
+    wanted, leaf = [], policy.clone().requires_grad_()
+    wanted += torch.autograd.grad(function(leaf, reference, labels), leaf)
+
+    def around(x: Tensor) -> Tensor:
+        return function(x * 1, reference, labels, inplace_backward=True)
+
+    loss = checkpoint(around, leaf, use_reentrant=False)
+    gradients = [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(3)]
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, Tensor.clone):
+        loss = around(leaf)
+    gradients += [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(3)]
+    assert_equal(gradients, wanted * 6)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_hooks_on_saved_tensors(on_host, inplace):
     policy, reference, labels = logits()

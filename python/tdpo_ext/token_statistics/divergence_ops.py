@@ -14,6 +14,7 @@ from tdpo_ext.autograd import (
     library,
     may_skip_the_dispatcher,
     refuse_graph_of_gradients,
+    refuse_overwritten_logits,
     register,
     register_backward,
     save,
@@ -98,6 +99,7 @@ class _TokenDivergencesFunction(torch.autograd.Function):
             op = _backward if direct else torch.ops.tdpo_ext.token_divergences_backward
             return op(policy_logits, *tensors, ctx.ignore_index), *others
         refuse_graph_of_gradients(also="inplace_backward=True, ")
+        refuse_overwritten_logits(ctx, policy_logits)
         torch.ops.tdpo_ext.token_divergences_backward_(policy_logits, *tensors, ctx.ignore_index)
         return policy_logits.detach(), *others
 

@@ -13,6 +13,7 @@ from tdpo_ext.autograd import (
     library,
     may_skip_the_dispatcher,
     refuse_graph_of_gradients,
+    refuse_overwritten_logits,
     register,
     register_backward,
     save,
@@ -123,6 +124,7 @@ class _TDPOLossFunction(torch.autograd.Function):
             op = _backward if direct else torch.ops.tdpo_ext.tdpo_loss_backward
             return op(policy_logits, *arguments), *others
         refuse_graph_of_gradients(also="inplace_backward=True, ")
+        refuse_overwritten_logits(ctx, policy_logits)
         torch.ops.tdpo_ext.tdpo_loss_backward_(policy_logits, *arguments)
         return policy_logits.detach(), *others
 

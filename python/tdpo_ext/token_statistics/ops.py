@@ -14,6 +14,7 @@ from tdpo_ext.autograd import (
     library,
     may_skip_the_dispatcher,
     refuse_graph_of_gradients,
+    refuse_overwritten_logits,
     register,
     register_backward,
     save,
@@ -100,6 +101,7 @@ class _TokenStatsFunction(torch.autograd.Function):
             op = _backward if direct else torch.ops.tdpo_ext.token_stats_backward
             return op(policy_logits, *arguments), None, None, None, None, None
         refuse_graph_of_gradients(also="inplace_backward=True, ")
+        refuse_overwritten_logits(ctx, policy_logits)
         torch.ops.tdpo_ext.token_stats_backward_(policy_logits, *arguments)
         return policy_logits.detach(), None, None, None, None, None
 

@@ -375,6 +375,10 @@ def test_loss_options_are_the_attached_ones() -> None:
     loss, _ = truth(model, reference_model, batch, **options)
     got = model(**batch["inputs"], tdpo=targets(model, reference_model, batch)).loss
     torch.testing.assert_close(got, loss.float(), rtol=1e-5, atol=1e-6)
+    attach_tdpo(model, LinearTDPOLoss(**options, ignore_index=0))
+    labels = batch["labels"].where(batch["labels"] != -100, 0)
+    marked = targets(model, reference_model, {**batch, "labels": labels})
+    assert torch.equal(model(**batch["inputs"], tdpo=marked).loss, got)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])

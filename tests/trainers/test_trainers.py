@@ -568,6 +568,7 @@ def test_a_config_of_dpo_raises(tmp_path: Any) -> None:
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
         ({"loss": {"reduction": "sum"}}, "reduction"),
+        ({"loss": {"ignore_index": 0}}, "ignore_index"),
     ],
 )
 def test_options_of_transformers_that_tdpo_has_not_raise(

@@ -23,11 +23,11 @@ class TDPOTargets(NamedTuple):
     reference: HeadInputs
     """What the reference returned for ``tdpo=HEAD_INPUTS``, or the same from a cache."""
     labels: Tensor | None = None
-    """``[2B, T]`` int64 or int32, the chosen sequences first, -100 where nothing is scored. The
-    loss shifts them."""
+    """``[2B, T]`` int64 or int32, the chosen sequences first, the loss's ``ignore_index`` (-100)
+    where nothing is scored. The loss shifts them."""
     shift_labels: Tensor | None = None
     """``[2B, T]`` int64 or int32, labels that are shifted already: aligned with what the head
-    takes."""
+    takes. Without a loss, for statistics, -100 where nothing is scored."""
     cu_seqlens: Tensor | None = None
     """``[2B + 1]`` int64 or int32, the boundaries of sequences packed into one row. The model's
     inputs are ``[1, total]`` then, and labels ``[total]``."""

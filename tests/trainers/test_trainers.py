@@ -544,6 +544,7 @@ def test_every_option_of_the_loss_reaches_it(tmp_path: Any, monkeypatch: Any) ->
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"tdpo_fused_head": False, "tdpo_chunk_bytes": 1000}, "tdpo_chunk_bytes"),
         ({"tdpo_inplace_backward": True}, "tdpo_inplace_backward"),
+        ({"tdpo_reference_cache": "folder"}, "tdpo_reference_cache must be None, got 'folder'"),
         ({"tdpo_chunk_bytes": 0}, "chunk_bytes"),
         ({"tdpo_variant": "tdpo3"}, "variant"),
         ({"tdpo_alpha": -1.0}, "alpha"),

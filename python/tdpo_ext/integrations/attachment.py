@@ -82,8 +82,7 @@ class Attachment:
         check_targets(own, request)
         if request.cu_seqlens is not None:
             own = own.replace(hidden=hidden.squeeze(0))
-            packed = request.reference.replace(hidden=request.reference.hidden.squeeze(0))
-            request = request._replace(reference=packed)
+            request = _of_one_row(request)
         result = self.result = self.result_for(request, own)
         if isinstance(result, TokenStats):
             self.numbers = torch.stack(result, dim=-1)
@@ -170,6 +169,15 @@ class Attachment:
             return own
         bias = None if own.bias is None else own.bias.clone()
         return own.replace(weight=own.weight.clone(), bias=bias)
+
+
+def _of_one_row(targets: TDPOTargets) -> TDPOTargets:
+    """Targets of packed sequences without the dimension of the one row, as the loss takes them."""
+    labels, shift_labels = (
+        None if x is None else x.flatten() for x in (targets.labels, targets.shift_labels)
+    )
+    reference = targets.reference.replace(hidden=targets.reference.hidden.squeeze(0))
+    return targets._replace(reference=reference, labels=labels, shift_labels=shift_labels)
 
 
 def _as_constant(reference: HeadInputs, own: HeadInputs) -> HeadInputs:

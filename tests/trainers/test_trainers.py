@@ -181,6 +181,18 @@ def test_what_was_frozen_stays_frozen(tmp_path: Any) -> None:
     assert all(p.requires_grad == ("lora_B" in n) for n, p in model.named_parameters())
 
 
+def test_a_merged_model_does_not_move_its_reference(tmp_path: Any) -> None:
+    """PEFT 0.18 leaves the adapters' configs in it."""
+    wrapped = lora(tiny_model(), target_modules=["q_proj"])
+    configs = dict(wrapped.peft_config)
+    model = wrapped.merge_and_unload().requires_grad_(True)
+    model.peft_config = configs
+    made = transformers_trainer(model, tmp_path, max_steps=3)
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(LOG_2, abs=1e-6)
+    assert made.state.log_history[2]["kl/chosen"] > 1e-4
+
+
 def test_no_reference_is_copied_from_partitioned_parameters(tmp_path: Any) -> None:
     model = tiny_model()
     model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks what it partitions

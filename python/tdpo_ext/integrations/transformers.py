@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tdpo_ext.integrations.adapters import reference_model
+from tdpo_ext.integrations.adapters import has_adapters, reference_model
 from tdpo_ext.integrations.attach import attach_tdpo, detach_tdpo
 from tdpo_ext.integrations.cached_reference.reference import CachedReference
 from tdpo_ext.integrations.cached_reference.trainers import cache_reference_of_trainer
@@ -102,7 +102,7 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         for name in ("train_dataset", "eval_dataset"):
             if others.get(name) is not None:
                 others[name] = without_empty_pairs(others[name], collator, name)
-        if reference is None and not hasattr(model, "peft_config"):
+        if reference is None and not has_adapters(model):
             _check_copyable(model)
             reference = copy.deepcopy(detach_tdpo(model))
         without_dropout(model)

@@ -189,7 +189,7 @@ def test_a_merged_model_does_not_move_its_reference(tmp_path: Any) -> None:
     model.peft_config = configs
     made = transformers_trainer(model, tmp_path, max_steps=3)
     made.train()
-    assert made.state.log_history[0]["loss"] == pytest.approx(LOG_2, abs=1e-6)
+    assert made.state.log_history[0]["loss"] == pytest.approx(LOG_2, abs=1e-4)
     assert made.state.log_history[2]["kl/chosen"] > 1e-4
 
 

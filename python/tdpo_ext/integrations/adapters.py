@@ -36,15 +36,23 @@ def has_adapters(model: nn.Module) -> bool:
     if "peft" not in sys.modules:
         return False
     from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
 
     if isinstance(model, PeftModel):
         for config in model.peft_config.values():  # these adapters have no layers
             if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
                 return True
+    return any(True for _ in adapter_layers(model))
+
+
+def adapter_layers(model: nn.Module) -> Iterator[Any]:
+    """The modules in which PEFT switches adapters."""
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return any(isinstance(module, kinds) for module in model.modules())
+    yield from (module for module in model.modules() if isinstance(module, kinds))
 
 
 class ReferenceAdapter:
@@ -82,12 +90,9 @@ class ReferenceAdapter:
 
     def _switch(self, adapter: str | None) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
 
         self._switch_whole_model(adapter)
-        for module in [*self.model.modules()]:
-            if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                continue
+        for module in [*adapter_layers(self.model)]:
             if module.merged_adapters:
                 self._unmerge(module)
             self._set(module, "_disable_adapters", adapter is None)

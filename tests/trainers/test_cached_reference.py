@@ -545,6 +545,12 @@ def test_states_that_depend_on_padding_are_refused(tmp_path: Path) -> None:
     precompute_reference(model, batches(), tmp_path / "right", progress=False)
     with pytest.raises(ValueError, match=r"depend on its padding.*pad on the right"):
         precompute_reference(model, batches(left=True), tmp_path / "left", progress=False)
+    later = batches(left=True)
+    equally_long = {name: tensor[:1].repeat(2, 1) for name, tensor in later[0].items()}
+    on = equally_long["attention_mask"][0] != 0
+    later.insert(0, {name: tensor[:, on] for name, tensor in equally_long.items()})
+    with pytest.raises(ValueError, match=r"depend on its padding.*pad on the right"):
+        precompute_reference(model, later, tmp_path / "later", progress=False)
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,15 @@ def test_what_stands_at_ignored_tokens_changes_no_bit(backend, small_groups, fro
     check_ignored_tokens(given, frozen)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0)])
+def test_no_tokens_and_a_frozen_head(backend, shape):
+    given, leaves = requiring_grad(arguments_of(*shape, dtype=torch.bfloat16), frozen=True)
+    labels = torch.zeros(shape, dtype=torch.int64)
+    output, gradients = loss_and_gradients(given, leaves, shift_labels=labels, reduction="sum")
+    assert output.losses.shape == (shape[0] // 2,)
+    assert not any(gradient.any() for gradient in gradients)
+
+
 def test_small_slopes_stay_in_the_range_of_float16(backend, small_groups):
     """A mean over 64 pairs, of means over tokens, with a small beta: factors of 3e-7 a token."""
     given = arguments_of(128, 2, vocabulary=50, width=8, reference_width=8, dtype=torch.float16)

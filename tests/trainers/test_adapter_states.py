@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -12,7 +13,8 @@ import pytest
 import torch
 from tiny_models import tiny_batch, tiny_model
 
-from tdpo_ext.integrations.adapters import ReferenceAdapter
+from tdpo_ext.integrations.adapters import ReferenceAdapter, has_adapters
+from tdpo_ext.integrations.cached_reference.trainers import separate_reference_of_trl
 
 
 def lora(**options: Any) -> peft.LoraConfig:
@@ -261,6 +263,24 @@ def test_adapters_that_transformers_holds_itself() -> None:
     with ReferenceAdapter(model):
         assert torch.equal(logits(model), base)
     check_as_before(model, before, tensors, results)
+
+
+def test_a_model_without_adapters_is_not_its_own_reference() -> None:
+    """Nor one that a merge has rid of them: PEFT 0.18 leaves their configs in it."""
+    wrapped = adapted("default")
+    configs = dict(wrapped.peft_config)
+    merged = wrapped.merge_and_unload()
+    merged.peft_config = configs
+    args = SimpleNamespace(precompute_ref_log_probs=True, sync_ref_model=False)
+    for model in (tiny_model(), merged, wrapped):
+        assert not has_adapters(model)
+        refused = pytest.raises(ValueError, match=r"no adapters.*pass a reference model")
+        with refused, ReferenceAdapter(model):
+            pass
+        assert type(separate_reference_of_trl(model, None, args, None)) is type(model)
+    for model in (adapted("default"), prompt_tuning(), whole_modules()):
+        assert has_adapters(model)
+        assert separate_reference_of_trl(model, None, args, None) is None
 
 
 def test_biases_that_are_trained_with_the_adapter_are_pointed_out() -> None:

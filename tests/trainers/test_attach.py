@@ -14,6 +14,7 @@ from attached_models import assert_equal_gradients, gradients, lora, targets, tr
 from recording import record
 from tiny_models import CONFIGS, tiny_batch, tiny_model
 from torch.distributed.utils import _apply_to_tensors
+from torch.nn.functional import pad
 
 from tdpo_ext import LinearTDPOLoss, pair_loss, reference
 from tdpo_ext.integrations.attach import HEAD_INPUTS, TDPOTargets, attach_tdpo, detach_tdpo
@@ -220,16 +221,20 @@ def test_packed_sequences() -> None:
     }
     with torch.no_grad():
         of_reference = reference_model(**packed, tdpo=HEAD_INPUTS)
-    asked = TDPOTargets(
-        of_reference,
-        batch["labels"].flatten(),
-        cu_seqlens=torch.arange(0, rows * tokens + 1, tokens),
-    )
-    got = model(**packed, tdpo=asked).loss
+    bounds, flat = torch.arange(0, rows * tokens + 1, tokens), batch["labels"].flatten()
+    got = model(**packed, tdpo=TDPOTargets(of_reference, flat, cu_seqlens=bounds)).loss
     with torch.no_grad():
         logits = [each(**packed).logits.view(rows, tokens, -1) for each in (model, reference_model)]
     expected = reference.tdpo_loss(*logits, batch["labels"]).loss
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    row = flat.view(1, -1)  # as input_ids are
+    assert torch.equal(
+        model(**packed, tdpo=TDPOTargets(of_reference, row, cu_seqlens=bounds)).loss, got
+    )
+    shifted = pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    for labels in (shifted.flatten(), shifted.view(1, -1)):
+        asked = TDPOTargets(of_reference, shift_labels=labels, cu_seqlens=bounds)
+        torch.testing.assert_close(model(**packed, tdpo=asked).loss, got)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -375,6 +380,10 @@ def test_loss_options_are_the_attached_ones() -> None:
     loss, _ = truth(model, reference_model, batch, **options)
     got = model(**batch["inputs"], tdpo=targets(model, reference_model, batch)).loss
     torch.testing.assert_close(got, loss.float(), rtol=1e-5, atol=1e-6)
+    attach_tdpo(model, LinearTDPOLoss(**options, ignore_index=0))
+    labels = batch["labels"].where(batch["labels"] != -100, 0)
+    marked = targets(model, reference_model, {**batch, "labels": labels})
+    assert torch.equal(model(**batch["inputs"], tdpo=marked).loss, got)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])

@@ -79,6 +79,22 @@ WRONG_MODEL_OR_LOSS: dict[str, tuple[Attempt, type[Exception], str]] = {
         "got TDPOLoss",
     ),
     "a number": (lambda _: attach_tdpo(tiny_model(), 0.1), TypeError, r"got float; .*beta=\.\.\."),
+    **{
+        f"the loss's {name}": (
+            lambda _, name=name, value=value: attach_tdpo(
+                tiny_model(), LinearTDPOLoss(**{name: value})
+            ),
+            ValueError,
+            f"loss must have {name}={default}, got {came}: .*; leave it out",
+        )
+        for name, value, default, came in (
+            ("logit_scale", 0.5, "1.0", "0.5"),
+            ("logit_softcap", 30.0, "None", "30.0"),
+            ("reference_logit_scale", 1.0, "None", "1.0"),
+            ("reference_logit_softcap", 2.0**20, "None", "1048576.0"),
+            ("process_group", SimpleNamespace(), "None", "SimpleNamespace"),
+        )
+    },
 }
 
 
@@ -248,7 +264,7 @@ WRONG_TARGETS: dict[str, tuple[Attempt, type[Exception], str]] = {
             lambda given: given.said, lambda given: given.labels, cu_seqlens=torch.tensor([0, 7])
         ),
         ValueError,
-        r"with cu_seqlens the model takes one row \[1, total\] and labels \[total\], got \(4, 7\)",
+        r"with cu_seqlens the model takes one row \[1, total\] and labels .*, got \(4, 7\)",
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import peft
@@ -79,6 +80,22 @@ def test_loss_and_gradients_are_those_of_the_logits(name: str, off: bool) -> Non
     detach_tdpo(model)
     assert torch.equal(logits_of(model, batch), policy_logits)
     assert type(model) is peft.PeftModelForCausalLM
+
+
+def test_no_head_of_an_adapter_is_copied() -> None:
+    model = adapted("modules_to_save")
+    model.add_adapter("ref", ADAPTERS["modules_to_save"]())
+    attach_tdpo(model)
+    batch = tiny_batch(model)
+    for each in (model, copy.deepcopy(model)):
+        head = each.get_base_model().lm_head
+        for adapter in ("default", "ref"):
+            each.set_adapter(adapter)
+            given = each(**batch["inputs"], tdpo=HEAD_INPUTS)
+            assert given.weight is head.modules_to_save[adapter].weight
+        with each.disable_adapter():
+            given = each(**batch["inputs"], tdpo=HEAD_INPUTS)
+        assert given.weight is head.original_module.weight
 
 
 @pytest.mark.parametrize("name", VIRTUAL)

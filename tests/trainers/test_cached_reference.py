@@ -448,6 +448,35 @@ def test_the_adapters_that_a_reference_does_not_use_do_not_matter(tmp_path: Path
     assert reference_fingerprint(model, of_policy=True) != of_ref
 
 
+def test_what_adapters_do_beside_their_tensors_is_in_the_fingerprint() -> None:
+    """Which are active, and how much they weigh."""
+    model = model_of("lora").requires_grad_(False)
+    model.add_adapter("ref", model.peft_config["default"])
+    layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    of_policy, active = [], []
+
+    def take() -> None:
+        of_policy.append(str(reference_fingerprint(model, of_policy=True)))
+        active.append(str(reference_fingerprint(model)))
+
+    take()
+    layer.scaling["default"] *= 2  # in use if not of_policy
+    take()
+    model.set_adapter("ref")
+    take()
+    layer.scaling["ref"] *= 2  # in use in both cases
+    take()
+    model.base_model.disable_adapter_layers()
+    take()
+    assert [of_policy.index(x) for x in of_policy] == [0, 0, 0, 3, 3]
+    assert [active.index(x) for x in active] == [0, 1, 2, 3, 4]
+    model.base_model.enable_adapter_layers()
+    model.peft_config["ref"].lora_alpha += 1
+    take()
+    assert of_policy[5] != of_policy[4]
+    assert active[5] not in active[:5]
+
+
 def test_a_checkpoint_has_the_fingerprint_of_the_model_it_was_saved_from(tmp_path: Path) -> None:
     for name in ("llama", "gpt2-tied", "t5-scaled-tied"):
         model = tiny_model(name)
@@ -516,6 +545,12 @@ def test_states_that_depend_on_padding_are_refused(tmp_path: Path) -> None:
     precompute_reference(model, batches(), tmp_path / "right", progress=False)
     with pytest.raises(ValueError, match=r"depend on its padding.*pad on the right"):
         precompute_reference(model, batches(left=True), tmp_path / "left", progress=False)
+    later = batches(left=True)
+    equally_long = {name: tensor[:1].repeat(2, 1) for name, tensor in later[0].items()}
+    on = equally_long["attention_mask"][0] != 0
+    later.insert(0, {name: tensor[:, on] for name, tensor in equally_long.items()})
+    with pytest.raises(ValueError, match=r"depend on its padding.*pad on the right"):
+        precompute_reference(model, later, tmp_path / "later", progress=False)
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,18 @@ def test_what_was_frozen_stays_frozen(tmp_path: Any) -> None:
     assert all(p.requires_grad == ("lora_B" in n) for n, p in model.named_parameters())
 
 
+def test_a_merged_model_does_not_move_its_reference(tmp_path: Any) -> None:
+    """PEFT 0.18 leaves the adapters' configs in it."""
+    wrapped = lora(tiny_model(), target_modules=["q_proj"])
+    configs = dict(wrapped.peft_config)
+    model = wrapped.merge_and_unload().requires_grad_(True)
+    model.peft_config = configs
+    made = transformers_trainer(model, tmp_path, max_steps=3)
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(LOG_2, abs=1e-4)
+    assert made.state.log_history[2]["kl/chosen"] > 1e-4
+
+
 def test_no_reference_is_copied_from_partitioned_parameters(tmp_path: Any) -> None:
     model = tiny_model()
     model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks what it partitions
@@ -544,6 +556,7 @@ def test_every_option_of_the_loss_reaches_it(tmp_path: Any, monkeypatch: Any) ->
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"tdpo_fused_head": False, "tdpo_chunk_bytes": 1000}, "tdpo_chunk_bytes"),
         ({"tdpo_inplace_backward": True}, "tdpo_inplace_backward"),
+        ({"tdpo_reference_cache": "folder"}, "tdpo_reference_cache must be None, got 'folder'"),
         ({"tdpo_chunk_bytes": 0}, "chunk_bytes"),
         ({"tdpo_variant": "tdpo3"}, "variant"),
         ({"tdpo_alpha": -1.0}, "alpha"),
@@ -568,6 +581,7 @@ def test_a_config_of_dpo_raises(tmp_path: Any) -> None:
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
         ({"loss": {"reduction": "sum"}}, "reduction"),
+        ({"loss": {"ignore_index": 0}}, "ignore_index"),
     ],
 )
 def test_options_of_transformers_that_tdpo_has_not_raise(

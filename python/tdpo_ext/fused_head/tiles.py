@@ -148,9 +148,9 @@ def plan_groups(
         kept = rows
     elif kept < rows:
         multiple = next((x for x in PRODUCT_ROWS if x <= kept), 1)
-        kept = max(1, kept // multiple * multiple)
-    kept = min(kept, rows)
-    return Plan(max(1, min(group, kept)), vocabulary, vocabulary, kept)
+        kept = kept // multiple * multiple
+    kept = max(1, min(kept, rows))  # also without tokens: no loop has steps of 0 rows
+    return Plan(min(group, kept), vocabulary, vocabulary, kept)
 
 
 def pairs_that_fit(cost: Costs, tokens_of_pair: int, vocabulary: int, chunk_bytes: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,33 @@ def reference_model(policy: nn.Module, reference: nn.Module | None) -> Iterator[
             yield policy
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """True if PEFT can switch adapters of the model off, so that it can be its own reference.
+
+    ``peft_config`` alone does not tell: a merged model may still have it, and no adapter.
+    """
+    if "peft" not in sys.modules:
+        return False
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        for config in model.peft_config.values():  # these adapters have no layers
+            if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
+                return True
+    return any(True for _ in adapter_layers(model))
+
+
+def adapter_layers(model: nn.Module) -> Iterator[Any]:
+    """The modules in which PEFT switches adapters."""
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    yield from (module for module in model.modules() if isinstance(module, kinds))
+
+
 class ReferenceAdapter:
     """Inside it a PEFT model is its own reference: adapter "ref" if it has one, else no adapter.
 
@@ -36,12 +64,20 @@ class ReferenceAdapter:
 
     Args:
         model: a PEFT model that nothing wraps.
+
+    Raises:
+        ValueError: on entering, if the model has no adapters.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def __enter__(self) -> None:
+        if not has_adapters(self.model):
+            raise ValueError(
+                f"the policy ({type(self.model).__name__}) has no adapters (merged?), so it cannot "
+                "be its own reference; pass a reference model"
+            )
         self.undo = ExitStack()
         try:
             self._switch("ref" if "ref" in self.model.peft_config else None)
@@ -54,12 +90,9 @@ class ReferenceAdapter:
 
     def _switch(self, adapter: str | None) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
 
         self._switch_whole_model(adapter)
-        for module in [*self.model.modules()]:
-            if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                continue
+        for module in [*adapter_layers(self.model)]:
             if module.merged_adapters:
                 self._unmerge(module)
             self._set(module, "_disable_adapters", adapter is None)

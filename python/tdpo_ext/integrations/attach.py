@@ -134,6 +134,23 @@ def _check_request(model: Any, attachment: Any, tdpo: Any, kwargs: dict[str, Any
 
 
 _DEFAULT = LinearTDPOLoss()
+_MEASURED = "scale and softcap of the logits are measured, each model's own"
+_WITHOUT_EFFECT = {
+    "logit_scale": _MEASURED,
+    "logit_softcap": _MEASURED,
+    "reference_logit_scale": _MEASURED,
+    "reference_logit_softcap": _MEASURED,
+    "process_group": "the head has the whole vocabulary, which no other process shares",
+}
+"""Options of the loss that an attached model does not take, and why."""
+
+
+def _check_options(loss: LinearTDPOLoss) -> None:
+    for name, why in _WITHOUT_EFFECT.items():
+        value, default = getattr(loss, name), getattr(_DEFAULT, name)
+        if value != default:
+            came = value if isinstance(value, float | int) else named(value)
+            raise ValueError(f"loss must have {name}={default}, got {came}: {why}; leave it out")
 
 
 def attach_tdpo(
@@ -155,9 +172,10 @@ def attach_tdpo(
         model: a Hugging Face language model, decoder only or encoder-decoder, or a PEFT model of
             one. Changed in place. An encoder-decoder is called with ``decoder_input_ids`` and
             takes ``shift_labels``.
-        loss: the options of the loss; scale and softcap of the logits are the model's own. None:
-            return statistics per token instead, those of ``linear_token_stats``, for losses of your
-            own.
+        loss: the options of the loss. Scale and softcap of the logits are the model's own and the
+            head is whole, so ``logit_scale``, ``logit_softcap``, those of the reference and
+            ``process_group`` keep their defaults. None: return statistics per token instead, those
+            of ``linear_token_stats``, for losses of your own.
         probe: read the head's weight to test that the head is a linear layer; and if the model does
             not run with stubs for its modules, run it as it is. False: do neither. The scale and
             softcap of its logits are measured in both cases, without reading weights.
@@ -167,8 +185,8 @@ def attach_tdpo(
 
     Raises:
         TypeError: ``model`` is no Hugging Face language model, or ``loss`` no ``LinearTDPOLoss``.
-        ValueError: the logits cannot be rebuilt, or the head cannot be fused; the message says what
-            to do instead.
+        ValueError: the logits cannot be rebuilt, the head cannot be fused, or ``loss`` has one of
+            these options; the message says what to do instead.
         RuntimeError: the model's forward does not call its head exactly once.
     """
     if loss is not None and not isinstance(loss, LinearTDPOLoss):
@@ -176,6 +194,8 @@ def attach_tdpo(
             f"loss must be a LinearTDPOLoss or None (statistics per token), got {named(loss)}; its "
             "options are LinearTDPOLoss(beta=..., alpha=..., variant=...)"
         )
+    if loss is not None:
+        _check_options(loss)
     inner = language_model(model)
     detach_tdpo(model)
     head = head_of(inner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ class Attachment:
         self.loss = loss
         self.model_name = type(model).__name__
         self.logit_options = logit_options
-        self.parameter: Callable[[], Any] = weakref.ref(parameter_of(head))
+        self.parameters: list[Callable[[], Any]] = _references(head.parameters())
+        """All of the head's, since each adapter may have a head of its own (modules_to_save)."""
         arguments = inspect.signature(plain_forward(model)).parameters
         self.takes_use_cache = "use_cache" in arguments
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
@@ -57,12 +58,12 @@ class Attachment:
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy or a pickle, which is in no call and has the copied head's weight."""
         nothing = {"request": None, "result": None, "numbers": None, "virtual_tokens": 0}
-        return {**vars(self), **nothing, "parameter": self.parameter()}
+        parameters = [each() for each in self.parameters]
+        return {**vars(self), **nothing, "parameters": parameters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        parameter = state["parameter"]
         vars(self).update(state)
-        self.parameter = _no_parameter if parameter is None else weakref.ref(parameter)
+        self.parameters = _references(x for x in state["parameters"] if x is not None)
 
     def answer(self, head: nn.Module, hidden: Tensor) -> Tensor:
         """What the head returns instead of logits; the loss's gradient comes back through it."""
@@ -82,8 +83,7 @@ class Attachment:
         check_targets(own, request)
         if request.cu_seqlens is not None:
             own = own.replace(hidden=hidden.squeeze(0))
-            packed = request.reference.replace(hidden=request.reference.hidden.squeeze(0))
-            request = request._replace(reference=packed)
+            request = _of_one_row(request)
         result = self.result = self.result_for(request, own)
         if isinstance(result, TokenStats):
             self.numbers = torch.stack(result, dim=-1)
@@ -163,13 +163,23 @@ class Attachment:
             sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
         else:  # FSDP2 replaces the parameter that was there, ZeRO-3 marks it
             parameter = parameter_of(head)
-            sharded = parameter is not self.parameter() or is_partitioned(parameter)
+            known = any(parameter is each() for each in self.parameters)
+            sharded = not known or is_partitioned(parameter)
             # The weight that accelerate's offloading brings is new in each call, and may be kept.
             sharded = sharded and not hasattr(head, "_hf_hook")
         if not sharded:
             return own
         bias = None if own.bias is None else own.bias.clone()
         return own.replace(weight=own.weight.clone(), bias=bias)
+
+
+def _of_one_row(targets: TDPOTargets) -> TDPOTargets:
+    """Targets of packed sequences without the dimension of the one row, as the loss takes them."""
+    labels, shift_labels = (
+        None if x is None else x.flatten() for x in (targets.labels, targets.shift_labels)
+    )
+    reference = targets.reference.replace(hidden=targets.reference.hidden.squeeze(0))
+    return targets._replace(reference=reference, labels=labels, shift_labels=shift_labels)
 
 
 def _as_constant(reference: HeadInputs, own: HeadInputs) -> HeadInputs:
@@ -221,5 +231,6 @@ def _autocast_name(autocast: torch.dtype | None) -> str:
     return "no autocast" if autocast is None else f"autocast to {autocast}"
 
 
-def _no_parameter() -> None:
-    """Stands for a weak reference whose object is gone."""
+def _references(parameters: Iterable[Any]) -> list[Callable[[], Any]]:
+    """Weak ones."""
+    return [weakref.ref(parameter) for parameter in parameters]

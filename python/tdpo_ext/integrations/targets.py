@@ -23,14 +23,14 @@ class TDPOTargets(NamedTuple):
     reference: HeadInputs
     """What the reference returned for ``tdpo=HEAD_INPUTS``, or the same from a cache."""
     labels: Tensor | None = None
-    """``[2B, T]`` int64 or int32, the chosen sequences first, -100 where nothing is scored. The
-    loss shifts them."""
+    """``[2B, T]`` int64 or int32, the chosen sequences first, the loss's ``ignore_index`` (-100)
+    where nothing is scored. The loss shifts them."""
     shift_labels: Tensor | None = None
     """``[2B, T]`` int64 or int32, labels that are shifted already: aligned with what the head
-    takes."""
+    takes. Without a loss, for statistics, -100 where nothing is scored."""
     cu_seqlens: Tensor | None = None
     """``[2B + 1]`` int64 or int32, the boundaries of sequences packed into one row. The model's
-    inputs are ``[1, total]`` then, and labels ``[total]``."""
+    inputs are ``[1, total]`` then, and labels ``[total]`` or ``[1, total]``."""
 
 
 @dataclass
@@ -112,8 +112,8 @@ def check_targets(own: HeadInputs, targets: TDPOTargets) -> None:
             )
     elif rows[0] != 1 or labels.shape not in (rows[1:], rows):
         raise ValueError(
-            "with cu_seqlens the model takes one row [1, total] and labels [total], got "
-            f"{tuple(rows)} and {tuple(labels.shape)}"
+            "with cu_seqlens the model takes one row [1, total] and labels [total] or [1, total], "
+            f"got {tuple(rows)} and {tuple(labels.shape)}"
         )
     if reference.hidden.shape[:-1] != rows:
         raise ValueError(

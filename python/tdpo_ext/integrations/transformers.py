@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tdpo_ext.integrations.adapters import reference_model
+from tdpo_ext.integrations.adapters import has_adapters, reference_model
 from tdpo_ext.integrations.attach import attach_tdpo, detach_tdpo
 from tdpo_ext.integrations.cached_reference.reference import CachedReference
 from tdpo_ext.integrations.cached_reference.trainers import cache_reference_of_trainer
@@ -74,10 +74,11 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         ValueError: an option that TDPO cannot honour: ``compute_metrics``,
             ``preprocess_logits_for_metrics``, ``compute_loss_func``, ``model_init``,
             ``label_smoothing_factor`` (the loss has ``label_smoothing``), ``use_liger_kernel``, a
-            loss whose reduction is not "mean", ``dispatch_batches=True`` in ``accelerator_config``,
-            accelerate's context or sequence parallelism, or several GPUs in one process. Also if
-            ``precompute_reference`` and a ``CachedReference`` are both given, or if the model is
-            partitioned by ZeRO-3 and no ``reference`` is given to copy.
+            loss whose reduction is not "mean", whose ``ignore_index`` is not -100 or that has an
+            option which ``attach_tdpo`` does not take, ``dispatch_batches=True`` in
+            ``accelerator_config``, accelerate's context or sequence parallelism, or several GPUs in
+            one process. Also if ``precompute_reference`` and a ``CachedReference`` are both given,
+            or if the model is partitioned by ZeRO-3 and no ``reference`` is given to copy.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class TDPOTrainer(TDPOSteps, transformers.Trainer):
         for name in ("train_dataset", "eval_dataset"):
             if others.get(name) is not None:
                 others[name] = without_empty_pairs(others[name], collator, name)
-        if reference is None and not hasattr(model, "peft_config"):
+        if reference is None and not has_adapters(model):
             _check_copyable(model)
             reference = copy.deepcopy(detach_tdpo(model))
         without_dropout(model)
@@ -205,6 +206,11 @@ def check_options(
         raise ValueError(
             f'loss must have reduction "mean", got "{loss.reduction}"; pass '
             'loss=LinearTDPOLoss(..., reduction="mean")'
+        )
+    if loss.ignore_index != -100:
+        raise ValueError(
+            f"loss must have ignore_index=-100, got {loss.ignore_index}: the labels of the "
+            "trainer's batches are -100 where nothing is scored; leave it out"
         )
     for name, reason in REFUSED_ARGUMENTS.items():
         if others.get(name) is not None:

@@ -60,7 +60,8 @@ class TDPOTrainer(TDPOSteps, trl.DPOTrainer):
         TypeError: ``args`` is no ``TDPOConfig``.
         ValueError: an option of DPO that TDPO cannot honour (``trl_options.RESTRICTED_OPTIONS``), a
             function that needs logits with the fused head, ``tdpo_inplace_backward=True`` with it
-            or ``tdpo_chunk_bytes`` without it, a reference whose vocabulary is not the model's,
+            or ``tdpo_chunk_bytes`` without it, ``tdpo_reference_cache`` without
+            ``precompute_ref_log_probs=True``, a reference whose vocabulary is not the model's,
             ``dispatch_batches=True`` in ``accelerator_config``, or accelerate's context or sequence
             parallelism.
     """

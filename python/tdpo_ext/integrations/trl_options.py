@@ -45,7 +45,7 @@ class TDPOConfig(trl.DPOConfig):
     tdpo_reference_cache: str | None = field(
         default=None,
         metadata={
-            "help": "With precompute_ref_log_probs=True: the folder of the reference's hidden "
+            "help": "Only with precompute_ref_log_probs=True: the folder of the reference's hidden "
             "states; None: _reference_cache in output_dir."
         },
     )
@@ -106,6 +106,12 @@ _FROM_LOGITS = RestrictedOption(
     (None,),
     "the logits are whole and not made in chunks; it is for tdpo_fused_head=True",
 )
+_WITHOUT_CACHE = RestrictedOption(
+    "tdpo_reference_cache",
+    (None,),
+    "the reference is not precomputed, so nothing would be kept there; set "
+    "precompute_ref_log_probs=True as well",
+)
 
 
 def check_options(args: Any, functions: dict[str, Any]) -> None:
@@ -126,7 +132,10 @@ def check_options(args: Any, functions: dict[str, Any]) -> None:
             "of DPOConfig (from tdpo_ext.integrations.trl import TDPOConfig)"
         )
     version = Version(trl.__version__)
-    for option in (*RESTRICTED_OPTIONS, _WITH_FUSED_HEAD if args.tdpo_fused_head else _FROM_LOGITS):
+    restricted = [*RESTRICTED_OPTIONS, _WITH_FUSED_HEAD if args.tdpo_fused_head else _FROM_LOGITS]
+    if not args.precompute_ref_log_probs:
+        restricted.append(_WITHOUT_CACHE)
+    for option in restricted:
         value = getattr(args, option.name, option.allowed[0])
         value = getattr(value, "value", value)  # an enum in some versions
         if option.free_from and version >= Version(option.free_from):

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tdpo_ext.integrations.adapters import adapter_layers, has_adapters
 from tdpo_ext.integrations.cached_reference.run import autocast_of
 from tdpo_ext.integrations.models import dtype_name, language_model, unwrapped
 from tdpo_ext.integrations.parameters import gathered
@@ -42,16 +43,45 @@ def reference_fingerprint(
     values = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         values.update(_summary(tensor).encode())
-    config = json.dumps(_lasting(inner.config.to_dict()), sort_keys=True, default=str)
+    adapters = _adapters(unwrapped(model), of_policy)
     return {
         "model": type(inner).__name__,
-        "config": hashlib.blake2b(config.encode(), digest_size=16).hexdigest(),
+        "config": _digest(_lasting(inner.config.to_dict())),
+        **({"adapters": _digest(adapters)} if adapters else {}),
         "parameters": values.hexdigest(),
         "dtype": ", ".join(sorted({dtype_name(x.dtype) for x in tensors})),
         "autocast": dtype_name(autocast),
         "attention": str(getattr(inner.config, "_attn_implementation", None)),
         "transformers": transformers.__version__,
     }
+
+
+def _digest(values: Any) -> str:
+    """A short string for what JSON can hold, sets and other objects as text."""
+    text = json.dumps(values, sort_keys=True, default=_as_text)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _as_text(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
+
+
+def _adapters(model: Any, of_policy: bool) -> list[Any]:
+    """The configs of the adapters that the reference uses, and their factors in each layer."""
+    if not has_adapters(model):
+        return []
+    configs, factors = model.peft_config, []
+    ref = [name for name in configs if name == "ref"]
+    for layer in adapter_layers(model):
+        active = ref if of_policy else [] if layer.disable_adapters else layer.active_adapters
+        scaling = vars(layer).get("scaling")
+        scaling = scaling if isinstance(scaling, dict) else {}
+        factors.append({name: scaling.get(name) for name in active})
+    if not factors:  # prompts have no layers
+        disabled = getattr(model, "_adapters_disabled", False)
+        factors = [dict.fromkeys(ref if of_policy else [] if disabled else [model.active_adapter])]
+    used = set[str]().union(*factors) & configs.keys()
+    return [{name: _lasting(configs[name].to_dict()) for name in used}, factors] if used else []
 
 
 def _lasting(config: Any) -> Any:
@@ -72,6 +102,11 @@ _FLEETING = {
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
+    "base_model_name_or_path",  # of adapters' configs, up to the last
+    "revision",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
 }
 
 

@@ -62,17 +62,23 @@ def precompute_reference(
     run = ReferenceRun(reference, of_policy, accelerator)
     of_cache = {**reference_fingerprint(run.model, of_policy=of_policy, accelerator=accelerator)}
     of_cache.update(fingerprint or {})
-    first_batch, batches = None, []
+    first_batch, padded_batch, batches = None, None, []
     for batch in loader:
         first_batch = batch if first_batch is None else first_batch
         batches.append(rows_of(batch, run.encoder_decoder))
+        if padded_batch is None and bool((batch["attention_mask"] == 0).any()):
+            padded_batch = batch
     if first_batch is None:
         raise ValueError(
             "loader gave no batch, but each process needs at least one; take more examples or "
             "fewer processes"
         )
     first = run(first_batch)
-    run.check_padding(first_batch, batches[0], first.hidden)
+    checked = first_batch if padded_batch is None else padded_batch
+    # A sharded model runs on all processes together, so all of them run once more, or none does.
+    again = run.sum(checked is not first_batch) > 0
+    states = run(checked).hidden if again else first.hidden
+    run.check_padding(checked, rows_of(checked, run.encoder_decoder), states)
     try:
         cache = ReferenceCache(folder, of_cache)
         missing = sum(row.key not in cache for rows in batches for row in rows)

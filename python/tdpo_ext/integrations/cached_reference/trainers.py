@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from tdpo_ext.integrations.adapters import has_adapters
 from tdpo_ext.integrations.cached_reference.batches import CachedReferenceCollator
 from tdpo_ext.integrations.cached_reference.precompute import precompute_reference
 from tdpo_ext.integrations.cached_reference.reference import CachedReference
@@ -85,9 +86,10 @@ def separate_reference_of_trl(model: Any, ref_model: Any, args: Any, peft_config
             "sync_ref_model=True changes the reference while training, so it cannot be computed "
             "beforehand; precompute_ref_log_probs must be False then"
         )
-    adapters = peft_config is not None or hasattr(model, "peft_config")
-    if ref_model is not None or isinstance(model, str) or adapters:
+    if ref_model is not None or isinstance(model, str):
         return ref_model
+    if peft_config is not None or has_adapters(model):
+        return None
     return None if has_partitioned(model) else copy.deepcopy(model)
 
 

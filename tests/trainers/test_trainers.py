@@ -33,6 +33,7 @@ from tdpo_ext import reference
 from tdpo_ext.integrations import attachment
 from tdpo_ext.integrations import transformers as of_transformers
 from tdpo_ext.integrations import trl as of_trl
+from tdpo_ext.integrations.models import without_dropout
 from tdpo_ext.integrations.steps import TDPOSteps
 
 LOSS_BOUND, GRADIENT_BOUND = 2e-6, 5e-5
@@ -295,6 +296,18 @@ def test_dropout_is_off_everywhere(tmp_path: Any) -> None:
     for module in (*model.modules(), *reference_model.modules()):
         assert getattr(module, "p", 0) == 0
         assert not getattr(module, "attention_dropout", 0)
+
+
+def test_dropout_of_adapters_is_off() -> None:
+    """LoHa keeps the numbers of its dropout in a dictionary."""
+    config = peft.LoHaConfig(r=2, rank_dropout=0.4, module_dropout=0.4, target_modules=["q_proj"])
+    model = peft.get_peft_model(tiny_model(), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    tokens = torch.arange(8).view(1, 8)
+    first, *others = (without_dropout(model).train()(tokens).logits for _ in range(4))
+    assert all(torch.equal(first, other) for other in others)
 
 
 # --- at the first step the policy is its reference ------------------------------------------------

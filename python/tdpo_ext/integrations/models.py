@@ -135,15 +135,19 @@ _ROUTER_NOISE = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """Switch off every dropout and every noise of a router, in training mode too.
+    """Switch off dropout and the noise of routers in all modules, in training mode too.
 
-    TDPO compares two models token by token; a random part of one of them would be read as KL.
+    TDPO compares two models token by token; a random part of one of them would be read as KL. What
+    a model reads from its config in forward, or draws with no number to set, stays on.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name, value in vars(module).items():  # attention keeps its own as a number
-            is_random = "drop" in name or name in _ROUTER_NOISE
-            if is_random and isinstance(value, float):
+        for name, value in vars(module).items():
+            if "drop" not in name and name not in _ROUTER_NOISE:
+                continue
+            if isinstance(value, float):  # attention keeps its own as a number
                 setattr(module, name, 0.0)
+            elif isinstance(value, dict):  # PEFT's layers, a number for each adapter
+                value.update({key: 0.0 for key, each in value.items() if isinstance(each, float)})
     return model

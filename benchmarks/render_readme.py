@@ -302,8 +302,9 @@ def draw_reward(axes: Any, summary: Report) -> None:
 
     study_pictures.reward_against_kl(axes, summary)
     axes.set_title(f"Study: reward against KL, {len(summary['seeds'])} seeds")
+    axes.set_ylim(bottom=0.28)  # room for the names
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=7.5, loc="lower right")
+    axes.legend(frameon=False, fontsize=7.5, loc="lower right", ncols=2)
 
 
 def draw_head(axes: Any, report: Report) -> None:

@@ -22,8 +22,8 @@ from study_plan import Setting
 from study_results import rounded
 
 Row = dict[str, Any]
-KLS = np.square(np.linspace(0.1, 4, 40))
-REWARDS = np.linspace(0.4, 0.95, 56)
+KLS = np.square(np.linspace(0.1, 3, 30))
+REWARDS = np.linspace(0.4, 0.8, 41)
 
 
 def curve(

@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 NOTHING_YET = (
     "**No results are committed yet.** `make study` makes them: 2 to 3 hours on two cores."
 )
-README_CLAIMS = ("tdpo2_reward", "tdpo2_strongest", "alpha_reward")
+README_CLAIMS = ("tdpo2_reward", "alpha_reward", "tdpo2_strongest", "best_betas")
 TABLES = (
     "study_reward_at_kl",
     "study_kl_at_reward",

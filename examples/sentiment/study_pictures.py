@@ -56,7 +56,7 @@ def reward_against_kl(axes: Axes, summary: Summary) -> None:
     # Reward grows about like the root of the KL, so this axis spreads the points.
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axes.set_xlim(left=0)
-    axes.set_xticks([tick for tick in (0, 0.5, 1, 2, 4, 8, 16) if tick < axes.get_xlim()[1]])
+    axes.set_xticks([tick for tick in (0, 0.5, 1, 2, 4, 8) if tick < axes.get_xlim()[1]])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel=KL_AXIS, ylabel=REWARD_AXIS)
 

@@ -19,8 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tdpo_ext.checks import is_ignored
-
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -61,8 +59,8 @@ class Shard(NamedTuple):
 
         Labels of other parts lie outside [0, width of this part); ignored ones become ``IGNORED``.
         """
-        own = labels.to(torch.int64) - self.start
-        return own.masked_fill(is_ignored(labels, ignore_index), IGNORED)
+        labels = labels.to(torch.int64)  # int32 would be compared with half of ignore_index
+        return (labels - self.start).masked_fill(labels == ignore_index, IGNORED)
 
 
 def shard_of(process_group: ProcessGroup | None, width: int) -> Shard | None:

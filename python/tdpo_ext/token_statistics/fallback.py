@@ -12,8 +12,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tdpo_ext.checks import is_ignored
-
 NORMALIZERS = 8
 """Per row, with the policy's logits z, the reference's r, their softmaxes p, q and the label y:
 max z, exp(max z - lse(z)), max r, exp(max r - lse(r)), lse(z) - lse(r), 1 - p(y), 1 - q(y) and
@@ -61,7 +59,7 @@ def forward(
     outputs = tuple(policy_logits.new_zeros(labels.shape, dtype=dtype) for _ in range(3))
     normalizers = policy_logits.new_zeros((*labels.shape, NORMALIZERS), dtype=dtype)
     for rows in _row_blocks(labels.shape, policy_logits.shape[-1]):
-        ignored = is_ignored(labels[rows], ignore_index).unsqueeze(-1)
+        ignored = _ignored(labels[rows], ignore_index)
         z, r = (
             x[rows].to(dtype).masked_fill(ignored, 0) for x in (policy_logits, reference_logits)
         )
@@ -75,6 +73,12 @@ def forward(
         saved = _normalizers(z, r, kl, label)
         normalizers[rows] = saved.masked_fill(outside, torch.nan).masked_fill(ignored, 0)
     return outputs[0], outputs[1], outputs[2], normalizers
+
+
+def _ignored(labels: Tensor, ignore_index: int) -> Tensor:
+    """Where the label is ``ignore_index``, as a column. int32 labels are widened, since PyTorch
+    compares them with the lower half of the number."""
+    return (labels.to(torch.int64) == ignore_index).unsqueeze(-1)
 
 
 def _usable_labels(labels: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -160,7 +164,7 @@ def backward(
         g_m, g_k = grad_logps[rows].unsqueeze(-1), grad_kl[rows].unsqueeze(-1)
         kl_part = torch.where(g_k == 0, 0, g_k * _difference(z, r, p, q, gap))
         at_label = torch.where(g_k == 0, 0, g_k * label_gap) + g_m * p_rest
-        ignored = is_ignored(labels[rows], ignore_index).unsqueeze(-1)
+        ignored = _ignored(labels[rows], ignore_index)
         result = kl_part - g_m * p
         # The label is in another tile, or in none; then the normalizers are NaN, and so is dz.
         label, outside = _usable_labels(labels[rows], z.shape[-1])
@@ -185,7 +189,7 @@ def divergences_forward(
     outputs = tuple(policy_logits.new_zeros(labels.shape, dtype=dtype) for _ in range(6))
     normalizers = policy_logits.new_zeros((*labels.shape, DIVERGENCE_NORMALIZERS), dtype=dtype)
     for rows in _row_blocks(labels.shape, policy_logits.shape[-1]):
-        ignored = is_ignored(labels[rows], ignore_index).unsqueeze(-1)
+        ignored = _ignored(labels[rows], ignore_index)
         z, r = (
             x[rows].to(dtype).masked_fill(ignored, 0) for x in (policy_logits, reference_logits)
         )
@@ -243,7 +247,7 @@ def divergences_backward(
         z = policy_logits[rows].to(normalizers.dtype)
         r = reference_logits[rows].to(normalizers.dtype)
         saved = normalizers[rows]
-        ignored = is_ignored(labels[rows], ignore_index).unsqueeze(-1)
+        ignored = _ignored(labels[rows], ignore_index)
         label, outside = _usable_labels(labels[rows], z.shape[-1])
         p, q = (
             (x - saved[..., at : at + 1]).exp() * saved[..., at + 1 : at + 2]

@@ -4,8 +4,8 @@ The time on two cores, a process on each. Measured, in seconds of one process:
     start of a seed (reward, SFT, pairs)     143
     a run: 240 updates, 12 measurements       42    (57 beside other work)
     5 starts on 2 processes: 3 rounds        430
-    11 settings x 7 rates x 5 seeds / 2     8085
-    together                                8515    2.4 hours
+    12 settings x 7 rates x 5 seeds / 2     8820
+    together                                9250    2.6 hours
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BETA = 0.1
 DPO = Setting("DPO", 0.0, BETA)
 TDPO1 = Setting("TDPO1", 1.0, BETA)
 TDPO2 = tuple(Setting("TDPO2", alpha, BETA) for alpha in (0.1, 0.3, 0.5, 0.7))
-DPO_OTHER_BETAS = tuple(Setting("DPO", 0.0, beta) for beta in (0.05, 0.2, 0.5, 1.0))
+DPO_OTHER_BETAS = tuple(Setting("DPO", 0.0, beta) for beta in (0.05, 0.2, 0.5, 1.0, 2.0))
 TDPO2_OTHER_BETAS = (Setting("TDPO2", 0.5, 0.5),)
 
 

@@ -73,11 +73,11 @@ def short(rate: float) -> str:
 
 
 def made_line(summary: Summary) -> str:
-    machines = "; ".join(
-        f"{made['processor']}, {made['device']}, torch {made['torch']}, tdpo_ext "
-        f"{made['tdpo_ext']}, commit {made['commit']}"
-        for made in summary["about"]["made_on"]
-    )
+    commits: dict[str, list[str]] = {}
+    for made in summary["about"]["made_on"]:
+        machine = "{processor}, {device}, torch {torch}, tdpo_ext {tdpo_ext}".format(**made)
+        commits.setdefault(machine, []).append(made["commit"])
+    machines = "; ".join(f"{machine}, commit {', '.join(of)}" for machine, of in commits.items())
     planned = len(list(FULL.runs()))
     return (
         f"Made on {machines}. {summary['runs']} runs of {planned}, on {len(summary['seeds'])} "

@@ -91,9 +91,9 @@ def measured(name: str, point: int = -1) -> Value:
     return lambda curve: float(curve[name][point])
 
 
-def logs(runs: Runs, setting: Setting, value: Value) -> np.ndarray:
+def by_rate(runs: Runs, setting: Setting, value: Value) -> np.ndarray:
     """[learning rates, seeds]"""
-    return np.log([runs.values(setting, rate, value) for rate in runs.learning_rates])
+    return np.array([runs.values(setting, rate, value) for rate in runs.learning_rates])
 
 
 def over_learning_rates(values: np.ndarray) -> np.ndarray | None:
@@ -104,7 +104,7 @@ def over_learning_rates(values: np.ndarray) -> np.ndarray | None:
 
 def geometric_mean(runs: Runs, setting: Setting, value: Value) -> np.ndarray | None:
     """[seeds], over learning rates."""
-    found = over_learning_rates(logs(runs, setting, value))
+    found = over_learning_rates(np.log(by_rate(runs, setting, value)))
     return None if found is None else np.exp(found)
 
 

@@ -12,8 +12,8 @@ from study_analysis import (
     Value,
     at_reward,
     best,
+    by_rate,
     kl_at,
-    logs,
     measured,
     over_learning_rates,
     reward_at,
@@ -73,18 +73,13 @@ def less_kl(one: Group, other: Group) -> Callable[[Runs], Effect | None]:
     )
 
 
-def rewards_at(runs: Runs, setting: Setting, kl: float) -> np.ndarray:
-    """[learning rates, seeds]"""
-    return np.array([runs.values(setting, x, reward_at(kl)) for x in runs.learning_rates])
-
-
 def more_reward_at_the_same_rate(one: Setting, other: Setting) -> Callable[[Runs], Effect | None]:
     """The mean over the learning rates with which both reach the KL on every seed."""
 
     def at(runs: Runs, kl: float) -> Estimate | None:
         if not there(runs, (one, other)):
             return None
-        rewards = (rewards_at(runs, setting, kl) for setting in (one, other))
+        rewards = (by_rate(runs, setting, reward_at(kl)) for setting in (one, other))
         found = over_learning_rates(np.subtract(*rewards))
         return None if found is None else plain(found)
 
@@ -128,7 +123,7 @@ def slope_of_the_best(
 
 def log_seq_kl(runs: Runs, setting: Setting, side: str) -> np.ndarray:
     """[learning rates, seeds] at the end of training."""
-    return logs(runs, setting, measured(f"seq_kl_{side}"))
+    return np.log(by_rate(runs, setting, measured(f"seq_kl_{side}")))
 
 
 def seq_kl_falls(side: str) -> Callable[[Runs], Effect | None]:

@@ -23,7 +23,7 @@ from study_analysis import (
 )
 from study_bootstrap import combined, plain
 from study_claims import ANY_BETA_DPO, ANY_BETA_TDPO2, judged, numbers
-from study_effects import ALPHAS, KL_LEVELS, REWARD_LEVELS, log_seq_kl
+from study_effects import ALPHAS, KL_LEVELS, REWARD_LEVELS, log_seq_kl, there
 from study_plan import DPO, FULL, TDPO1, TDPO2, RunKey
 from study_results import Line, rounded
 
@@ -62,8 +62,8 @@ def summary_of(lines: dict[RunKey, Line], about: dict[str, Any]) -> dict[str, An
 
 def present(runs: Runs) -> dict[str, Group]:
     """The groups whose settings have all run."""
-    there = {name: group for name, group in GROUPS.items() if set(group) <= set(runs.settings)}
-    return there if runs.seeds else {}
+    found = {name: group for name, group in GROUPS.items() if there(runs, group)}
+    return found if runs.seeds else {}
 
 
 def curves(runs: Runs) -> dict[str, list[Row]]:
@@ -170,7 +170,7 @@ def at_the_end(runs: Runs) -> list[Row]:
 
 def seq_kl_by_rate(runs: Runs) -> list[Row]:
     """SeqKL of rejected responses at the end, geometric means over seeds, for each alpha."""
-    if not set(ALPHAS) <= set(runs.settings) or not runs.seeds:
+    if not there(runs, ALPHAS) or not runs.seeds:
         return []
     means = {x.alpha: np.exp(log_seq_kl(runs, x, "rejected").mean(axis=1)) for x in ALPHAS}
     return [

@@ -59,11 +59,10 @@ def forward(
     outputs = tuple(policy_logits.new_zeros(labels.shape, dtype=dtype) for _ in range(3))
     normalizers = policy_logits.new_zeros((*labels.shape, NORMALIZERS), dtype=dtype)
     for rows in _row_blocks(labels.shape, policy_logits.shape[-1]):
-        ignored = _ignored(labels[rows], ignore_index)
+        label, ignored, outside = _columns(labels[rows], ignore_index, policy_logits.shape[-1])
         z, r = (
             x[rows].to(dtype).masked_fill(ignored, 0) for x in (policy_logits, reference_logits)
         )
-        label, outside = _usable_labels(labels[rows], z.shape[-1])
         policy_log_probs, reference_log_probs = _log_softmax(z), _log_softmax(r)
         kl = _forward_kl(policy_log_probs, reference_log_probs)
         logps = policy_log_probs.gather(-1, label), reference_log_probs.gather(-1, label)
@@ -75,18 +74,12 @@ def forward(
     return outputs[0], outputs[1], outputs[2], normalizers
 
 
-def _ignored(labels: Tensor, ignore_index: int) -> Tensor:
-    """Where the label is ``ignore_index``, as a column. int32 labels are widened, since PyTorch
-    compares them with the lower half of the number."""
-    return (labels.to(torch.int64) == ignore_index).unsqueeze(-1)
-
-
-def _usable_labels(labels: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Labels ``[..., 1]`` that can be an index, 0 where they lie outside the vocabulary; and where
-    they do."""
-    label = labels.to(torch.int64).unsqueeze(-1)
+def _columns(labels: Tensor, ignore_index: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels ``[..., 1]`` that can be an index, 0 where they lie outside the vocabulary; where they
+    are ``ignore_index``; and where they lie outside."""
+    label = labels.to(torch.int64).unsqueeze(-1)  # int32 may not hold ignore_index
     outside = (label < 0) | (label >= vocabulary)
-    return label.masked_fill(outside, 0), outside
+    return label.masked_fill(outside, 0), label == ignore_index, outside
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -164,10 +157,9 @@ def backward(
         g_m, g_k = grad_logps[rows].unsqueeze(-1), grad_kl[rows].unsqueeze(-1)
         kl_part = torch.where(g_k == 0, 0, g_k * _difference(z, r, p, q, gap))
         at_label = torch.where(g_k == 0, 0, g_k * label_gap) + g_m * p_rest
-        ignored = _ignored(labels[rows], ignore_index)
+        label, ignored, outside = _columns(labels[rows], ignore_index, policy_logits.shape[-1])
         result = kl_part - g_m * p
         # The label is in another tile, or in none; then the normalizers are NaN, and so is dz.
-        label, outside = _usable_labels(labels[rows], z.shape[-1])
         at_label = torch.where(outside, result.gather(-1, label), at_label)
         result.scatter_(-1, label, at_label)
         gradient[rows] = result.masked_fill(ignored, 0).to(gradient.dtype)
@@ -189,11 +181,10 @@ def divergences_forward(
     outputs = tuple(policy_logits.new_zeros(labels.shape, dtype=dtype) for _ in range(6))
     normalizers = policy_logits.new_zeros((*labels.shape, DIVERGENCE_NORMALIZERS), dtype=dtype)
     for rows in _row_blocks(labels.shape, policy_logits.shape[-1]):
-        ignored = _ignored(labels[rows], ignore_index)
+        label, ignored, outside = _columns(labels[rows], ignore_index, policy_logits.shape[-1])
         z, r = (
             x[rows].to(dtype).masked_fill(ignored, 0) for x in (policy_logits, reference_logits)
         )
-        label, outside = _usable_labels(labels[rows], z.shape[-1])
         wrong = torch.zeros_like(outside) if unlabelled else outside
         policy_log_probs, reference_log_probs = _log_softmax(z), _log_softmax(r)
         forward_kl = _forward_kl(policy_log_probs, reference_log_probs)
@@ -247,8 +238,7 @@ def divergences_backward(
         z = policy_logits[rows].to(normalizers.dtype)
         r = reference_logits[rows].to(normalizers.dtype)
         saved = normalizers[rows]
-        ignored = _ignored(labels[rows], ignore_index)
-        label, outside = _usable_labels(labels[rows], z.shape[-1])
+        label, ignored, outside = _columns(labels[rows], ignore_index, policy_logits.shape[-1])
         p, q = (
             (x - saved[..., at : at + 1]).exp() * saved[..., at + 1 : at + 2]
             for x, at in ((z, 0), (r, 2))
